@@ -1,0 +1,55 @@
+# Two environments: .venv holds what serving and querying need (no PyTorch); .venv-dev adds training, export and tests.
+PYTHON ?= python3
+SHARED_DATA ?= ../shared/data/cxr-public
+
+.PHONY: demo test lint bench clean prerequisites browser
+
+demo: .venv/.installed          ## the whole path on synthetic radiographs
+	@.venv/bin/cxr demo
+
+test: .venv-dev/.installed browser ## every test
+	@CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest
+
+lint: .venv-dev/.installed      ## style and types
+	@.venv-dev/bin/ruff check .
+	@.venv-dev/bin/ruff format --check .
+	@.venv-dev/bin/basedpyright
+
+bench: .venv-dev/.installed     ## throughput through Triton as a ratio to the bare engines, in one run
+	@.venv-dev/bin/python tests/benchmark/throughput.py
+
+clean:                          ## remove environments and everything made by demo and tests
+	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis
+
+.venv/.installed: pyproject.toml constraints.txt | prerequisites
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv-dev/.installed: pyproject.toml constraints.txt | prerequisites
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What Debian's bare python3 lacks: venv, and libpython as a shared library (Triton's Python backend embeds it).
+PY_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+prerequisites:
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON); expected Python 3.10 to 3.12. Next: install it, or make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "error: Python $(PY_VERSION); expected 3.10 to 3.12. Next: make PYTHON=/path/to/python"; exit 2; }
+	@missing=""; \
+	$(PYTHON) -c 'import ensurepip' 2> /dev/null || missing="python$(PY_VERSION)-venv"; \
+	$(PYTHON) -c 'import ctypes, pathlib, sysconfig; n = "libpython$(PY_VERSION).so.1.0"; (pathlib.Path(sysconfig.get_config_var("LIBDIR") or "/") / n).is_file() or ctypes.CDLL(n)' \
+	  2> /dev/null || missing="$$missing libpython$(PY_VERSION)"; \
+	$(MAKE) --no-print-directory debian PACKAGES="$$missing"
+
+browser:
+	@command -v chromium > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=chromium
+
+.PHONY: debian
+debian:
+	@if [ -z "$(strip $(PACKAGES))" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "installing Debian packages: $(strip $(PACKAGES))"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) > /dev/null; \
+	else echo "error: missing $(strip $(PACKAGES)). Next: sudo apt-get install $(strip $(PACKAGES))"; exit 2; fi

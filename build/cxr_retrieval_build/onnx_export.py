@@ -1,0 +1,126 @@
+"""Writes the three graphs as ONNX with fp16 weights: `cxr build onnx`.
+
+Weights are stored as fp16 initialisers behind a Cast, so the graph computes in fp32 and any runtime may lower it further;
+that halves the files and differs from fp32 by less than the parity tolerances (`parity.py` checks each export).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, ENSEMBLE, IMAGE_SIZE, LEAVES, LUNG_SEGMENTATION, LeafSpec, TensorSpec
+from cxr_retrieval.errors import SetupError
+from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint
+from cxr_retrieval_training.embedder import AttentionMapHead, Embedder
+from cxr_retrieval_training.segmenter import LungSegmenter
+
+OPSET: Final = 18
+_SMALL: Final = 256
+"""Initialisers below this many elements (biases, batch norm, axes) stay as they are."""
+_TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three graphs in evaluation mode, and the checkpoints they come from."""
+
+    modules: dict[str, nn.Module]
+    checkpoints: dict[str, Checkpoint]
+
+
+def load_networks(segmenter: Path, embedder: Path) -> Networks:
+    """Builds the graphs from the two checkpoints of `cxr train`.
+
+    Raises:
+        UsageError: A checkpoint is absent, damaged, or not of its kind.
+    """
+    checkpoints = {LUNG_SEGMENTATION: load_checkpoint(segmenter), EMBEDDER: load_checkpoint(embedder)}
+    masker = LungSegmenter(checkpoints[LUNG_SEGMENTATION]["config"]["members"])
+    masker.load_state_dict(checkpoints[LUNG_SEGMENTATION]["model"])
+    config = checkpoints[EMBEDDER]["config"]
+    network = Embedder(config["embedding_size"], attention=config["attention"])
+    network.load_state_dict(checkpoints[EMBEDDER]["model"])
+    modules: dict[str, nn.Module] = {LUNG_SEGMENTATION: masker, EMBEDDER: network, ATTENTION_MAP_MODEL: AttentionMapHead(IMAGE_SIZE)}
+    return Networks({name: module.eval() for name, module in modules.items()}, checkpoints)
+
+
+def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
+    """Exports one graph with the contract's names, a dynamic batch dimension and fp16 weights."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.onnx.export(
+        network,
+        tuple(_example(spec) for spec in leaf.inputs),
+        input_names=[spec.name for spec in leaf.inputs],
+        output_names=[spec.name for spec in leaf.outputs],
+        dynamic_shapes=tuple({0: batch} for _ in leaf.inputs),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise SetupError(f"{leaf.name}: PyTorch exported nothing", next_step="check the installed torch and onnxscript")
+    model = store_weights_as_fp16(program.model_proto)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turns large fp32 initialisers into fp16 ones, each behind a Cast back to fp32.
+
+    Raises:
+        SetupError: A weight that fp16 cannot hold.
+    """
+    graph = model.graph
+    casts = []
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < _SMALL:
+            continue
+        halved = values.astype(np.float16)
+        if not np.isfinite(halved).all():
+            raise SetupError(
+                f"weight {tensor.name} does not fit fp16", expected="finite values below 65504", next_step="check the training run"
+            )
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(halved, f"{name}_fp16"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}_fp16"], [name], name=f"{name}_cast", to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def weights_version(repository: Path, leaves: Sequence[LeafSpec] = LEAVES) -> str:
+    """The model version: first 12 hex digits of the SHA-256 over the ONNX files in contract order."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        digest.update((repository / leaf.name / "1" / "model.onnx").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def announce_version(repository: Path, version: str) -> None:
+    """Writes the version into the ensemble's config.pbtxt, leaving the rest of that hand-kept file as it is."""
+    path = repository / ENSEMBLE / "config.pbtxt"
+    text = path.read_text("utf-8")
+    changed, count = re.subn(r'(key: "model_version" value \{ string_value: ")[^"]*(")', rf"\g<1>{version}\g<2>", text)
+    if count != 1:
+        raise SetupError(
+            f"{path}: no single model_version parameter", expected='parameters { key: "model_version" … }', next_step="restore that line"
+        )
+    path.write_text(changed, "utf-8")
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    return torch.zeros((2, *spec.shape), dtype=_TORCH_TYPES[spec.dtype])

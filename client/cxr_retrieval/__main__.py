@@ -1,0 +1,5 @@
+"""`python -m cxr_retrieval` is `cxr`."""
+
+from cxr_retrieval.cli.app import main
+
+main()

@@ -1,0 +1,46 @@
+"""Results go to stdout, talk and progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from cxr_retrieval.embedding import Advance, Problem
+
+
+def talk() -> Console:
+    """The console for people, on stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def results() -> Console:
+    """The console for results, on stdout; wide when nobody is watching, so that a table in a file is not broken up."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def progress(description: str, total: int) -> Generator[Advance]:
+    """A bar with count, time spent and time left; yields a function that moves it on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=talk()) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+def print_problems(problems: Sequence[Problem]) -> None:
+    """Each unusable input on a line of its own."""
+    console = talk()
+    for problem in problems:
+        console.print(f"[red]failed[/red] {problem.image_id}: {problem.error}", soft_wrap=True, markup=True)

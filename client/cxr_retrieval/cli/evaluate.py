@@ -1,0 +1,137 @@
+"""`cxr evaluate`: reads its options, calls the library, prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cxr_retrieval.cli import options
+from cxr_retrieval.cli.console import print_json, print_problems, progress, results, talk
+from cxr_retrieval.errors import StoreError
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+
+if TYPE_CHECKING:
+    from cxr_retrieval.embedding import Embedded
+    from cxr_retrieval.evaluation import LabelledSet
+    from cxr_retrieval.manifest import ManifestRow
+
+
+def evaluate(
+    gallery: Annotated[Path, typer.Option(help="Manifest of the gallery.")],
+    queries: Annotated[Path, typer.Option(help="Manifest of the queries.")],
+    gallery_split: Annotated[str | None, typer.Option(help="Only gallery rows of this split; without it all but 'extra'.")] = None,
+    queries_split: Annotated[str | None, typer.Option(help="Only query rows of this split; without it all but 'extra'.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours that vote.")] = 10,
+    json: options.Json = False,
+    triton: options.Triton = options.TRITON_DEFAULT,
+    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
+    milvus: options.Milvus = options.MILVUS_DEFAULT,
+    milvus_user: options.MilvusUser = "",
+    milvus_password: options.MilvusPassword = "",
+    milvus_token: options.MilvusToken = "",
+    milvus_database: options.MilvusDatabase = "",
+) -> None:
+    """Measure retrieval: recall@k, accuracy, mAP@R per class and source, with intervals. Never counts a query's own patient.
+
+    Vectors already ingested are taken from the gallery; others are computed now and not kept. Neighbours are exact.
+    """
+    from cxr_retrieval import embedding, evaluation
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.store import Store
+    from cxr_retrieval.triton import TritonClient
+
+    rows: dict[str, Sequence[ManifestRow]] = {
+        "gallery": read_manifest(gallery).require(split=gallery_split),
+        "queries": read_manifest(queries).require(split=queries_split),
+    }
+    milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
+    found: dict[str, Embedded] = {}
+    with TritonClient(TritonSettings(triton, timeout)) as client:
+        try:
+            store = Store(milvus_settings, client.model_version)
+        except StoreError as error:
+            talk().print(f"computing every vector now: {error}", soft_wrap=True)
+            store = None
+        try:
+            for name, wanted in rows.items():
+                with progress(name, len(wanted)) as advance:
+                    found[name] = embedding.embed_rows(wanted, client, store, advance)
+                talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
+        finally:
+            if store is not None:
+                store.close()
+        version = client.model_version
+    problems = [problem for part in found.values() for problem in part.problems]
+    print_problems(problems)
+    result = evaluation.evaluate(_labelled(found["gallery"]), _labelled(found["queries"]), k=top_k, model_version=version)
+    if json:
+        print_json(result)
+    else:
+        _print(result)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _labelled(embedded: Embedded) -> LabelledSet:
+    from cxr_retrieval.evaluation import LabelledSet
+
+    rows = [entry.row for entry in embedded.entries]
+    return LabelledSet(
+        [row.image_id for row in rows],
+        embedded.embeddings,
+        [row.label for row in rows],
+        [row.patient for row in rows],
+        [row.source or "" for row in rows],
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = results()
+    console.print(
+        f"model {result['model_version']}, k = {result['k']}, "
+        f"gallery {result['gallery']['n']} images of {result['gallery']['patients']} patients, "
+        f"queries {result['queries']['n']} of {result['queries']['patients']}"
+    )
+    table = Table("", "n", "accuracy", "balanced", "recall@1", "@4", "@10", "mAP@R", box=None, header_style="dim", pad_edge=False)
+    for name, part in {"overall": result["overall"], **result["per_source"]}.items():
+        recall, interval = part["recall_at"], part["recall_at_ci"]
+        table.add_row(
+            name,
+            str(part["n"]),
+            _with_interval(part["accuracy"], part["accuracy_ci"]),
+            _with_interval(part["balanced_accuracy"], part["balanced_accuracy_ci"]),
+            _with_interval(recall["1"], interval["1"]),
+            f"{recall['4']:.3f}",
+            f"{recall['10']:.3f}",
+            _with_interval(part["map_at_r"], part["map_at_r_ci"]),
+        )
+    console.print(table)
+    table = Table("", "label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10", box=None, header_style="dim", pad_edge=False)
+    for name, part in {"overall": result, **result["per_source"]}.items():
+        for label, row in part["per_class"].items():
+            recall = row["recall_at"]
+            table.add_row(
+                name,
+                label,
+                str(row["n"]),
+                _number(row["sensitivity"]),
+                _number(row["ppv"]),
+                _number(row["f1"]),
+                *(_number(recall[at]) for at in ("1", "4", "10")),
+            )
+    console.print(table)
+    console.print(
+        "[dim]Brackets: 95 % bootstrap intervals over patients. Where label and source are tied, read each source by itself.[/dim]"
+    )
+
+
+def _with_interval(value: float, interval: list[float]) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,101 @@
+"""`cxr info`: reads its options, calls the library, prints."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cxr_retrieval.cli import options
+from cxr_retrieval.cli.console import print_json
+from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
+from cxr_retrieval.settings import MilvusSettings
+
+_PACKAGES = ("cxr-retrieval", "nvidia-pytriton", "tritonclient", "openvino", "pymilvus", "milvus-lite", "pydicom", "torch")
+
+
+def info(
+    repository: options.Repository = None,
+    collections: Annotated[bool, typer.Option("--collections", help="Also ask Milvus for its collections (takes a second).")] = False,
+    json: options.Json = False,
+    triton: options.Triton = options.TRITON_DEFAULT,
+    milvus: options.Milvus = options.MILVUS_DEFAULT,
+    milvus_user: options.MilvusUser = "",
+    milvus_password: options.MilvusPassword = "",
+    milvus_token: options.MilvusToken = "",
+    milvus_database: options.MilvusDatabase = "",
+) -> None:
+    """Versions, models, servers and devices, at once."""
+    facts: dict[str, Any] = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "models": _models(repository),
+        "servers": {"triton": {"url": triton, "answers": _answers(triton)}, "milvus": _milvus(milvus)},
+        "devices": _devices(),
+    }
+    if collections:
+        from cxr_retrieval.store import list_collections
+
+        facts["collections"] = list_collections(MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database))
+    if json:
+        print_json(facts)
+        return
+    for section, values in facts.items():
+        typer.echo(section)
+        for name, value in values.items():
+            shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+            typer.echo(f"  {name:<18} {shown}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _models(repository: Path | None) -> dict[str, Any]:
+    from cxr_retrieval.locations import default_repository
+
+    folder = repository or default_repository()
+    text = (folder / ENSEMBLE / "config.pbtxt").read_text("utf-8")
+    found = re.search(r'"model_version"\s+value\s*\{\s*string_value:\s*"([^"]*)"', text)
+    weights = {name: folder / name / "1" / "model.onnx" for name in LEAF_MODELS}
+    return {
+        "repository": str(folder),
+        "model version": found[1] if found else "unknown",
+        **{name: f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else "no weights" for name, path in weights.items()},
+    }
+
+
+def _milvus(uri: str) -> dict[str, Any]:
+    settings = MilvusSettings(uri)
+    if settings.is_lite:
+        return {"file": uri, "exists": Path(uri).exists()}
+    return {"url": uri, "answers": _answers(uri.split("://", 1)[-1])}
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rstrip("/").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=0.3):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _devices() -> dict[str, Any]:
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", cpu)
+    flags = re.search(r"flags\s*:\s*(.+)", cpu)
+    present = set(flags[1].split()) if flags else set()
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "bf16": bool(present & {"avx512_bf16", "amx_bf16"}),
+        "nvidia driver": "nvidia-smi found" if shutil.which("nvidia-smi") else "none",
+    }

@@ -1,0 +1,73 @@
+"""`cxr query`: reads its options, calls the library, prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cxr_retrieval.cli import options
+from cxr_retrieval.cli.console import print_json, results, talk
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+
+if TYPE_CHECKING:
+    from cxr_retrieval.retrieve import QueryResult
+
+
+def query(
+    image: Annotated[Path, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF.")],
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
+    where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
+    json: options.Json = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one PNG.")] = None,
+    triton: options.Triton = options.TRITON_DEFAULT,
+    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
+    milvus: options.Milvus = options.MILVUS_DEFAULT,
+    milvus_user: options.MilvusUser = "",
+    milvus_password: options.MilvusPassword = "",
+    milvus_token: options.MilvusToken = "",
+    milvus_database: options.MilvusDatabase = "",
+) -> None:
+    """Find the confirmed cases that look most like one radiograph."""
+    from cxr_retrieval import retrieve
+    from cxr_retrieval.picture import write_html, write_montage
+    from cxr_retrieval.store import Store
+    from cxr_retrieval.triton import TritonClient
+
+    milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
+    with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version) as store:
+        result = retrieve.query(image, client, store, top_k=top_k, where=where)
+    if html:
+        write_html(result, html)
+    if picture:
+        write_montage(result, picture)
+    if json:
+        print_json(result.as_json())
+    else:
+        print_result(result)
+    for path in filter(None, (html, picture)):
+        talk().print(f"wrote {path}")
+
+
+def print_result(result: QueryResult) -> None:
+    """The answer as a table on stdout."""
+    from cxr_retrieval.picture import DISCLAIMER, facts_line
+
+    console = results()
+    shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
+    vote = result.prediction
+    console.print(f"[bold]{result.image_id}[/bold]: [bold]{vote.label}[/bold], confidence {vote.confidence:.0%}   ({shares})")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("rank", "image", "similarity", "label"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("clinical facts")
+    for rank, hit in enumerate(result.neighbours, start=1):
+        table.add_row(str(rank), hit.case.image_id, f"{hit.similarity:.4f}", hit.case.label, facts_line(hit.case.metadata))
+    console.print(table)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    timings = ", ".join(f"{name} {value:.1f} ms" for name, value in result.timings_ms.items())
+    console.print(f"[dim]{timings}. Model {result.model_version}. {DISCLAIMER}[/dim]")

@@ -1,0 +1,73 @@
+"""The wire contract: every model name, tensor name, shape, dtype and label order, in one place.
+
+Client, training, export and serving import these; nothing spells them a second time. Changing a value here
+changes what other systems rely on (KServe v2 tensor names, see README "The way of a radiograph").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+IMAGE_SIZE: Final = 256
+"""Side of the square radiograph on the wire, in pixels."""
+EMBEDDING_SIZE: Final = 64
+FEATURE_SIZE: Final = 2048
+ATTENTION_SIZE: Final = 16
+
+LABELS: Final = ("control", "non_covid_pneumonia", "covid19")
+"""Class order of the three-class protocol (Zhong et al. 2020, section 2.4); a store may hold further labels."""
+
+ENSEMBLE: Final = "cxr_retrieval"
+LUNG_SEGMENTATION: Final = "lung_segmentation"
+EMBEDDER: Final = "embedder"
+ATTENTION_MAP_MODEL: Final = "attention_map"
+LEAF_MODELS: Final = (LUNG_SEGMENTATION, EMBEDDER, ATTENTION_MAP_MODEL)
+
+MODEL_VERSION_PARAMETER: Final = "model_version"
+"""Key in the ensemble's `config.pbtxt` parameters under which the server announces its weights."""
+
+Dtype = Literal["UINT8", "FP32"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor on the wire: KServe name, datatype, and shape without the batch dimension."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+
+IMAGE: Final = TensorSpec("IMAGE", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
+LUNGS: Final = TensorSpec("LUNGS", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
+"""The radiograph with everything outside the lungs set to 0 (between the first two steps only)."""
+LUNG_MASK: Final = TensorSpec("LUNG_MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
+"""0 outside, 255 inside the lungs."""
+MASK: Final = TensorSpec("MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
+"""LUNG_MASK as the last step receives it (a graph cannot call its input and its output the same)."""
+EMBEDDING: Final = TensorSpec("EMBEDDING", "FP32", (EMBEDDING_SIZE,))
+"""Unit length (L2)."""
+FEATURES: Final = TensorSpec("FEATURES", "FP32", (FEATURE_SIZE,))
+ATTENTION: Final = TensorSpec("ATTENTION", "FP32", (1, ATTENTION_SIZE, ATTENTION_SIZE))
+"""The embedder's attention mask in [0, 1] (between the last two steps only)."""
+ATTENTION_MAP: Final = TensorSpec("ATTENTION_MAP", "FP32", (1, IMAGE_SIZE, IMAGE_SIZE))
+"""Attention at image size, 0 outside the lungs, in [0, 1]."""
+
+ENSEMBLE_OUTPUTS: Final = (EMBEDDING, LUNG_MASK, ATTENTION_MAP, FEATURES)
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """Inputs and outputs of one exported graph, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+LEAVES: Final = (
+    LeafSpec(LUNG_SEGMENTATION, (IMAGE,), (LUNG_MASK, LUNGS)),
+    LeafSpec(EMBEDDER, (LUNGS,), (EMBEDDING, FEATURES, ATTENTION)),
+    LeafSpec(ATTENTION_MAP_MODEL, (ATTENTION, MASK), (ATTENTION_MAP, LUNG_MASK)),
+)

@@ -1,0 +1,87 @@
+"""Every error a user can meet. Each message says what happened, what was expected, what was got, what to do next.
+
+CxrError
+├── InputError                 this one input is bad; a batch reports it and goes on       (exit code 1)
+│   ├── ImageError             a file that cannot be used as a radiograph
+│   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
+│   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
+└── ServiceError               the system around us cannot do it now                       (exit code 2)
+    ├── InferenceError         Triton: down, not ready, deadline
+    │   └── UnusableOutputError    it refused or could not compute just these images
+    ├── StoreError             Milvus: down, locked, collection does not fit
+    └── SetupError             missing extra, broken installation, server did not start
+"""
+
+from __future__ import annotations
+
+
+class CxrError(Exception):
+    """Base of all expected errors.
+
+    Args:
+        what: What failed, naming the file, model or field.
+        expected: What would have been right.
+        got: What was there instead.
+        next_step: What the reader should do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.next_step = next_step
+        parts = [what.rstrip(".")]
+        if expected:
+            parts.append(f"expected {expected}")
+        if got:
+            parts.append(f"got {got}")
+        message = "; ".join(parts) + "."
+        if next_step:
+            message += f" Next: {next_step.rstrip('.')}."
+        super().__init__(message)
+
+
+class InputError(CxrError):
+    """One input is unusable; others are not affected."""
+
+    exit_code = 1
+
+
+class ImageError(InputError):
+    """A file that cannot be used as a frontal chest radiograph."""
+
+
+class ManifestError(InputError):
+    """A manifest that cannot be used at all."""
+
+    exit_code = 2
+
+
+class UsageError(InputError):
+    """An argument, filter expression, training config or checkpoint that cannot be used."""
+
+    exit_code = 2
+
+
+class ServiceError(CxrError):
+    """Something this command depends on cannot serve it now."""
+
+
+class InferenceError(ServiceError):
+    """Triton is down, not ready, too slow, or answered with something unusable."""
+
+
+class UnusableOutputError(InferenceError):
+    """Triton runs, but refused these images or answered with NaN; in a batch, other images are not affected."""
+
+    exit_code = 1
+
+
+class StoreError(ServiceError):
+    """Milvus is down, locked, or holds a collection that does not fit."""
+
+
+class SetupError(ServiceError):
+    """A missing extra, a broken installation, or an embedded server that did not start."""

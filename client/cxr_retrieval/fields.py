@@ -1,0 +1,100 @@
+"""The clinical fields: which manifest columns are kept in the store, as which Milvus type, and how text becomes a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from cxr_retrieval.errors import InputError
+
+Kind = Literal["number", "flag", "text"]
+Value = float | bool | str
+
+CLINICAL_FIELDS: Final[Mapping[str, Kind]] = {
+    "age": "number",
+    "sex": "text",
+    "view": "text",
+    "raw_finding": "text",
+    "survival": "flag",
+    "intubated": "flag",
+    "went_icu": "flag",
+    "needed_supplemental_o2": "flag",
+    "temperature": "number",
+    "spo2": "number",
+    "wbc": "number",
+    "neutrophil": "number",
+    "lymphocyte": "number",
+    "offset_days": "number",
+    "date": "text",
+    "location": "text",
+    "clinical_notes": "text",
+    "license": "text",
+    "doi": "text",
+    "url": "text",
+}
+"""Columns with a typed, nullable Milvus field each: FLOAT, BOOL or VARCHAR, filterable as `age > 60 and went_icu == true`."""
+
+NOT_KEPT: Final = frozenset(
+    {
+        "lung_mask_path",
+        "mask_source",
+        "lesion_mask_path",
+        "sha256",
+        "orig_filename",
+        "width",
+        "height",
+        "orig_width",
+        "orig_height",
+        "geometry",
+    }
+)
+"""Columns about the file rather than the patient."""
+
+MAX_TEXT: Final = 8192
+"""Bytes of UTF-8 in a text field."""
+
+_FLAGS: Final = {"y": True, "yes": True, "true": True, "1": True, "n": False, "no": False, "false": False, "0": False}
+
+
+def parse_clinical(columns: Mapping[str, str]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Turns a manifest row's further columns into typed values.
+
+    Returns:
+        (values of CLINICAL_FIELDS that are present, values of all other kept columns for the JSON field `extra`).
+
+    Raises:
+        InputError: A number or flag that is none.
+    """
+    known: dict[str, Value] = {}
+    extra: dict[str, Value] = {}
+    for name, text in columns.items():
+        if name in CLINICAL_FIELDS:
+            known[name] = _typed(name, CLINICAL_FIELDS[name], text)
+        elif name not in NOT_KEPT:
+            extra[name] = _guessed(text)
+    return known, extra
+
+
+def _typed(name: str, kind: Kind, text: str) -> Value:
+    if kind == "text":
+        return text.encode()[:MAX_TEXT].decode(errors="ignore")
+    value = _number(text) if kind == "number" else _FLAGS.get(text.lower())
+    if value is None:
+        expected = "a number" if kind == "number" else "Y or N"
+        raise InputError(
+            f"column {name}: not understood", expected=f"{expected}, or empty for unknown", got=repr(text), next_step="correct that cell"
+        )
+    return value
+
+
+def _guessed(text: str) -> Value:
+    number = _number(text)
+    return text.encode()[:MAX_TEXT].decode(errors="ignore") if number is None else number
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if value - value == 0 else None

@@ -1,0 +1,186 @@
+"""What a reader looks at: the lung contour and attention over the query, its neighbours, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cxr_retrieval.errors import CxrError, SetupError
+from cxr_retrieval.fields import Value
+from cxr_retrieval.image import letterbox, read_radiograph
+from cxr_retrieval.retrieve import QueryResult
+from cxr_retrieval.store import Neighbour
+
+DISCLAIMER: Final = "Research use only. Not for diagnosis."
+
+_HEAT: Final = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
+"""Five anchors of the "inferno" colour map (perceptually uniform, readable in grey)."""
+_CONTOUR: Final = (64, 224, 208)
+_INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
+_TILE: Final = 256
+_SHOWN_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival", "view", "raw_finding", "location", "date")
+_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "°C"}
+_BRIEF: Final = 7
+"""How many of them a table or a caption shows; the page shows all."""
+
+
+def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Attention as colour and the lungs' outline over a radiograph.
+
+    Colour is stretched from the least to the greatest attention inside these lungs, so that it shows where the model
+    looked in this picture, not how two pictures compare.
+
+    Args:
+        square: `[256, 256]` uint8. lung_mask: the same, 0 or 255. attention: the same, in [0, 1].
+
+    Returns:
+        `[256, 256, 3]` uint8 RGB.
+    """
+    grey = np.repeat(square[..., None].astype(np.float32), 3, axis=2)
+    inside = lung_mask > 0
+    if inside.any():
+        low, high = float(attention[inside].min()), float(attention[inside].max())
+        share = np.clip((attention - low) / max(high - low, 1e-6), 0, 1)
+        place = share * (len(_HEAT) - 1)
+        below = np.clip(place.astype(int), 0, len(_HEAT) - 2)
+        colour = _HEAT[below] + (place - below)[..., None] * (_HEAT[below + 1] - _HEAT[below])
+        alpha = (0.55 * share * inside)[..., None]
+        grey = (1 - alpha) * grey + alpha * colour
+    grey[_outline(inside)] = _CONTOUR
+    return grey.astype(np.uint8)
+
+
+def montage(result: QueryResult) -> Image.Image:
+    """One picture: the query, the query with contour and attention, the vote, and the neighbours with their facts."""
+    columns = 5
+    rows = -(-len(result.neighbours) // columns)
+    gap, caption = 12, 74
+    width = columns * (_TILE + gap) + gap
+    top = 2 * gap + int(1.45 * _TILE) + 40
+    canvas = Image.new("RGB", (width, top + rows * (_TILE + caption + gap) + 30), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    title, text, small = (ImageFont.load_default(size) for size in (24, 17, 13))
+    large = int(1.45 * _TILE)
+    shown = overlay(result.explanation.square, result.explanation.lung_mask, result.explanation.attention)
+    canvas.paste(_square(Image.fromarray(result.explanation.square), large), (gap, gap))
+    canvas.paste(_square(Image.fromarray(shown), large), (2 * gap + large, gap))
+    draw.text((gap, gap + large + 6), f"query  {result.image_id}", _INK, font=text)
+    draw.text((2 * gap + large, gap + large + 6), "lung contour and attention", _INK, font=text)
+    left = 4 * gap + 2 * large
+    draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
+    draw.text((left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text)
+    for line, (label, share) in enumerate(result.prediction.scores.items()):
+        y = gap + 84 + 44 * line
+        draw.text((left, y), f"{label.replace('_', ' ')}  {share:.0%}", _INK, font=text)
+        draw.rectangle((left, y + 24, left + 360, y + 32), (44, 52, 62))
+        draw.rectangle((left, y + 24, left + int(360 * share), y + 32), _CONTOUR)
+    for line, warning in enumerate(result.warnings):
+        draw.text((left, gap + 250 + 22 * line), f"! {warning}"[:64], (255, 190, 90), font=small)
+    for number, hit in enumerate(result.neighbours):
+        x = gap + (number % columns) * (_TILE + gap)
+        y = top + (number // columns) * (_TILE + caption + gap)
+        canvas.paste(_square(Image.fromarray(_gallery_square(hit)), _TILE), (x, y))
+        draw.text((x, y + _TILE + 3), f"{number + 1}. {hit.case.label.replace('_', ' ')}"[:30], _INK, font=text)
+        draw.text((x, y + _TILE + 25), f"similarity {hit.similarity:.4f}", _MUTED, font=small)
+        for line, words in enumerate(textwrap.wrap(facts_line(hit.case.metadata), 36)[:2]):
+            draw.text((x, y + _TILE + 41 + 16 * line), words, _MUTED, font=small)
+    draw.text((gap, canvas.height - 24), f"{DISCLAIMER}  Model {result.model_version}.", _MUTED, font=small)
+    return canvas
+
+
+def write_montage(result: QueryResult, path: Path) -> None:
+    """Writes `montage` as PNG.
+
+    Raises:
+        SetupError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    montage(result).save(buffer, "PNG")
+    _write(path, buffer.getvalue())
+
+
+def write_html(result: QueryResult, path: Path) -> None:
+    """Writes one page that needs no other file and no network.
+
+    Raises:
+        SetupError: The file cannot be written.
+    """
+    environment = Environment(loader=PackageLoader("cxr_retrieval", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    box = result.explanation.box
+    shown = box.crop(
+        overlay(result.explanation.square, result.explanation.lung_mask, result.explanation.attention).transpose(2, 0, 1)
+    ).transpose(1, 2, 0)
+    page = environment.get_template("query.html.j2").render(
+        result=result,
+        disclaimer=DISCLAIMER,
+        query_image=_data_uri(np.asarray(box.crop(result.explanation.square))),
+        overlay_image=_data_uri(np.asarray(shown)),
+        neighbours=[
+            {"rank": rank, "hit": hit, "image": _data_uri(_gallery_square(hit)), "facts": _named_facts(hit.case.metadata)}
+            for rank, hit in enumerate(result.neighbours, start=1)
+        ],
+    )
+    _write(path, page.encode())
+
+
+def facts_line(metadata: Mapping[str, Value]) -> str:
+    """The most telling clinical facts that are known, on one line."""
+    known = [name for name in _SHOWN_FACTS[:_BRIEF] if name in metadata]
+    return ", ".join(f"{name} {value}" for name, value in _named_facts({name: metadata[name] for name in known}).items())
+
+
+def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
+    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) for name in _SHOWN_FACTS if name in metadata}
+
+
+def _plain(value: Value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _gallery_square(hit: Neighbour) -> NDArray[np.uint8]:
+    """The neighbour's picture from its own file, or an empty tile with a cross where that file is gone."""
+    try:
+        return letterbox(read_radiograph(hit.case.path).pixels)[0]
+    except CxrError:
+        tile = Image.new("L", (_TILE, _TILE), 24)
+        draw = ImageDraw.Draw(tile)
+        draw.line((80, 80, 176, 176), fill=90, width=3)
+        draw.line((176, 80, 80, 176), fill=90, width=3)
+        draw.text((72, 196), "file not found", fill=150, font=ImageFont.load_default(17))
+        return np.asarray(tile)
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask's inner border, one pixel wide."""
+    padded = np.pad(mask, 1)
+    core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~core
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _data_uri(pixels: NDArray[np.generic]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be written", got=error.strerror or str(error), next_step="give another path") from error

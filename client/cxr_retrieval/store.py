@@ -1,0 +1,392 @@
+"""The gallery in Milvus: schema, deterministic keys, upsert, search. Same code for Milvus Lite and a Milvus server.
+
+One collection holds the embeddings of one model version (`cxr_<version>`), because vectors of two versions cannot be
+compared. After an ingest the alias `cxr` points to it, for tools that look at the gallery from outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.errors import StoreError, UsageError
+from cxr_retrieval.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
+from cxr_retrieval.manifest import ManifestRow, patient_key
+from cxr_retrieval.settings import MilvusSettings
+
+ALIAS: Final = "cxr"
+UPSERT_ROWS: Final = 500
+"""Rows per call: about 2 MB, far below Milvus' 64 MB limit, and what an interrupt can lose."""
+LITE_COMFORTABLE_ROWS: Final = 100_000
+"""Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
+
+_NAMED: Final = {"image_id": 512, "label": 256, "patient_id": 512, "source": 256, "split": 64, "path": 4096, "fingerprint": 64}
+_OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
+_MILVUS_TYPES: Final = {"number": DataType.FLOAT, "flag": DataType.BOOL, "text": DataType.VARCHAR}
+_NULLABLE_SINCE: Final = (2, 5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One gallery image as stored. `metadata` holds the clinical facts that are known."""
+
+    key: str
+    image_id: str
+    label: str
+    patient_id: str | None
+    source: str | None
+    split: str | None
+    path: Path
+    metadata: Mapping[str, Value]
+
+    @property
+    def patient(self) -> str:
+        """Same meaning as `ManifestRow.patient`."""
+        return patient_key(self.source, self.patient_id, self.image_id)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A retrieved case with its cosine similarity to the query, in [−1, 1]."""
+
+    case: Case
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case about to be stored: its manifest row, typed fields, file fingerprint and (later) embedding."""
+
+    row: ManifestRow
+    known: Mapping[str, Value]
+    extra: Mapping[str, Value]
+    fingerprint: str
+
+    @property
+    def key(self) -> str:
+        """Primary key: SHA-256 of source and image_id, so that the same row always replaces itself."""
+        return case_key(self.row)
+
+
+def case_key(row: ManifestRow) -> str:
+    """The deterministic primary key of a row (32 hex digits)."""
+    return hashlib.sha256(f"{row.source or ''}\0{row.image_id}".encode()).hexdigest()[:32]
+
+
+def make_entry(row: ManifestRow, file: bytes) -> Entry:
+    """Types a row's columns and takes its fingerprint: SHA-256 over the file and every column that is stored.
+
+    Raises:
+        InputError: A clinical value that cannot be understood.
+    """
+    known, extra = parse_clinical(row.fields)
+    facts = [row.label, row.patient_id, row.source, row.split, str(row.path.resolve()), sorted(known.items()), sorted(extra.items())]
+    return Entry(row, known, extra, hashlib.sha256(file + repr(facts).encode()).hexdigest())
+
+
+class Store:
+    """An open gallery for one model version. Use as a context manager.
+
+    Args:
+        settings: Where Milvus is.
+        model_version: Which weights the embeddings come from.
+        create: Make the collection if it is not there (ingest), or complain (query).
+
+    Raises:
+        StoreError: Not reachable, locked by another process, not authorised, no gallery, or vectors of another size.
+    """
+
+    def __init__(self, settings: MilvusSettings, model_version: str, *, create: bool = False) -> None:
+        self._settings = settings
+        self.collection = f"cxr_{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
+        self._client: Any = connect(settings)
+        try:
+            with _translated(settings):
+                self._nullable = _has_nullable(self._client)
+                if not self._client.has_collection(self.collection):
+                    if not create:
+                        raise StoreError(
+                            f"no gallery for model version {model_version}",
+                            expected=f"collection {self.collection}",
+                            got=", ".join(sorted(self._client.list_collections())) or "no collections",
+                            next_step="run `cxr ingest` first",
+                        )
+                    self._create()
+                self._check_vectors()
+                self._client.load_collection(self.collection)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection and, for Milvus Lite, releases the file."""
+        _close(self._client, self._settings)
+
+    def count(self) -> int:
+        """Rows in the gallery, counted by the server (Strong consistency)."""
+        with _translated(self._settings):
+            result = self._client.query(self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        return int(result[0]["count(*)"])
+
+    def fingerprints(self, keys: Sequence[str]) -> dict[str, str]:
+        """Key → fingerprint of those that are stored."""
+        found: dict[str, str] = {}
+        with _translated(self._settings):
+            for start in range(0, len(keys), UPSERT_ROWS):
+                part = list(keys[start : start + UPSERT_ROWS])
+                for row in self._client.query(
+                    self.collection,
+                    filter=f"key in {part!r}".replace("'", '"'),
+                    output_fields=["key", "fingerprint"],
+                    consistency_level="Strong",
+                ):
+                    found[row["key"]] = row["fingerprint"]
+        return found
+
+    def upsert(self, entries: Sequence[Entry], embeddings: NDArray[np.float32]) -> None:
+        """Stores entries with their embeddings `[n, 64]`; an entry stored before is replaced whole."""
+        rows = [self._row(entry, vector) for entry, vector in zip(entries, embeddings, strict=True)]
+        with _translated(self._settings):
+            for start in range(0, len(rows), UPSERT_ROWS):
+                self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS])
+
+    def publish(self) -> None:
+        """Points the alias `cxr` at this collection."""
+        with _translated(self._settings):
+            try:
+                self._client.create_alias(self.collection, ALIAS)
+            except MilvusException:
+                self._client.alter_alias(self.collection, ALIAS)
+
+    def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
+        """The `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
+
+        Args:
+            embedding: `[64]`, unit length.
+            where: Milvus boolean expression over the stored fields.
+
+        Raises:
+            UsageError: The expression is malformed or names an unknown field.
+            StoreError: The search failed.
+        """
+        if where:
+            self._check_filter(where)
+        with _translated(self._settings, where):
+            hits = self._client.search(
+                self.collection,
+                data=[embedding.tolist()],
+                anns_field="embedding",
+                limit=top_k,
+                filter=where,
+                output_fields=["*"],
+                search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
+                consistency_level="Strong",
+                timeout=self._settings.timeout_s,
+            )[0]
+        found = [Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits]
+        return sorted(found, key=lambda hit: (-hit.similarity, hit.case.image_id))
+
+    def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
+        """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""
+        rows = [row for batch in self._batches() for row in batch]
+        rows.sort(key=lambda row: str(row["key"]))
+        return [_case(row) for row in rows], np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        with _translated(self._settings):
+            iterator = self._client.query_iterator(
+                self.collection, batch_size=1000, filter='key != ""', output_fields=["*"], consistency_level="Strong"
+            )
+            while batch := iterator.next():
+                yield batch
+            iterator.close()
+
+    def _create(self) -> None:
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
+        schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=EMBEDDING_SIZE)
+        for name, length in _NAMED.items():
+            if name not in _OPTIONAL:
+                schema.add_field(name, DataType.VARCHAR, max_length=length)
+        schema.add_field("extra", DataType.JSON)
+        if self._nullable:  # a server before 2.5 keeps the same names as dynamic fields; the same filters work there
+            for name in sorted(_OPTIONAL):
+                schema.add_field(name, DataType.VARCHAR, max_length=_NAMED[name], nullable=True)
+            for name, kind in CLINICAL_FIELDS.items():
+                length = {"max_length": MAX_TEXT} if kind == "text" else {}
+                schema.add_field(name, _MILVUS_TYPES[kind], nullable=True, **length)
+        index = self._client.prepare_index_params()
+        if self._settings.is_lite:
+            index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
+        else:
+            index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 32, "efConstruction": 256})
+        self._client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong")
+
+    def _check_vectors(self) -> None:
+        fields = {field["name"]: field for field in self._client.describe_collection(self.collection)["fields"]}
+        got = fields.get("embedding", {}).get("params", {}).get("dim")
+        if got is None or int(got) != EMBEDDING_SIZE:
+            raise StoreError(
+                f"collection {self.collection} does not fit this system",
+                expected=f"a field embedding of {EMBEDDING_SIZE} dimensions",
+                got=f"{got} dimensions" if got else f"fields {', '.join(sorted(fields))}",
+                next_step="drop or rename that collection and ingest again",
+            )
+
+    def _check_filter(self, where: str) -> None:
+        """A server with dynamic fields would answer a misspelt name with silence."""
+        known = {"key", "extra", *_NAMED, *CLINICAL_FIELDS} - {"fingerprint"}
+        words = {"and", "or", "not", "in", "like", "true", "false", "null", "is", "exists"}
+        bare = re.sub(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'", "", where)
+        names = re.findall(r"[A-Za-z_]\w*(?!\w|\s*\()", bare)
+        unknown = sorted({name for name in names if name.lower() not in words and name not in known})
+        if unknown:
+            raise UsageError(
+                f"the filter names an unknown field: {', '.join(unknown)}",
+                expected=", ".join(sorted(known)),
+                got=where,
+                next_step='columns of your own are reached as extra["name"]',
+            )
+
+    def _row(self, entry: Entry, vector: NDArray[np.float32]) -> dict[str, Any]:
+        row = entry.row
+        named = {
+            "image_id": row.image_id,
+            "label": row.label,
+            "patient_id": row.patient_id,
+            "source": row.source,
+            "split": row.split,
+            "path": str(row.path.resolve()),
+            "fingerprint": entry.fingerprint,
+        }
+        optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
+        values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional}
+        return values if self._nullable else {name: value for name, value in values.items() if value is not None}
+
+
+def list_collections(settings: MilvusSettings) -> dict[str, str]:
+    """Galleries and their sizes, by collection name.
+
+    Raises:
+        StoreError: As `connect`.
+    """
+    client: Any = connect(settings)
+    try:
+        with _translated(settings):
+            names = sorted(client.list_collections())
+            return {name: f"{client.get_collection_stats(name)['row_count']} rows" for name in names}
+    finally:
+        _close(client, settings)
+
+
+def connect(settings: MilvusSettings) -> MilvusClient:
+    """Opens a client.
+
+    Raises:
+        StoreError: Down, locked, or credentials refused.
+    """
+    if settings.is_lite:
+        _refuse_locked(Path(settings.uri))
+    with _translated(settings):
+        return MilvusClient(
+            settings.uri,
+            user=settings.user,
+            password=settings.password,
+            token=settings.token,
+            db_name=settings.database,
+            timeout=settings.timeout_s,
+        )
+
+
+def _close(client: MilvusClient, settings: MilvusSettings) -> None:
+    client.close()
+    if settings.is_lite:
+        from milvus_lite.server_manager import server_manager_instance
+
+        server_manager_instance.release_server(settings.uri)
+
+
+def _refuse_locked(folder: Path) -> None:
+    """Pymilvus says only "Open local milvus failed"; open the folder once ourselves to learn why."""
+    from milvus_lite.db import MilvusLite
+    from milvus_lite.exceptions import DataDirLockedError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        MilvusLite(str(folder)).close()
+    except DataDirLockedError as error:
+        raise StoreError(
+            f"{folder}: another process has this gallery open",
+            expected="one process at a time for a Milvus Lite file",
+            next_step="stop that process, or share the gallery through `cxr serve`",
+        ) from error
+    except Exception as error:
+        raise StoreError(
+            f"{folder}: not a usable Milvus Lite folder", got=str(error)[:200], next_step="give another path ending in .db"
+        ) from error
+
+
+def _has_nullable(client: MilvusClient) -> bool:
+    version = str(client.get_server_version())
+    if version.startswith("milvus_lite"):
+        return True
+    match = re.match(r"v?(\d+)\.(\d+)", version)
+    return match is not None and (int(match[1]), int(match[2])) >= _NULLABLE_SINCE
+
+
+def _case(row: Mapping[str, Any]) -> Case:
+    facts: dict[str, Value] = {name: row[name] for name in CLINICAL_FIELDS if row.get(name) is not None}
+    facts |= row.get("extra") or {}
+    return Case(
+        row["key"], row["image_id"], row["label"], row.get("patient_id"), row.get("source"), row.get("split"), Path(row["path"]), facts
+    )
+
+
+class _translated:  # noqa: N801 (read as a verb at its uses)
+    """Turns Milvus' exceptions into ours, by what the caller was doing rather than by their text."""
+
+    def __init__(self, settings: MilvusSettings, where: str = "") -> None:
+        self._settings = settings
+        self._where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, MilvusException):
+            return
+        reason = " ".join(str(error.message).split())[:300]
+        if self._where and _is_expression_error(error):
+            raise UsageError(
+                f"the filter {self._where!r} is not understood",
+                expected="a Milvus boolean expression",
+                got=reason,
+                next_step="for example --where 'age > 60 and sex == \"F\"'",
+            ) from error
+        raise StoreError(
+            f"Milvus at {self._settings.uri} cannot do this",
+            got=reason,
+            next_step="check that it runs (`cxr serve` starts one) and your credentials",
+        ) from error
+
+
+def _is_expression_error(error: MilvusException) -> bool:
+    """Milvus Lite: code 6 (illegal argument); server: 1100 (invalid parameter) or 65535 with an expression in the request."""
+    return error.code in (6, 1100, 65535)

@@ -1,0 +1,64 @@
+"""Augmentation, on whole batches and on the training device, from kornia.
+
+Segmentation: the list of section 2.3 (horizontal flip, Gaussian noise, perspective, sharpness, blurring, contrast, gamma,
+brightness, CLAHE, grid distortion, affine, elastic). kornia has no grid distortion; its thin-plate spline, which moves a
+grid of control points, stands in. Embedding: random crop (section 2.4.3); mild rotation and exposure changes are ours,
+because we start without ImageNet weights. No flip there: it would put the heart on the other side.
+"""
+
+from __future__ import annotations
+
+import kornia.augmentation as aug
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+
+class SegmentationAugment(nn.Module):
+    """Distorts radiographs and masks alike, in geometry; radiographs alone in exposure and sharpness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.geometry = nn.Sequential(
+            aug.RandomHorizontalFlip(p=0.5),
+            aug.RandomAffine(degrees=12.0, translate=(0.06, 0.06), scale=(0.8, 1.2), shear=(-4.0, 4.0), p=0.7),
+            aug.RandomPerspective(distortion_scale=0.2, p=0.2),
+            aug.RandomThinPlateSpline(scale=0.08, p=0.15),
+            aug.RandomElasticTransform(kernel_size=(31, 31), sigma=(8.0, 8.0), alpha=(0.6, 0.6), p=0.15),
+        )
+        self.exposure = nn.Sequential(
+            aug.RandomBrightness(brightness=(0.75, 1.25), p=0.5),
+            aug.RandomContrast(contrast=(0.7, 1.3), p=0.5),
+            aug.RandomGamma(gamma=(0.6, 1.6), p=0.4),
+            aug.RandomClahe(p=0.15),
+            aug.RandomSharpness(sharpness=1.0, p=0.15),
+            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 1.5), p=0.15),
+            aug.RandomGaussianNoise(std=0.03, p=0.2),
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, image: UInt8[Tensor, "batch 1 height width"], mask: UInt8[Tensor, "batch 1 height width"]
+    ) -> tuple[Float[Tensor, "batch 1 height width"], Float[Tensor, "batch 1 height width"]]:
+        """Returns pixels in 0…255 and masks in {0, 1}. Both ride through the geometry as two channels of one picture."""
+        moved = self.geometry(torch.cat([image.float() / 255.0, (mask > 127).float()], dim=1))
+        pixels = self.exposure(moved[:, :1].clamp(0.0, 1.0))
+        return pixels.clamp(0.0, 1.0) * 255.0, (moved[:, 1:] > 0.5).float()
+
+
+class EmbeddingAugment(nn.Module):
+    """Random crop back to the full size, slight rotation, exposure."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.pipeline = nn.Sequential(
+            aug.RandomAffine(degrees=8.0, p=0.7),
+            aug.RandomResizedCrop((image_size, image_size), scale=(0.7, 1.0), ratio=(0.9, 1.1), p=1.0),
+            aug.RandomContrast(contrast=(0.7, 1.3), p=0.6),
+            aug.RandomGamma(gamma=(0.6, 1.6), p=0.6),
+        )
+
+    @torch.no_grad()
+    def forward(self, lungs: UInt8[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
+        """Returns pixels in 0…255; what was black outside the lungs stays black."""
+        return self.pipeline(lungs.float() / 255.0).clamp(0.0, 1.0) * 255.0

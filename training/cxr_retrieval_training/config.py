@@ -1,0 +1,101 @@
+"""Training configuration: frozen, checked when made, read from TOML (`configs/` holds the ones that ship)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.errors import UsageError
+from cxr_retrieval_training.segmenter import ARCHITECTURES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIGS = Path(__file__).parent / "configs"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SegmentationStage(_Frozen):
+    """So many passes over the masks at one image size (a multiple of 32; 256 is the size served)."""
+
+    image_size: Annotated[int, Field(ge=64, le=256, multiple_of=32)]
+    epochs: PositiveInt
+
+
+class SegmentationConfig(_Frozen):
+    """`cxr train segmentation`."""
+
+    seed: int = 1
+    members: tuple[str, ...] = tuple(ARCHITECTURES)
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 1e-4
+    stages: tuple[SegmentationStage, ...]
+
+
+class EmbedderStage(_Frozen):
+    """So many iterations at one image size."""
+
+    image_size: Annotated[int, Field(ge=64, le=256, multiple_of=32)]
+    iterations: PositiveInt
+    learning_rate: PositiveFloat
+
+
+class EmbedderConfig(_Frozen):
+    """`cxr train embedder`."""
+
+    seed: int = 1
+    embedding_size: PositiveInt = EMBEDDING_SIZE
+    attention: bool = True
+    images_per_class: PositiveInt = 16
+    warm_up_iterations: Annotated[int, Field(ge=0)] = 0
+    validate_every: PositiveInt = 200
+    loss: Literal["multi_similarity"] = "multi_similarity"
+    alpha: PositiveFloat = 2.0
+    beta: PositiveFloat = 20.0
+    base: float = 0.5
+    miner_epsilon: PositiveFloat = 0.1
+    stages: tuple[EmbedderStage, ...]
+
+
+def config_path(name: str) -> Path:
+    """A shipped config by name, or a file by path."""
+    shipped = CONFIGS / f"{name}.toml"
+    return shipped if shipped.is_file() else Path(name)
+
+
+Config = TypeVar("Config", bound=_Frozen)
+
+
+def load_config(path: Path, kind: type[Config]) -> Config:
+    """Reads one TOML file.
+
+    Raises:
+        UsageError: Unreadable, not TOML, unknown key, or a value out of range.
+    """
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except OSError as error:
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
+        raise UsageError(
+            f"{path}: cannot be read", expected="a TOML file", got=str(error.strerror), next_step=f"shipped configs: {known}"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path.name}: not TOML", got=str(error), next_step="correct that line") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"{path.name}: {where} is wrong", expected=first["msg"], got=str(first["input"])[:80], next_step="correct that value"
+        ) from error
