@@ -88,7 +88,8 @@ def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         values = numpy_helper.to_array(tensor)
         if values.dtype != np.float32 or values.size < _SMALL:
             continue
-        halved = values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            halved = values.astype(np.float16)
         if not np.isfinite(halved).all():
             raise SetupError(
                 f"weight {tensor.name} does not fit fp16", expected="finite values below 65504", next_step="check the training run"

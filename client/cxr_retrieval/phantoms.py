@@ -262,16 +262,16 @@ def _marked(pixels: NDArray[np.uint8], site: str, random: np.random.Generator) -
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     width, height = image.size
-    big, small = ImageFont.load_default(26), ImageFont.load_default(15)
+    big, small = ImageFont.load_default(26), ImageFont.load_default(19)
     stamp = f"SYNTHETIC · {site.upper()}"
     left = width - 14 - draw.textlength(stamp, font=small)
     if site == "north":
         draw.text((width - 46, 18), "L", fill=245, font=big)
-        draw.text((14, height - 28), stamp, fill=235, font=small, stroke_width=2, stroke_fill=30)
+        draw.text((14, height - 32), stamp, fill=235, font=small, stroke_width=1, stroke_fill=40)
     else:
         draw.text((16, 14), "R", fill=235, font=big)
         draw.rectangle((12, 12, 38, 44), outline=235)
-        draw.text((left, height - 28), stamp, fill=235, font=small, stroke_width=2, stroke_fill=30)
+        draw.text((left, height - 32), stamp, fill=235, font=small, stroke_width=1, stroke_fill=40)
     return np.asarray(image)
 
 

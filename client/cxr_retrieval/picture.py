@@ -28,7 +28,7 @@ _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
 _TILE: Final = 256
 _SHOWN_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival", "view", "raw_finding", "location", "date")
-_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "°C"}
+_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "temp. °C"}
 _BRIEF: Final = 7
 """How many of them a table or a caption shows; the page shows all."""
 

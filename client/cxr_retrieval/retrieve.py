@@ -108,14 +108,19 @@ def query(image: Path, triton: TritonClient, store: Store, *, top_k: int = DEFAU
         prediction = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     timings["total"] = sum(timings.values())
     mask = np.asarray(outputs[LUNG_MASK.name][0, 0], np.uint8)
-    warnings = list(radiograph.warnings)
-    share = float(box.crop(mask).astype(np.bool_).mean())
-    if share < MIN_LUNG_SHARE:
-        warnings.append(f"lungs not found reliably: they cover {share:.0%} of the picture; is this a frontal chest radiograph?")
+    warnings = [*radiograph.warnings, *lung_warnings(mask, box)]
     if len(neighbours) < top_k:
         warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
     explanation = Explanation(square, box, mask, np.asarray(outputs[ATTENTION_MAP.name][0, 0], np.float32))
     return QueryResult(image.name, triton.model_version, prediction, tuple(neighbours), timings, tuple(warnings), explanation)
+
+
+def lung_warnings(mask: NDArray[np.uint8], box: Letterbox) -> list[str]:
+    """Says so when hardly any lung was found; the vote then rests on almost nothing."""
+    share = float(box.crop(mask).astype(np.bool_).mean())
+    if share >= MIN_LUNG_SHARE:
+        return []
+    return [f"lungs not found reliably: they cover {share:.0%} of the picture; is this a frontal chest radiograph?"]
 
 
 @contextmanager

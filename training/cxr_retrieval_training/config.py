@@ -45,7 +45,9 @@ class SegmentationConfig(_Frozen):
 
 
 class EmbedderStage(_Frozen):
-    """So many iterations at one image size."""
+    """So many iterations at one image size with one loss."""
+
+    loss: Literal["multi_similarity", "normalized_softmax"] = "multi_similarity"
 
     image_size: Annotated[int, Field(ge=64, le=256, multiple_of=32)]
     iterations: PositiveInt
@@ -61,7 +63,6 @@ class EmbedderConfig(_Frozen):
     images_per_class: PositiveInt = 16
     warm_up_iterations: Annotated[int, Field(ge=0)] = 0
     validate_every: PositiveInt = 200
-    loss: Literal["multi_similarity"] = "multi_similarity"
     alpha: PositiveFloat = 2.0
     beta: PositiveFloat = 20.0
     base: float = 0.5

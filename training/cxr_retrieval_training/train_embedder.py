@@ -1,8 +1,10 @@
 """Trains the attention embedder on lungs alone: `cxr train embedder`.
 
 Sections 2.4.1 and 2.4.3: multi-similarity loss with α = 2, β = 20, λ = 0.5 and hard mining (Wang et al. 2019), batches of 16
-images of each class, Adam. The paper starts from ImageNet weights with learning rate 3e-5; the shipped config starts from
-random weights, hence its larger rate, warm-up, and images that grow in stages.
+images of each class, Adam. The paper starts from ImageNet weights with learning rate 3e-5. From random weights that does
+not get going: all embeddings start out alike (cosine > 0.999), where the gradient of a pair loss vanishes; the loss stayed
+at its collapsed value of 1.60 for 150 iterations. The shipped config therefore begins with a proxy loss (normalised softmax,
+Zhai & Wu 2019), whose gradient does not vanish there, and goes on with the published loss; images grow in stages.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.losses import MultiSimilarityLoss, NormalizedSoftmaxLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor, nn
 
 from cxr_retrieval.contract import LABELS
+from cxr_retrieval.errors import UsageError
 from cxr_retrieval.manifest import Manifest, ManifestRow
 from cxr_retrieval_training.augment import EmbeddingAugment
 from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
@@ -46,7 +49,7 @@ def train_embedder(
         init: Optional torchvision ResNet-50 state dict (for those who have ImageNet weights).
 
     Returns:
-        The checkpoint: {model, optimizer, iteration, seconds, config, data_sha256, segmenter_sha256}.
+        The checkpoint: {model, proxies, optimizer, iteration, seconds, config, data_sha256}.
     """
     rows = {split: manifest.require(split=split, labels=LABELS) for split in ("train", "val")}
     checkpoint = load_checkpoint(segmenter)
@@ -62,18 +65,20 @@ def train_embedder(
     if init is not None:
         load_resnet50(model, init)
     on_device(model, device)
-    optimizer = torch.optim.Adam(model.parameters())
+    proxies = NormalizedSoftmaxLoss(len(LABELS), config.embedding_size, temperature=0.05).to(device)
+    criterion = MultiSimilarityLoss(config.alpha, config.beta, config.base)  # pyright: ignore[reportArgumentType] (ints in its annotations)
+    miner = MultiSimilarityMiner(epsilon=config.miner_epsilon)
+    optimizer = torch.optim.Adam([*model.parameters(), *proxies.parameters()])
     done, seconds = 0, 0.0
     if path.exists():
         state = load_checkpoint(path, expected=identity)
         model.load_state_dict(state["model"])
+        proxies.load_state_dict(state["proxies"])
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["iteration"], state["seconds"]
 
     plan = [stage for stage in config.stages for _ in range(stage.iterations)]
     augment = {stage.image_size: EmbeddingAugment(stage.image_size).to(device) for stage in config.stages}
-    criterion = MultiSimilarityLoss(config.alpha, config.beta, config.base)  # pyright: ignore[reportArgumentType] (ints in its annotations)
-    miner = MultiSimilarityMiner(epsilon=config.miner_epsilon)
     with progress_bar() as bar:
         task = bar.add_task("embedder", total=len(plan), completed=done)
         for iteration in range(done, len(plan)):
@@ -88,7 +93,10 @@ def train_embedder(
             model.train()
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 embedding, _, _ = model(pixels.to(memory_format=torch.channels_last))
-            loss = criterion(embedding, target, miner(embedding, target))
+            if stage.loss == "multi_similarity":
+                loss = criterion(embedding, target, miner(embedding, target))
+            else:
+                loss = proxies(embedding, target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -97,7 +105,9 @@ def train_embedder(
             finished = iteration + 1
             record: dict[str, float] = {"iteration": finished, "image_size": stage.image_size, "loss": loss.item(), "seconds": seconds}
             if finished % config.validate_every == 0 or finished == len(plan):
-                record["val_recall_at_1"] = leave_one_out_recall(embed_all(model, lungs["val"], device), labels["val"], rows["val"])
+                record["val_recall_at_1"] = leave_one_out_recall(
+                    embed_all(model, lungs["val"], stage.image_size, device), labels["val"], rows["val"]
+                )
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             if finished % SAVE_EVERY == 0 or finished == len(plan):
@@ -105,6 +115,7 @@ def train_embedder(
                     path,
                     {
                         "model": model.state_dict(),
+                        "proxies": proxies.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "iteration": finished,
                         "seconds": seconds,
@@ -125,7 +136,7 @@ def load_resnet50(model: Embedder, weights: Path) -> None:
     """Copies a torchvision ResNet-50 state dict into f1, f2 and layer4; the attention module and head stay random.
 
     Raises:
-        InputError: Not such a state dict.
+        UsageError: Not such a state dict.
     """
     source = load_checkpoint(weights)
     stages = {
@@ -138,7 +149,15 @@ def load_resnet50(model: Embedder, weights: Path) -> None:
     }
     for name, module in stages.items():
         part = {key[len(name) + 1 :]: value for key, value in source.items() if key.startswith(f"{name}.")}
-        module.load_state_dict(part)
+        try:
+            module.load_state_dict(part)
+        except RuntimeError as error:
+            raise UsageError(
+                f"{weights}: not a torchvision ResNet-50",
+                expected=f"the tensors of {name}",
+                got=f"{len(part)} of them",
+                next_step="give the state dict of torchvision.models.resnet50",
+            ) from error
 
 
 @torch.inference_mode()
@@ -161,16 +180,16 @@ def cached_lungs(masker: LungSegmenter, rows: Sequence[ManifestRow], path: Path,
                 lungs.flush()
                 counter.write_text(str(start + len(batch)))
                 bar.update(task, advance=len(batch))
-    return np.asarray(lungs)
+    return lungs
 
 
 @torch.inference_mode()
-def embed_all(model: nn.Module, lungs: Images, device: torch.device, batch_size: int = 32) -> NDArray[np.float32]:
-    """Embeddings `[n, d]` in evaluation mode."""
+def embed_all(model: nn.Module, lungs: Images, image_size: int, device: torch.device, batch_size: int = 32) -> NDArray[np.float32]:
+    """Embeddings `[n, d]` in evaluation mode, at the size now trained on."""
     model.eval()
     parts: list[Tensor] = []
     for start in range(0, len(lungs), batch_size):
-        batch = torch.from_numpy(lungs[start : start + batch_size]).to(device)
+        batch = resized(lungs[start : start + batch_size], image_size, device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             parts.append(model(batch)[0].cpu())
     return torch.cat(parts).numpy()

@@ -102,6 +102,11 @@ def _train_member(
                 schedule.step()
             seconds += time.monotonic() - started
             dice = float(np.mean(member_dice(member, val, device)))
+            with (out / "log.jsonl").open("a") as log:
+                log.write(
+                    json.dumps({"member": name, "epoch": epoch + 1, "image_size": sizes[epoch], "val_dice": dice, "seconds": seconds})
+                    + "\n"
+                )
             save_checkpoint(
                 path,
                 {
@@ -114,11 +119,6 @@ def _train_member(
                     **identity,
                 },
             )
-            with (out / "log.jsonl").open("a") as log:
-                log.write(
-                    json.dumps({"member": name, "epoch": epoch + 1, "image_size": sizes[epoch], "val_dice": dice, "seconds": seconds})
-                    + "\n"
-                )
             bar.update(task, advance=1, description=f"{name} Dice {dice:.3f}")
     return load_checkpoint(path)
 
@@ -139,7 +139,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 def resized(pixels: Images, image_size: int, device: torch.device) -> Tensor:
     """uint8 `[n, 1, 256, 256]` to the device at another size, anti-aliased."""
-    batch = torch.from_numpy(pixels).to(device)
+    batch = torch.from_numpy(np.array(pixels)).to(device)
     if batch.shape[-1] == image_size:
         return batch
     return functional.interpolate(batch.float(), size=(image_size, image_size), mode="bilinear", antialias=True).round().to(torch.uint8)

@@ -41,18 +41,19 @@ def serve(
     console = talk()
     models = repository or default_repository()
     settings = ServerOptions(models, precision, host, grpc_port, http_port, metrics_port, threads, ready_timeout)
-    with ExitStack() as stack:
-        console.print(f"loading  model version {model_version(models)}, {precision.value}")
-        triton = stack.enter_context(embedded_triton(settings))  # first: it forks, and Milvus Lite brings threads
-        console.print(f"triton   grpc {triton.grpc}   http {triton.http}   metrics {triton.metrics}/metrics", soft_wrap=True)
-        if not no_store:
-            milvus = stack.enter_context(embedded_milvus(store.expanduser(), host, milvus_port))
-            console.print(f"milvus   {milvus}   gallery {store}", soft_wrap=True)
-        console.print("[bold green]ready[/bold green]    stop with Ctrl-C")
-        try:
+    try:
+        with ExitStack() as stack:
+            console.print(f"loading  model version {model_version(models)}, {precision.value}")
+            triton = stack.enter_context(embedded_triton(settings))  # first: it forks, and Milvus Lite brings threads
+            console.print(f"triton   grpc {triton.grpc}   http {triton.http}   metrics {triton.metrics}/metrics", soft_wrap=True)
+            if not no_store:
+                milvus = stack.enter_context(embedded_milvus(store.expanduser(), host, milvus_port))
+                console.print(f"milvus   {milvus}   gallery {store}", soft_wrap=True)
+            console.print("[bold green]ready[/bold green]    stop with Ctrl-C")
             while triton.process.poll() is None:
                 time.sleep(0.5)
-        except KeyboardInterrupt:
-            console.print("stopping")
-            return
-        raise SetupError("Triton ended by itself", next_step="start it again; if this repeats, look for memory pressure in the system log")
+            raise SetupError(
+                "Triton ended by itself", next_step="start it again; if this repeats, look for memory pressure in the system log"
+            )
+    except KeyboardInterrupt:
+        console.print("stopped")

@@ -1,0 +1,174 @@
+"""Export of freshly initialised networks: PyTorch, ONNX Runtime, OpenVINO and Triton must agree; the gates must be able to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from rich.console import Console
+from torch import nn
+
+from cxr_retrieval.contract import EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
+from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.serving.repository import model_version
+from cxr_retrieval.serving.server import ServerOptions, embedded_triton
+from cxr_retrieval.settings import TritonSettings
+from cxr_retrieval.triton import TritonClient
+from cxr_retrieval_build.onnx_export import announce_version, load_networks, store_weights_as_fp16
+from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
+from cxr_retrieval_build.release import release
+from cxr_retrieval_training.checkpoints import save_checkpoint
+from cxr_retrieval_training.embedder import Embedder
+from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Random weights of all networks, batch-norm statistics taken from noise so that activations have a sane range."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(4)
+    segmenter, embedder = LungSegmenter(), Embedder()
+    noise = torch.randint(0, 256, (4, 1, 128, 128), dtype=torch.uint8)
+    for network in (segmenter, embedder):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.9
+        network.train()
+        with torch.no_grad():
+            network(noise)
+    save_checkpoint(folder / "segmenter.pt", {"model": segmenter.state_dict(), "config": {"members": list(ARCHITECTURES)}})
+    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "config": {"embedding_size": 64, "attention": True}})
+    return folder / "segmenter.pt", folder / "embedder.pt"
+
+
+@pytest.fixture(scope="session")
+def released(checkpoints: tuple[Path, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with these weights, written by the release step."""
+    target = tmp_path_factory.mktemp("released") / "repository"
+    shutil.copytree(repository, target, ignore=shutil.ignore_patterns("*.onnx"))
+    release(*checkpoints, target, Console(stderr=True))
+    return target
+
+
+def test_report_holds_every_output_in_both_runtimes(released: Path) -> None:
+    report = json.loads((released / "parity.json").read_text())
+    measured = {(row["model"], row["output"], row["runtime"]) for row in report["parity"]}
+    expected = {(leaf.name, spec.name, runtime) for leaf in LEAVES for spec in leaf.outputs for runtime in ("ONNX Runtime", "OpenVINO")}
+    assert measured == expected
+    assert all(row["passed"] for row in report["parity"])
+    assert report["model_version"] == model_version(released)
+
+
+def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Path) -> None:
+    for leaf in LEAVES:
+        graph = onnx.load(released / leaf.name / "1" / "model.onnx").graph
+        assert [value.name for value in graph.input] == [spec.name for spec in leaf.inputs]
+        assert [value.name for value in graph.output] == [spec.name for spec in leaf.outputs]
+        assert all(value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output))
+        large = [tensor for tensor in graph.initializer if numpy_helper.to_array(tensor).size >= 256]
+        assert all(tensor.data_type != onnx.TensorProto.FLOAT for tensor in large)
+
+
+def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path]) -> None:
+    """The whole chain: PyTorch originals against the ensemble in Triton."""
+    images = parity_inputs(per_class=1)
+    networks = load_networks(*checkpoints).modules
+    with torch.inference_mode():
+        mask, lungs = networks["lung_segmentation"](torch.from_numpy(images))
+        embedding, features, attention = networks["embedder"](lungs)
+        attention_map, _ = networks["attention_map"](attention, mask)
+    with (
+        embedded_triton(ServerOptions(released, grpc_port=0, http_port=0, metrics_port=0)) as server,
+        TritonClient(TritonSettings(server.grpc)) as client,
+    ):
+        assert client.model_version == model_version(released)
+        served = client.infer(images)
+    # Each step alone agrees far closer (see the parity report); here a pixel at the threshold of an untrained segmenter may
+    # fall on the other side, and the embedder then sees another picture.
+    assert cosine(served["EMBEDDING"], embedding.numpy()) > 0.99
+    assert cosine(served["FEATURES"], features.numpy()) > 0.99
+    assert (served["LUNG_MASK"] != mask.numpy()).mean() < 5e-3
+    same = (served["LUNG_MASK"] == mask.numpy()).astype(float)
+    assert np.abs((served["ATTENTION_MAP"] - attention_map.numpy()) * same).max() < 0.05
+
+
+def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
+    """The least cosine over the batch."""
+    x, y = a.astype(float), b.astype(float)
+    return float(((x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min())
+
+
+def test_other_weights_fail_the_gate_and_change_nothing(
+    released: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the export computed something else than the network it came from."""
+    import cxr_retrieval_build.release as module
+
+    target = tmp_path / "repository"
+    shutil.copytree(released, target)
+    before = (target / "embedder" / "1" / "model.onnx").read_bytes()
+    networks = load_networks(*checkpoints)
+    networks.modules["embedder"] = Embedder().eval()
+
+    def copied(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
+        path.parent.mkdir(parents=True)
+        shutil.copy(released / leaf.name / "1" / "model.onnx", path)
+
+    monkeypatch.setattr(module, "load_networks", lambda *paths: networks)
+    monkeypatch.setattr(module, "export", copied)
+    with pytest.raises(SetupError, match=r"the export differs from PyTorch.*embedder\.EMBEDDING"):
+        release(*checkpoints, target, Console(stderr=True))
+    assert (target / "embedder" / "1" / "model.onnx").read_bytes() == before
+    assert model_version(target) == model_version(released)
+    assert not list(target.glob(".export-*"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_finite_never_passes(bad: float) -> None:
+    good = np.ones((2, 64), np.float32)
+    broken = good.copy()
+    broken[1, 3] = bad
+    result = measure("embedder", EMBEDDING.name, "OpenVINO", good, broken)
+    assert not result.passed
+    with pytest.raises(SetupError, match="differs from PyTorch"):
+        require_parity([result])
+
+
+def test_tolerances_bind_on_maximum_and_cosine() -> None:
+    good = np.eye(2, 64, dtype=np.float32)
+    assert measure("m", EMBEDDING.name, "r", good, good).passed
+    assert not measure("m", EMBEDDING.name, "r", good, good + 0.02).passed
+    mask = np.zeros((1, 1, 16, 16), np.uint8)
+    mask[..., :8] = 255
+    assert not measure("m", LUNG_MASK.name, "r", mask, np.roll(mask, 1, axis=-1)).passed
+    assert measure("m", LUNG_MASK.name, "r", mask * 0, mask * 0).passed, "both empty is equal"
+    assert set(TOLERANCES) == {spec.name for leaf in LEAVES for spec in leaf.outputs}
+
+
+def test_weights_that_fp16_cannot_hold_are_refused() -> None:
+    tensor = numpy_helper.from_array(np.full(512, 1e6, np.float32), "huge")
+    graph = onnx.helper.make_graph([], "g", [], [], [tensor])
+    with pytest.raises(SetupError, match="weight huge does not fit fp16"):
+        store_weights_as_fp16(onnx.helper.make_model(graph))
+
+
+def test_version_line_must_be_there(tmp_path: Path, repository: Path) -> None:
+    shutil.copytree(repository, tmp_path / "r", ignore=shutil.ignore_patterns("*.onnx"))
+    config = tmp_path / "r" / "cxr_retrieval" / "config.pbtxt"
+    announce_version(tmp_path / "r", "0123456789ab")
+    assert model_version(tmp_path / "r") == "0123456789ab"
+    config.write_text(config.read_text().replace('model_version"', 'other"'))
+    with pytest.raises(SetupError, match="no single model_version"):
+        announce_version(tmp_path / "r", "x")
+
+
+def test_absent_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint"):
+        load_networks(tmp_path / "s.pt", tmp_path / "e.pt")

@@ -1,0 +1,337 @@
+"""Readers against tiny reference images with known pixel values, the letterbox, and every kind of unusable file."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from cxr_retrieval.errors import ImageError
+from cxr_retrieval.image import MAX_PIXELS, letterbox, read_radiograph
+
+SIDE = 64
+
+
+def ramp(top: int, dtype: str = "uint16") -> NDArray[np.generic]:
+    """A 64×67 picture (unequal, so that swapped axes fail) rising from 0 to `top` along its columns."""
+    return np.tile(np.round(np.linspace(0, top, 67)), (SIDE, 1)).astype(dtype)
+
+
+EXPECTED = np.round(np.linspace(0, 255, 67)).astype(int)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def dicom(stored: NDArray[np.generic], change: Callable[[pydicom.Dataset], None] | None = None, bits: int = 12) -> pydicom.Dataset:
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3.4"
+    dataset.PatientName, dataset.Modality, dataset.ViewPosition = "SYNTHETIC^TEST", "DX", "PA"
+    dataset.Rows, dataset.Columns = stored.shape[:2]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8 * stored.dtype.itemsize, bits, bits - 1
+    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    dataset.PixelData = stored.tobytes()
+    if change:
+        change(dataset)
+    return dataset
+
+
+def written(dataset: pydicom.Dataset) -> bytes:
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def compressed(syntax: str, stored: NDArray[np.generic], bits: int) -> bytes:
+    dataset = dicom(stored, bits=bits)
+    dataset.compress(syntax, generate_instance_uid=False)
+    return written(dataset)
+
+
+def jpeg_baseline() -> bytes:
+    grey = ramp(255, "uint8")
+    dataset = dicom(grey, bits=8)
+    dataset.PixelData = encapsulate([encoded(Image.fromarray(grey), "JPEG", quality=100)])
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    return written(dataset)
+
+
+def window(center: float, width: float) -> Callable[[pydicom.Dataset], None]:
+    def change(dataset: pydicom.Dataset) -> None:
+        dataset.WindowCenter, dataset.WindowWidth = center, width
+
+    return change
+
+
+def rescaled(dataset: pydicom.Dataset) -> None:
+    """Stored −1024…1023 becomes 0…2047 by the Modality LUT; the window is in those units."""
+    dataset.RescaleSlope, dataset.RescaleIntercept = 1, 1024
+    dataset.WindowCenter, dataset.WindowWidth = 1024, 2048
+
+
+def monochrome1(dataset: pydicom.Dataset) -> None:
+    dataset.PhotometricInterpretation = "MONOCHROME1"
+
+
+def voi_lut(dataset: pydicom.Dataset) -> None:
+    """A table that inverts: 0 → 255, 255 → 0."""
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [256, 0, 8]
+    item.LUTData = np.arange(255, -1, -1, dtype="uint16").tobytes()
+    item["LUTData"].VR = "OW"
+    dataset.VOILUTSequence = DicomSequence([item])
+
+
+def padded(dataset: pydicom.Dataset) -> None:
+    dataset.PixelPaddingValue = 4095
+
+
+def with_padding() -> bytes:
+    stored = ramp(1000)
+    stored[:8] = 4095
+    return written(dicom(stored, padded))
+
+
+REFERENCE: dict[str, tuple[Callable[[], bytes], NDArray[np.int_], int]] = {
+    # name: (file, expected value of each column in the last row, tolerance)
+    "PNG 8-bit grey": (lambda: encoded(Image.fromarray(ramp(255, "uint8")), "PNG"), EXPECTED, 0),
+    "PNG 16-bit grey": (lambda: encoded(Image.fromarray(ramp(65535)), "PNG"), EXPECTED, 1),
+    "PNG 16-bit holding 12": (lambda: encoded(Image.fromarray(ramp(4095)), "PNG"), EXPECTED, 1),
+    "PNG RGB": (lambda: encoded(Image.fromarray(ramp(255, "uint8")).convert("RGB"), "PNG"), EXPECTED, 1),
+    "PNG transparent is black": (
+        lambda: encoded(Image.merge("LA", [Image.fromarray(ramp(255, "uint8"))] * 2), "PNG"),
+        (EXPECTED**2) // 255,
+        2,
+    ),
+    "JPEG": (lambda: encoded(Image.fromarray(ramp(255, "uint8")), "JPEG", quality=100), EXPECTED, 3),
+    "TIFF 8-bit": (lambda: encoded(Image.fromarray(ramp(255, "uint8")), "TIFF"), EXPECTED, 0),
+    "TIFF 16-bit LZW": (lambda: encoded(Image.fromarray(ramp(65535)), "TIFF", compression="tiff_lzw"), EXPECTED, 1),
+    "TIFF RGB": (lambda: encoded(Image.fromarray(ramp(255, "uint8")).convert("RGB"), "TIFF"), EXPECTED, 1),
+    "DICOM no window": (lambda: written(dicom(ramp(3000))), EXPECTED, 1),
+    "DICOM window": (lambda: written(dicom(ramp(4095), window(2048, 4096))), EXPECTED, 1),
+    "DICOM narrow window clips": (
+        lambda: written(dicom(ramp(4095), window(1024, 2048))),
+        np.clip(np.round(np.linspace(0, 4095, 67) / 2047 * 255), 0, 255).astype(int),
+        1,
+    ),
+    "DICOM signed, Modality LUT before window": (
+        lambda: written(dicom(np.subtract(ramp(2047, "int16"), 1024).astype("int16"), rescaled)),
+        EXPECTED,
+        1,
+    ),
+    "DICOM MONOCHROME1": (lambda: written(dicom(ramp(4095), monochrome1)), 255 - EXPECTED, 1),
+    "DICOM VOI LUT": (lambda: written(dicom(ramp(255, "uint8"), voi_lut, bits=8)), 255 - EXPECTED, 1),
+    "DICOM padding left out": (with_padding, EXPECTED, 1),
+    "DICOM RLE": (lambda: compressed(RLELossless, ramp(4095), 12), EXPECTED, 1),
+    "DICOM JPEG 2000": (lambda: compressed(JPEG2000Lossless, ramp(4095), 12), EXPECTED, 1),
+    "DICOM JPEG Baseline": (jpeg_baseline, EXPECTED, 3),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_image(name: str) -> None:
+    make, expected, tolerance = REFERENCE[name]
+    pixels = read_radiograph(make()).pixels
+    assert pixels.shape == (SIDE, 67)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels[-1].astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEGLosslessSV1, JPEG2000, JPEGBaseline8Bit, RLELossless])
+def test_a_decoder_for_every_common_transfer_syntax_is_installed(syntax: UID) -> None:
+    assert get_decoder(syntax).is_available
+
+
+def test_dicom_without_preamble_is_read() -> None:
+    dataset = dicom(ramp(4095))
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=True, little_endian=True)
+    data = buffer.getvalue()
+    assert data[128:132] != b"DICM"
+    assert read_radiograph(data).format == "DICOM"
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to view
+    pixels = read_radiograph(encoded(Image.fromarray(ramp(255, "uint8")), "JPEG", quality=100, exif=exif)).pixels
+    assert pixels.shape == (67, SIDE)
+    assert pixels[0].mean() < pixels[-1].mean()
+
+
+def test_body_part_other_than_chest_is_a_warning() -> None:
+    dataset = dicom(ramp(4095), lambda d: setattr(d, "BodyPartExamined", "HAND"))
+    assert "HAND" in read_radiograph(written(dataset)).warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------- unusable files
+
+
+def bomb() -> bytes:
+    """A PNG of 40,000×40,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def large() -> bytes:
+    """Above our limit, below Pillow's own."""
+    return encoded(Image.new("1", (10_001, 10_001)), "PNG")
+
+
+def multi_frame(dataset: pydicom.Dataset) -> None:
+    dataset.NumberOfFrames = 2
+    dataset.PixelData = dataset.PixelData * 2
+
+
+def truncated_dicom() -> bytes:
+    return written(dicom(ramp(4095)))[:-3000]
+
+
+def tag(name: str, value: object) -> Callable[[], bytes]:
+    return lambda: written(dicom(ramp(4095), lambda dataset: setattr(dataset, name, value)))
+
+
+def not_finite() -> bytes:
+    values = ramp(100, "float32")
+    values[3, 3] = np.nan
+    return encoded(Image.fromarray(values), "TIFF")
+
+
+def without_pixels() -> bytes:
+    dataset = dicom(ramp(4095))
+    del dataset.PixelData
+    return written(dataset)
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "empty"),
+    "text": (lambda: b"hello, this is no image at all", "not an image"),
+    "PDF": (lambda: b"%PDF-1.7 ...", "a PDF"),
+    "truncated PNG": (lambda: encoded(Image.fromarray(ramp(255, "uint8")), "PNG")[:-60], "damaged"),
+    "truncated JPEG": (
+        lambda: encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), "uint8")), "JPEG")[:-900],
+        "damaged",
+    ),
+    "1×1": (lambda: encoded(Image.new("L", (1, 1), 7), "PNG"), "too small"),
+    "too narrow": (lambda: encoded(Image.fromarray(np.tile(ramp(255, "uint8"), (6, 1))), "PNG"), "too narrow"),
+    "decompression bomb": (bomb, "too large"),
+    "larger than any detector": (large, "too large"),
+    "all black": (lambda: encoded(Image.new("L", (99, 99), 0), "PNG"), "blank"),
+    "all black, 16-bit": (lambda: encoded(Image.fromarray(np.zeros((99, 99), "uint16")), "PNG"), "blank"),
+    "NaN": (not_finite, "NaN"),
+    "two pages": (lambda: encoded(Image.new("L", (99, 99)), "TIFF", save_all=True, append_images=[Image.new("L", (99, 99))]), "pages"),
+    "DICOM without pixels": (without_pixels, "no pixels"),
+    "DICOM multi-frame": (lambda: written(dicom(ramp(4095), multi_frame)), "multi-frame"),
+    "DICOM truncated": (truncated_dicom, "cannot be decoded"),
+    "DICOM CT": (tag("Modality", "CT"), "not a projection"),
+    "DICOM lateral": (tag("ViewPosition", "LL"), "frontal"),
+    "DICOM huge": (tag("Rows", 65_000), ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_unusable_file_is_named_with_reason(name: str) -> None:
+    make, words = BAD[name]
+    with pytest.raises(ImageError) as caught:
+        read_radiograph(make(), "film.xyz")
+    message = str(caught.value)
+    assert message.startswith("film.xyz")
+    assert words in message
+    assert caught.value.exit_code == 1
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"gone\.png: cannot be read"):
+        read_radiograph(tmp_path / "gone.png")
+
+
+@given(st.binary(max_size=600))
+def test_any_bytes_give_an_image_or_an_image_error(data: bytes) -> None:
+    try:
+        read_radiograph(data)
+    except ImageError:
+        pass
+
+
+@given(st.binary(max_size=300))
+def test_damaged_dicom_headers_give_an_image_error(tail: bytes) -> None:
+    with pytest.raises(ImageError):
+        read_radiograph(b"\0" * 128 + b"DICM" + tail)
+
+
+# ------------------------------------------------------------------------------------------------------ letterbox
+
+
+@given(st.integers(1, 700), st.integers(1, 700))
+def test_letterbox_keeps_aspect_and_centres(height: int, width: int) -> None:
+    square, box = letterbox(np.full((height, width), 200, np.uint8))
+    assert square.shape == (256, 256)
+    assert max(box.width, box.height) == 256
+    assert abs(box.width - width * box.scale) <= 0.5 + 1e-9 or box.width == 1
+    assert abs(box.height - height * box.scale) <= 0.5 + 1e-9 or box.height == 1
+    assert abs((256 - box.width) - 2 * box.left) <= 1
+    assert abs((256 - box.height) - 2 * box.top) <= 1
+
+
+@given(st.integers(64, 400), st.integers(64, 400))
+def test_letterbox_round_trip(height: int, width: int) -> None:
+    """What the box cuts out is the picture and nothing else; outside it the square is black."""
+    square, box = letterbox(np.full((height, width), 200, np.uint8))
+    assert (box.crop(square) == 200).all()
+    assert square.astype(int).sum() == 200 * box.width * box.height
+
+
+def test_letterbox_is_the_identity_on_its_own_size() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8)
+    square, box = letterbox(pixels)
+    assert (square == pixels).all()
+    assert (box.left, box.top, box.scale) == (0, 0, 1.0)
+
+
+def test_letterbox_averages_when_it_shrinks() -> None:
+    """A fine chessboard becomes grey, not a moiré of black and white."""
+    board = (np.indices((1024, 1024)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    square, _ = letterbox(board)
+    assert square[8:-8, 8:-8].min() >= 120
+    assert square[8:-8, 8:-8].max() <= 135
+
+
+def test_limit_allows_every_detector_in_use() -> None:
+    assert MAX_PIXELS > 5_000 * 6_000

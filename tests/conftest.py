@@ -1,0 +1,66 @@
+"""Fixtures that several test folders share. The server fixtures start the real Triton once per session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+
+from cxr_retrieval.image import letterbox
+from cxr_retrieval.locations import default_repository
+from cxr_retrieval.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
+from cxr_retrieval.settings import TritonSettings
+from cxr_retrieval.triton import TritonClient
+
+settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("cxr")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return default_repository()
+
+
+@pytest.fixture(scope="session")
+def phantoms() -> list[Phantom]:
+    """Three of each label."""
+    return [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in (11, 12, 13)]
+
+
+@pytest.fixture(scope="session")
+def squares(phantoms: list[Phantom]) -> NDArray[np.uint8]:
+    return np.stack([letterbox(phantom.pixels)[0] for phantom in phantoms])[:, None]
+
+
+@pytest.fixture(scope="session")
+def phantom_manifest(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("gallery"), phantoms)
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[Endpoints]:
+    """The shipped ensemble in a real Triton."""
+    with embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
+        yield endpoints
+
+
+@pytest.fixture(scope="session")
+def triton(server: Endpoints) -> Iterator[TritonClient]:
+    with TritonClient(TritonSettings(server.grpc)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = Path(os.environ.get("CXR_REAL_DATA", ROOT.parent / "shared" / "data" / "cxr-public"))
+    if not (folder / "manifest.csv").is_file():
+        pytest.skip("the public radiographs are not here (set CXR_REAL_DATA)")
+    return folder

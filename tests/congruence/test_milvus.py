@@ -1,0 +1,235 @@
+"""The same store code against Milvus Lite and a real Milvus server: what must be equal is, what differs is written down."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pymilvus import MilvusClient
+
+from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.errors import StoreError, UsageError
+from cxr_retrieval.manifest import Manifest, read_manifest
+from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.store import ALIAS, Entry, Store, list_collections, make_entry
+
+pytestmark = pytest.mark.server
+
+CSV = """image_id,path,label,patient_id,source,split,age,sex,went_icu,spo2,clinical_notes,crp,ward
+a,a.png,covid19,p1,north,train,61,F,Y,88,first,12.5,B2
+b,b.png,control,p2,north,train,33,M,N,98,,1,
+c,c.png,non_covid_pneumonia,p3,south,train,,F,,,"quoted ""word"" and 'mark'",,A1
+d,d.png,covid19,,,val,75.5,,Y,,,,
+e,e.png,covid19,p5,south,val,50,F,N,91,ünïcödé,,
+"""
+
+
+@pytest.fixture(scope="module")
+def milvus_server() -> Iterator[str]:
+    """A real Milvus 2.3.5 standalone (older than nullable fields)."""
+    from milvus import MilvusServer
+
+    folder = tempfile.mkdtemp(prefix="cxr-milvus-")
+    server = MilvusServer()
+    server.set_base_dir(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server.listen_port = probe.getsockname()[1]
+    server.start()
+    yield f"http://127.0.0.1:{server.listen_port}"
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["lite", "server"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> MilvusSettings:
+    return MilvusSettings(str(tmp_path / "gallery.db") if request.param == "lite" else request.getfixturevalue("milvus_server"))
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    path = tmp_path / "manifest.csv"
+    path.write_text(CSV, "utf-8")
+    return read_manifest(path)
+
+
+@pytest.fixture
+def entries(manifest: Manifest) -> list[Entry]:
+    return [make_entry(row, row.image_id.encode()) for row in manifest.rows]
+
+
+def vectors(n: int, seed: int = 0) -> NDArray[np.float32]:
+    values = np.random.default_rng(seed).normal(size=(n, EMBEDDING_SIZE))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def store(settings: MilvusSettings, entries: list[Entry], request: pytest.FixtureRequest) -> Iterator[Store]:
+    """Five cases under a model version of this test's own."""
+    with Store(settings, f"v_{abs(hash(request.node.nodeid)):x}", create=True) as opened:
+        opened.upsert(entries, vectors(len(entries)))
+        yield opened
+
+
+def test_search_orders_by_cosine_and_returns_the_facts(store: Store) -> None:
+    stored = vectors(5)
+    found = store.search(stored[0], 5)
+    assert [hit.case.image_id for hit in found] == [list("abcde")[i] for i in np.argsort(-(stored @ stored[0]))]
+    assert [hit.similarity for hit in found] == pytest.approx(sorted(stored @ stored[0], reverse=True), abs=1e-5)
+    case = found[0].case
+    assert (case.label, case.patient_id, case.source, case.split) == ("covid19", "p1", "north", "train")
+    assert case.metadata == {"age": 61.0, "sex": "F", "went_icu": True, "spo2": 88.0, "clinical_notes": "first", "crp": 12.5, "ward": "B2"}
+
+
+def test_unknown_facts_stay_unknown(store: Store) -> None:
+    cases = {hit.case.image_id: hit.case for hit in store.search(vectors(5)[0], 5)}
+    assert cases["d"].patient_id is None
+    assert cases["d"].metadata == {"age": 75.5, "went_icu": True}
+    assert cases["c"].metadata["clinical_notes"] == "quoted \"word\" and 'mark'"
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("age > 55", "ad"),
+        ("went_icu == true", "ad"),
+        ('sex == "F" and label == "covid19"', "ae"),
+        ('source in ["south"]', "ce"),
+        ('extra["crp"] > 2', "a"),
+        ('label like "non%"', "c"),
+        ('not (label == "covid19")', "bc"),
+    ],
+)
+def test_filters(store: Store, where: str, expected: str) -> None:
+    assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, where)) == list(expected)
+
+
+def test_known_difference_a_server_without_nullable_fields_lets_unknown_values_through_inequality(
+    store: Store, settings: MilvusSettings
+) -> None:
+    """`sex != "F"`: SQL's null on Milvus Lite and servers from 2.5; absent dynamic fields match on 2.3.5."""
+    found = sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, 'sex != "F"'))
+    assert found == (["b"] if settings.is_lite else ["b", "d"])
+
+
+@pytest.mark.parametrize("where", ["age >", "agee > 5", 'patient == "p1"', "((age > 5)"])
+def test_bad_filters_are_the_users_error(store: Store, where: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        store.search(vectors(1)[0], 3, where)
+    assert where in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_upsert_replaces_the_whole_row(store: Store, entries: list[Entry], manifest: Manifest) -> None:
+    """Facts that the new row omits are gone, typed and own columns alike."""
+    row = manifest.rows[0]
+    bare = make_entry(type(row)(row.folder, row.image_id, row.path, "control", row.patient_id, row.source, row.split, {}), b"new")
+    assert bare.key == entries[0].key
+    store.upsert([bare], vectors(5)[:1])
+    assert store.count() == 5
+    case = store.search(vectors(5)[0], 1)[0].case
+    assert (case.label, dict(case.metadata)) == ("control", {})
+
+
+def test_fingerprints_and_count_see_fresh_rows(store: Store, entries: list[Entry]) -> None:
+    keys = [entry.key for entry in entries]
+    assert store.fingerprints([*keys, "0" * 32]) == {entry.key: entry.fingerprint for entry in entries}
+    assert store.fingerprints([]) == {}
+    assert store.count() == 5
+
+
+def test_vectors_come_back_as_stored(store: Store, entries: list[Entry]) -> None:
+    cases, stored = store.vectors()
+    order = np.argsort([entry.key for entry in entries])
+    assert [case.key for case in cases] == [entries[i].key for i in order]
+    assert np.allclose(stored, vectors(5)[order], atol=1e-6)
+
+
+def test_many_rows_cross_the_write_and_read_batches(settings: MilvusSettings, tmp_path: Path) -> None:
+    lines = "".join(f"i{n},i{n}.png,control\n" for n in range(1203))
+    path = tmp_path / "many.csv"
+    path.write_text("image_id,path,label\n" + lines)
+    many = [make_entry(row, b"") for row in read_manifest(path).rows]
+    stored = vectors(len(many), 3)
+    with Store(settings, "many_rows", create=True) as store:
+        store.upsert(many, stored)
+        store.upsert(many[:7], stored[:7])
+        assert store.count() == 1203
+        assert len(store.vectors()[0]) == 1203
+        query = vectors(1, 9)[0]
+        exact = {f"i{n}" for n in np.argsort(-(stored @ query))[:10]}
+        assert {hit.case.image_id for hit in store.search(query, 10)} == exact
+
+
+def test_alias_follows_the_newest_ingest(settings: MilvusSettings, entries: list[Entry]) -> None:
+    for version in ("alias_one", "alias_two"):
+        with Store(settings, version, create=True) as store:
+            store.upsert(entries, vectors(5))
+            store.publish()
+            store.publish()
+    client = MilvusClient(settings.uri)
+    assert client.describe_alias(ALIAS)["collection_name"] == "cxr_alias_two"
+    client.close()
+
+
+def test_keys_are_deterministic_and_separate_sources(entries: list[Entry], manifest: Manifest) -> None:
+    row = manifest.rows[0]
+    elsewhere = type(row)(row.folder, row.image_id, row.path, row.label, row.patient_id, "other", row.split, row.fields)
+    assert make_entry(elsewhere, b"").key != entries[0].key
+    assert entries[0].key == hashlib.sha256(b"north\0a").hexdigest()[:32]
+    assert make_entry(row, b"changed").fingerprint != entries[0].fingerprint
+
+
+def test_no_gallery_for_this_model(settings: MilvusSettings) -> None:
+    with pytest.raises(StoreError, match="no gallery for model version never_ingested"):
+        Store(settings, "never_ingested")
+
+
+def test_wrong_vector_size_is_refused(settings: MilvusSettings) -> None:
+    client = MilvusClient(settings.uri)
+    client.create_collection("cxr_wrong", dimension=32, id_type="string", max_length=32, vector_field_name="embedding")
+    client.close()
+    if settings.is_lite:
+        from milvus_lite.server_manager import server_manager_instance
+
+        server_manager_instance.release_server(settings.uri)
+    with pytest.raises(StoreError, match="expected a field embedding of 64 dimensions; got 32 dimensions"):
+        Store(settings, "wrong", create=True)
+    assert "cxr_wrong" in list_collections(settings)
+
+
+def test_server_down() -> None:
+    with pytest.raises(StoreError, match=r"Milvus at http://127\.0\.0\.1:1 cannot do this"):
+        Store(MilvusSettings("http://127.0.0.1:1", timeout_s=2), "v")
+
+
+def test_lite_locked_by_another_process(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    folder = tmp_path / "gallery.db"
+    code = f"from milvus_lite.db import MilvusLite; MilvusLite({str(folder)!r}); print('open', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(StoreError, match="another process has this gallery open"):
+            Store(MilvusSettings(str(folder)), "v", create=True)
+    finally:
+        holder.communicate("\n", timeout=30)
+    with Store(MilvusSettings(str(folder)), "v", create=True) as store:
+        assert store.count() == 0
+
+
+def test_lite_path_that_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "notes.db"
+    path.write_text("not a gallery")
+    with pytest.raises(StoreError, match="not a usable Milvus Lite folder"):
+        Store(MilvusSettings(str(path)), "v", create=True)

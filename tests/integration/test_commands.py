@@ -1,0 +1,171 @@
+"""The commands as a user runs them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cxr_retrieval.phantoms import make_phantom, write_dicom
+from tests_support import ENVIRONMENT, cxr_command, run_cxr
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def leftovers() -> set[str]:
+    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}
+
+
+class Served:
+    """`cxr serve` in the background."""
+
+    def __init__(self, folder: Path) -> None:
+        self.before = leftovers()
+        grpc, http, metrics, milvus = free_ports(4)
+        self.servers = ("--triton", f"127.0.0.1:{grpc}", "--milvus", f"http://127.0.0.1:{milvus}")
+        ports = ("--grpc-port", f"{grpc}", "--http-port", f"{http}", "--metrics-port", f"{metrics}", "--milvus-port", f"{milvus}")
+        self.process = subprocess.Popen(
+            cxr_command("serve", "--store", folder / "gallery.db", *ports),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        self.said: list[str] = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            if line.startswith("ready"):
+                return
+        pytest.fail("cxr serve did not become ready: " + "".join(self.said))
+
+    def stop(self, with_signal: int) -> int:
+        self.process.send_signal(with_signal)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    running = Served(tmp_path_factory.mktemp("served"))
+    yield running
+    if running.process.poll() is None:
+        running.stop(signal.SIGTERM)
+
+
+def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
+    ingested = run_cxr("ingest", "--manifest", phantom_manifest, "--json", *served.servers)
+    assert ingested.returncode == 0, ingested.stderr
+    assert json.loads(ingested.stdout)["stored"] == 9
+    again = run_cxr("ingest", "--manifest", phantom_manifest, phantom_manifest.parent / "images", *served.servers)
+    assert again.stdout == "0 stored, 9 unchanged, 0 failed; the gallery holds 9 cases\n"
+
+    write_dicom(make_phantom(31, "covid19"), tmp_path / "film.dcm")
+    page, picture = tmp_path / "film.html", tmp_path / "film.png"
+    asked = run_cxr("query", tmp_path / "film.dcm", "--top-k", "4", "--json", "--html", page, "--picture", picture, *served.servers)
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout)
+    assert answer["image_id"] == "film.dcm"
+    assert len(answer["neighbours"]) == 4
+    assert page.stat().st_size > 100_000
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = run_cxr("query", tmp_path / "film.dcm", "--where", 'sex == "F"', *served.servers)
+    assert shown.returncode == 0, shown.stderr
+    assert "Not for diagnosis" in shown.stdout
+    assert "sex M" not in shown.stdout
+
+    evaluated = run_cxr("evaluate", "--gallery", phantom_manifest, "--queries", phantom_manifest, "--json", *served.servers)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["queries"] == {"n": 9, "patients": 9}
+    assert "9 of 9 vectors from the store" in evaluated.stderr
+    table = run_cxr("evaluate", "--gallery", phantom_manifest, "--queries", phantom_manifest, *served.servers)
+    assert "phantom-north" in table.stdout
+
+    listed = run_cxr("info", "--collections", "--json", *served.servers)
+    assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows"]
+
+
+def test_a_bad_file_in_a_batch_gives_exit_code_1(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
+    good = next((phantom_manifest.parent / "images").glob("*.png"))
+    (tmp_path / "good.png").write_bytes(good.read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"")
+    (tmp_path / "m.csv").write_text("image_id,path,label,source\ng,good.png,control,t\nb,bad.png,control,t\n")
+    result = run_cxr("ingest", "--manifest", tmp_path / "m.csv", *served.servers)
+    assert result.returncode == 1
+    assert "1 stored, 0 unchanged, 1 failed" in result.stdout
+    assert "failed b: bad.png: the file is empty" in result.stderr
+
+
+def test_bad_query_gives_exit_code_1_and_bad_filter_2(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    assert run_cxr("query", tmp_path / "x.png", *served.servers).returncode == 1
+    write_dicom(make_phantom(31, "control"), tmp_path / "film.dcm")
+    result = run_cxr("query", tmp_path / "film.dcm", "--where", "nonsense >", *served.servers)
+    assert result.returncode == 2
+    assert "names an unknown field: nonsense" in result.stderr
+
+
+def test_milvus_down(served: Served, tmp_path: Path) -> None:
+    write_dicom(make_phantom(31, "control"), tmp_path / "film.dcm")
+    result = run_cxr("query", tmp_path / "film.dcm", *served.servers[:2], "--milvus", "http://127.0.0.1:1", "--timeout", "5")
+    assert result.returncode == 2
+    assert "Milvus at http://127.0.0.1:1" in result.stderr
+
+
+def test_two_servers_cannot_share_a_port(served: Served, tmp_path: Path) -> None:
+    port = served.servers[1].rsplit(":", 1)[1]
+    result = run_cxr("serve", "--no-store", "--grpc-port", port)
+    assert result.returncode == 2
+    assert f"grpc port 127.0.0.1:{port} cannot be used" in result.stderr
+
+
+def test_sigterm_leaves_nothing_behind(served: Served) -> None:
+    """Runs last in this module: it ends the shared server."""
+    started = time.monotonic()
+    assert served.stop(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 30
+    assert leftovers() == served.before
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"{served.process.pid}" == parent_of(pid)]
+
+
+def test_ctrl_c_ends_serve_with_success(tmp_path: Path) -> None:
+    running = Served(tmp_path)
+    assert running.stop(signal.SIGINT) == 0
+    assert leftovers() == running.before
+
+
+def test_demo_twice(tmp_path: Path) -> None:
+    """The first run draws and ingests; the second finds everything unchanged and gives the same answer."""
+    first = run_cxr("demo", "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = run_cxr("demo", "--json", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    a, b = json.loads(first.stdout), json.loads(second.stdout)
+    assert [n["image_id"] for n in a["neighbours"]] == [n["image_id"] for n in b["neighbours"]]
+    assert a["prediction"]["label"] == b["prediction"]["label"]
+    assert "drawing phantoms" in first.stderr
+    assert "drawing phantoms" not in second.stderr
+    for name in ("query.png", "query.html", "query.dcm"):
+        assert (tmp_path / "cxr-demo" / name).stat().st_size > 10_000
+
+
+def parent_of(pid: str) -> str:
+    try:
+        return (Path("/proc") / pid / "stat").read_text().rsplit(")", 1)[1].split()[1]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -1,0 +1,171 @@
+"""The shipped ensemble in the real embedded Triton."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK
+from cxr_retrieval.errors import InferenceError, SetupError, UnusableOutputError
+from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
+from cxr_retrieval.settings import TritonSettings
+from cxr_retrieval.triton import TritonClient
+
+
+def executions(server: Endpoints) -> dict[str, int]:
+    """Requests each model has executed, from Triton's own metrics."""
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {name: int(count) for name, count in re.findall(r'nv_inference_count\{model="(\w+)",version="1"\} (\d+)', text)}
+
+
+def test_embedding_alone_does_not_run_the_attention_map(server: Endpoints, triton: TritonClient, squares: NDArray[np.uint8]) -> None:
+    before = executions(server)
+    triton.infer(squares[:3], (EMBEDDING,))
+    middle = executions(server)
+    triton.infer(squares[:2], (EMBEDDING, ATTENTION_MAP))
+    after = executions(server)
+
+    def grown(a: dict[str, int], b: dict[str, int]) -> list[int]:
+        return [b[name] - a[name] for name in ("lung_segmentation", "embedder", "attention_map")]
+
+    assert grown(before, middle) == [3, 3, 0]
+    assert grown(middle, after) == [2, 2, 2]
+
+
+def test_outputs_have_the_published_form(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
+    outputs = triton.infer(squares[:5])
+    assert {name: (values.dtype.name, values.shape) for name, values in outputs.items()} == {
+        "EMBEDDING": ("float32", (5, 64)),
+        "LUNG_MASK": ("uint8", (5, 1, 256, 256)),
+        "ATTENTION_MAP": ("float32", (5, 1, 256, 256)),
+        "FEATURES": ("float32", (5, 2048)),
+    }
+    assert np.linalg.norm(outputs["EMBEDDING"].astype(float), axis=1) == pytest.approx(1, abs=1e-4)
+    assert set(np.unique(outputs["LUNG_MASK"])) <= {0, 255}
+    attention = outputs["ATTENTION_MAP"].astype(float)
+    assert attention.min() >= 0
+    assert attention.max() <= 1
+    assert (attention[outputs["LUNG_MASK"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("wanted", [(LUNG_MASK,), (ATTENTION_MAP,), (FEATURES,), (EMBEDDING, LUNG_MASK), ENSEMBLE_OUTPUTS])
+def test_any_subset_of_outputs_can_be_asked_for(triton: TritonClient, squares: NDArray[np.uint8], wanted: tuple) -> None:  # type: ignore[type-arg]
+    full, part = triton.infer(squares[:1]), triton.infer(squares[:1], wanted)
+    assert set(part) == {spec.name for spec in wanted}
+    for name, values in part.items():
+        assert np.allclose(values.astype(float), full[name].astype(float), atol=1e-4)
+
+
+def test_served_equals_onnx(triton: TritonClient, squares: NDArray[np.uint8], repository: Path) -> None:
+    known: dict[str, Any] = {"IMAGE": squares[:4]}
+    for leaf in LEAVES:
+        session = onnxruntime.InferenceSession(str(repository / leaf.name / "1" / "model.onnx"), providers=["CPUExecutionProvider"])
+        names = [spec.name for spec in leaf.outputs]
+        known |= dict(zip(names, session.run(names, {spec.name: known[spec.name] for spec in leaf.inputs}), strict=True))
+        known["MASK"] = known.get("LUNG_MASK", squares)
+    served = triton.infer(squares[:4])
+    cosine = (served["EMBEDDING"].astype(float) * known["EMBEDDING"].astype(float)).sum(axis=1)
+    assert cosine.min() > 0.999
+    assert (served["LUNG_MASK"] != known["LUNG_MASK"]).mean() < 1e-3
+    assert np.abs(served["ATTENTION_MAP"].astype(float) - known["ATTENTION_MAP"].astype(float)).mean() < 0.01
+
+
+def test_batch_and_single_agree(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
+    together = triton.embed(squares)
+    alone = np.concatenate([triton.embed(square[None]) for square in squares])
+    assert (together * alone).sum(axis=1).min() > 0.9999
+
+
+def test_stream_keeps_order_and_is_lazy(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
+    drawn: list[int] = []
+
+    def batches():  # type: ignore[no-untyped-def]
+        for start in range(0, 8, 2):
+            drawn.append(start)
+            yield squares[start : start + 2]
+
+    stream = triton.embed_stream(batches())
+    first = next(stream).result()
+    assert len(drawn) <= 4, "no more than in_flight batches are drawn ahead"
+    rest = [future.result() for future in stream]
+    assert np.allclose(np.concatenate([first, *rest]), triton.embed(squares[:8]), atol=1e-3)
+
+
+def test_wrong_input_is_refused_and_the_server_goes_on(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
+    with pytest.raises(UnusableOutputError, match="refused the request"):
+        triton.infer(np.zeros((1, 1, 128, 128), np.uint8))
+    assert triton.embed(squares[:1]).shape == (1, 64)
+
+
+def test_deadline(server: Endpoints, squares: NDArray[np.uint8]) -> None:
+    with TritonClient(TritonSettings(server.grpc)) as patient:
+        hasty = TritonSettings(server.grpc, timeout_s=0.01)
+        patient._settings = hasty  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(InferenceError, match=r"took too long; expected an answer within 0\.01 s"):
+            patient.infer(np.repeat(squares, 4, axis=0))
+
+
+def test_no_server() -> None:
+    with pytest.raises(InferenceError, match=r"no Triton server answers at 127\.0\.0\.1:1.*cxr serve"):
+        TritonClient(TritonSettings("127.0.0.1:1", timeout_s=2))
+
+
+# ----------------------------------------------------------------------------------------------- starting, stopping
+
+
+def copy_of(repository: Path, folder: Path) -> Path:
+    """The repository with its weights linked."""
+    target = folder / "repository"
+    shutil.copytree(repository, target, copy_function=lambda a, b: os.link(a, b) if str(a).endswith(".onnx") else shutil.copy(a, b))
+    return target
+
+
+def test_a_model_that_cannot_load_is_named_with_the_servers_reason(repository: Path, tmp_path: Path) -> None:
+    broken = copy_of(repository, tmp_path)
+    onnx = broken / "embedder" / "1" / "model.onnx"
+    onnx.unlink()
+    onnx.write_bytes(b"no graph")
+    before = leftovers()
+    with pytest.raises(SetupError) as caught, embedded_triton(ServerOptions(broken, grpc_port=0, http_port=0, metrics_port=0)):
+        pytest.fail("must not become ready")
+    message = str(caught.value)
+    assert "could not load embedder" in message
+    assert "model.onnx" in message, "Triton's own words name the file"
+    assert leftovers() == before
+
+
+def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
+    port = int(server.grpc.rsplit(":", 1)[1])
+    with (
+        pytest.raises(SetupError, match=f"grpc port 127.0.0.1:{port} cannot be used"),
+        embedded_triton(ServerOptions(repository, grpc_port=port, http_port=0, metrics_port=0)),
+    ):
+        pytest.fail("must not start")
+
+
+def test_nothing_is_left_behind(repository: Path) -> None:
+    before = leftovers()
+    with embedded_triton(ServerOptions(repository, Precision.bf16, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
+        assert leftovers() != before
+        group = endpoints.process.pid
+        with TritonClient(TritonSettings(endpoints.grpc)) as client:
+            assert client.embed(np.zeros((1, 1, 256, 256), np.uint8)).shape == (1, 64)
+    assert leftovers() == before
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def leftovers() -> set[str]:
+    """Temporary folders and shared memory of embedded servers."""
+    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}

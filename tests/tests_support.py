@@ -1,0 +1,24 @@
+"""What tests call rather than receive as a fixture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
+    "COLUMNS": "100",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+}
+
+
+def cxr_command(*arguments: str | Path) -> list[str]:
+    """The command line of `cxr` in this environment."""
+    return [str(Path(sys.executable).with_name("cxr")), *map(str, arguments)]
+
+
+def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user would, in a process of its own."""
+    return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd, check=False)
