@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +60,18 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
     """Exports one graph with the contract's names, a dynamic batch dimension and fp16 weights."""
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.onnx.export(
-        network,
-        tuple(_example(spec) for spec in leaf.inputs),
-        input_names=[spec.name for spec in leaf.inputs],
-        output_names=[spec.name for spec in leaf.outputs],
-        dynamic_shapes=tuple({0: batch} for _ in leaf.inputs),
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the exporter remarks on axes that share a name, as ours do
+        program = torch.onnx.export(
+            network,
+            tuple(_example(spec) for spec in leaf.inputs),
+            input_names=[spec.name for spec in leaf.inputs],
+            output_names=[spec.name for spec in leaf.outputs],
+            dynamic_shapes=tuple({0: batch} for _ in leaf.inputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     if program is None:
         raise SetupError(f"{leaf.name}: PyTorch exported nothing", next_step="check the installed torch and onnxscript")
     model = store_weights_as_fp16(program.model_proto)

@@ -94,7 +94,8 @@ def embed_rows(rows: Sequence[ManifestRow], triton: TritonClient, store: Store |
             read, failed = _read_entries(chunk, pool)
             problems += failed
             have = [entry for entry in read if (entry.key, entry.fingerprint) in known]
-            good, vectors, failed = _embed_entries([entry for entry in read if entry not in have], triton, pool)
+            new = [entry for entry in read if (entry.key, entry.fingerprint) not in known]
+            good, vectors, failed = _embed_entries(new, triton, pool)
             problems += failed
             from_store += len(have)
             entries += [*have, *good]

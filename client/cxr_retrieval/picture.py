@@ -28,7 +28,8 @@ _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
 _TILE: Final = 256
 _SHOWN_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival", "view", "raw_finding", "location", "date")
-_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "temp. °C"}
+_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "temp."}
+_UNITS: Final = {"temperature": " °C"}
 _BRIEF: Final = 7
 """How many of them a table or a caption shows; the page shows all."""
 
@@ -139,7 +140,7 @@ def facts_line(metadata: Mapping[str, Value]) -> str:
 
 
 def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
-    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) for name in _SHOWN_FACTS if name in metadata}
+    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) + _UNITS.get(name, "") for name in _SHOWN_FACTS if name in metadata}
 
 
 def _plain(value: Value) -> str:

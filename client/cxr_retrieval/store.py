@@ -7,6 +7,7 @@ compared. After an ingest the alias `cxr` points to it, for tools that look at t
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class Store:
                 part = list(keys[start : start + UPSERT_ROWS])
                 for row in self._client.query(
                     self.collection,
-                    filter=f"key in {part!r}".replace("'", '"'),
+                    filter=f"key in {json.dumps(part)}",
                     output_fields=["key", "fingerprint"],
                     consistency_level="Strong",
                 ):

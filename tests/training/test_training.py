@@ -206,7 +206,12 @@ def test_segmentation_logs_every_epoch_and_keeps_its_config(trained: Path) -> No
     assert checkpoint["config"]["members"] == ["linknet"]
     log = [json.loads(line) for line in (trained.parent / "log.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in log] == list(range(1, 4))
-    assert checkpoint["members"]["linknet"]["dice"] == log[-1]["val_dice"]
+    report = json.loads((trained.parent / "segmentation.json").read_text())
+    assert report == checkpoint["report"]
+    assert report["members"]["linknet"]["dice"] == log[-1]["val_dice"]
+    ensemble = report["ensemble"]["unknown"]
+    assert ensemble["n"] == 6
+    assert ensemble["least"] <= ensemble["ci"][0] <= ensemble["mean"] <= ensemble["ci"][1] <= 1
 
 
 def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import ImageError, InputError, ManifestError
 from cxr_retrieval.image import letterbox, read_radiograph
 from cxr_retrieval.manifest import ManifestRow
-from cxr_retrieval_training.progress import track
+from cxr_retrieval.progress import track
 
 Images = NDArray[np.uint8]
 """`[n, 1, 256, 256]`, 0…255."""

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.manifest import Manifest, ManifestRow
+from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.augment import EmbeddingAugment
 from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.datasets import Images, load_images
 from cxr_retrieval_training.embedder import Embedder
-from cxr_retrieval_training.progress import progress_bar
 from cxr_retrieval_training.segmenter import LungSegmenter
 from cxr_retrieval_training.train_segmenter import on_device, resized
 

@@ -20,27 +20,28 @@ from segmentation_models_pytorch.losses import BINARY_MODE, DiceLoss, SoftBCEWit
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cxr_retrieval.manifest import Manifest
+from cxr_retrieval.manifest import Manifest, ManifestRow
+from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.augment import SegmentationAugment
 from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import SegmentationConfig
 from cxr_retrieval_training.datasets import Images, load_images, load_lung_masks, with_lung_masks
-from cxr_retrieval_training.progress import progress_bar
 from cxr_retrieval_training.segmenter import LungSegmenter, NormalisedMember
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Radiographs with their lung masks, both `[n, 1, 256, 256]` uint8."""
+    """Radiographs with their lung masks, both `[n, 1, 256, 256]` uint8, and the rows they come from."""
 
     images: Images
     masks: Images
+    rows: tuple[ManifestRow, ...]
 
 
 def load_masked(manifest: Manifest, split: str) -> Masked:
     """All rows of a split that have a lung mask."""
     rows = with_lung_masks(manifest.require(split=split), manifest.path)
-    return Masked(load_images(rows, f"{len(rows)} {split} images"), load_lung_masks(rows))
+    return Masked(load_images(rows, f"{len(rows)} {split} images"), load_lung_masks(rows), rows)
 
 
 def train_segmentation(config: SegmentationConfig, manifest: Manifest, out: Path, device: torch.device) -> Path:
@@ -50,18 +51,20 @@ def train_segmentation(config: SegmentationConfig, manifest: Manifest, out: Path
     random state of every epoch follows from seed, member and epoch alone.
 
     Returns:
-        The joined checkpoint: {model, config, data_sha256, members: {name: {dice}}}.
+        The joined checkpoint: {model, config, data_sha256, report}; the report also goes to `<out>/segmentation.json`.
     """
     train, val = load_masked(manifest, "train"), load_masked(manifest, "val")
     identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
     joined = LungSegmenter(config.members)
-    report: dict[str, object] = {}
+    members: dict[str, object] = {}
     for name in config.members:
         checkpoint = _train_member(name, config, train, val, out, device, identity)
         joined.members[name].load_state_dict(checkpoint["model"])
-        report[name] = {"dice": checkpoint["dice"], "seconds": checkpoint["seconds"]}
+        members[name] = {"dice": checkpoint["dice"], "seconds": checkpoint["seconds"]}
+    report = {"train_images": len(train.rows), "members": members, "ensemble": ensemble_report(joined, val, device)}
+    (out / "segmentation.json").write_text(json.dumps(report, indent=2) + "\n")
     path = out / "segmenter.pt"
-    save_checkpoint(path, {"model": joined.state_dict(), "members": report, **identity})
+    save_checkpoint(path, {"model": joined.state_dict(), "report": report, **identity})
     return path
 
 
@@ -157,6 +160,41 @@ def member_dice(member: nn.Module, data: Masked, device: torch.device, batch_siz
         truth = torch.from_numpy(data.masks[start : start + batch_size]).to(device) > 127
         scores += dice_coefficient(predicted, truth).tolist()
     return np.array(scores)
+
+
+@torch.inference_mode()
+def ensemble_report(segmenter: LungSegmenter, data: Masked, device: torch.device, batch_size: int = 16) -> dict[str, dict[str, object]]:
+    """Dice of the finished mask (averaged, islands removed) by who drew the reference (column mask_source).
+
+    Returns:
+        mask source → {n, mean, ci: 95 % bootstrap interval over patients, least}.
+    """
+    on_device(segmenter, device).eval()
+    scores: list[float] = []
+    for start in range(0, len(data.images), batch_size):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = segmenter(torch.from_numpy(data.images[start : start + batch_size]).to(device))[0] > 0
+        truth = torch.from_numpy(data.masks[start : start + batch_size]).to(device) > 127
+        scores += dice_coefficient(found, truth).tolist()
+    dice = np.array(scores)
+    drawn_by = np.array([row.fields.get("mask_source", "unknown") for row in data.rows])
+    patients = np.array([row.patient for row in data.rows])
+    report: dict[str, dict[str, object]] = {}
+    for source in sorted(set(drawn_by)):
+        mine = drawn_by == source
+        report[str(source)] = {
+            "n": int(mine.sum()),
+            "mean": float(dice[mine].mean()),
+            "ci": _interval(dice[mine], patients[mine]),
+            "least": float(dice[mine].min()),
+        }
+    return report
+
+
+def _interval(values: NDArray[np.float64], patients: NDArray[np.str_], resamples: int = 1000) -> list[float]:
+    unique, position = np.unique(patients, return_inverse=True)
+    weights = np.random.default_rng(0).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)[:, position]
+    return [float(bound) for bound in np.percentile((weights @ values) / weights.sum(axis=1), [2.5, 97.5])]
 
 
 def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:

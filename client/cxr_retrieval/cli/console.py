@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cxr_retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
     from cxr_retrieval.embedding import Advance, Problem
@@ -33,8 +34,7 @@ def print_json(value: dict[str, Any]) -> None:
 @contextmanager
 def progress(description: str, total: int) -> Generator[Advance]:
     """A bar with count, time spent and time left; yields a function that moves it on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.update(task, advance=count)
 

@@ -15,7 +15,7 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 _PER_CLASS = 12
-_QUERY_SEED = 1000
+_QUERY_SEED, _QUERY_LABEL = 1000, "covid19"
 
 
 def demo(
@@ -44,7 +44,7 @@ def demo(
                 phantoms.append(make_phantom(seed, label))
                 advance(1)
         write_phantoms(manifest.parent, phantoms)
-    write_dicom(make_phantom(_QUERY_SEED, "covid19"), image)
+    write_dicom(make_phantom(_QUERY_SEED, _QUERY_LABEL), image)
     rows = read_manifest(manifest).rows
     console.print("starting Triton with the ensemble …")
     with ExitStack() as stack:
@@ -58,6 +58,10 @@ def demo(
         if report.problems:
             raise SetupError("the demo gallery is damaged", next_step=f"remove {out} and run the demo again")
         result = retrieve.query(image, client, store)
+    console.print(
+        f"The query was drawn as {_QUERY_LABEL}. The shipped weights learnt from real radiographs, never from phantoms: "
+        "this shows the path, not how well they tell diseases apart."
+    )
     write_montage(result, out / "query.png")
     write_html(result, out / "query.html")
     if json:

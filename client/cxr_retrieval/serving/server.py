@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -211,6 +212,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, tim
     with grpcclient.InferenceServerClient(url) as client:
         while True:
             if process.poll() is not None:
+                # Triton 2.51 can crash over a model that fails its warm-up; its log still says which one and why.
+                if failed := _failures_in_log(log):
+                    raise _could_not_load(failed)
                 raise SetupError(
                     f"Triton stopped with exit code {process.returncode} while starting", got=_log_end(log), next_step="see its words above"
                 )
@@ -221,7 +225,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, tim
             except InferenceServerException:
                 failed = []  # not listening yet
             if failed:
-                raise SetupError("Triton could not load " + "; ".join(failed), next_step="repair that model and start again")
+                raise _could_not_load(failed)
             if time.monotonic() > deadline:
                 raise SetupError(
                     "Triton was not ready in time",
@@ -230,6 +234,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, tim
                     next_step="try again with --ready-timeout",
                 )
             time.sleep(0.1)
+
+
+def _could_not_load(failed: list[str]) -> SetupError:
+    return SetupError("Triton could not load " + "; ".join(failed), next_step="repair that model and start again")
+
+
+def _failures_in_log(log: Path) -> list[str]:
+    return [
+        f"{name}: {reason}"
+        for name, reason in re.findall(r"failed to load '(\w+)' version \d+: (.*)", log.read_text("utf-8", errors="replace"))
+    ]
 
 
 def _failures(client: grpcclient.InferenceServerClient) -> list[str]:
