@@ -15,7 +15,7 @@ from cxr_retrieval_training.segmenter import ARCHITECTURES
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports] (installed on Python 3.10 only)
 
 CONFIGS = Path(__file__).parent / "configs"
 
