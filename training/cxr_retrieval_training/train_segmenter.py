@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,20 +178,20 @@ def ensemble_report(segmenter: LungSegmenter, data: Masked, device: torch.device
         scores += dice_coefficient(found, truth).tolist()
     dice = np.array(scores)
     drawn_by = np.array([row.fields.get("mask_source", "unknown") for row in data.rows])
-    patients = np.array([row.patient for row in data.rows])
+    patients = [row.patient for row in data.rows]
     report: dict[str, dict[str, object]] = {}
     for source in sorted(set(drawn_by)):
         mine = drawn_by == source
         report[str(source)] = {
             "n": int(mine.sum()),
             "mean": float(dice[mine].mean()),
-            "ci": _interval(dice[mine], patients[mine]),
+            "ci": _interval(dice[mine], [patients[i] for i in np.flatnonzero(mine)]),
             "least": float(dice[mine].min()),
         }
     return report
 
 
-def _interval(values: NDArray[np.float64], patients: NDArray[np.str_], resamples: int = 1000) -> list[float]:
+def _interval(values: NDArray[np.float64], patients: Sequence[str], resamples: int = 1000) -> list[float]:
     unique, position = np.unique(patients, return_inverse=True)
     weights = np.random.default_rng(0).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)[:, position]
     return [float(bound) for bound in np.percentile((weights @ values) / weights.sum(axis=1), [2.5, 97.5])]
