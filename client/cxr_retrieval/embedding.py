@@ -73,7 +73,7 @@ def ingest(rows: Sequence[ManifestRow], triton: TritonClient, store: Store, adva
                 store.upsert(good, vectors)
             stored += len(good)
             advance(len(chunk))
-    if stored:
+    if stored or unchanged:
         store.publish()
     return IngestReport(stored, unchanged, tuple(problems))
 

@@ -115,17 +115,17 @@ class Store:
         try:
             with _translated(settings):
                 self._nullable = _has_nullable(self._client)
-                if not self._client.has_collection(self.collection):
+                if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
                         raise StoreError(
                             f"no gallery for model version {model_version}",
                             expected=f"collection {self.collection}",
-                            got=", ".join(sorted(self._client.list_collections())) or "no collections",
+                            got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
                             next_step="run `cxr ingest` first",
                         )
                     self._create()
                 self._check_vectors()
-                self._client.load_collection(self.collection)
+                self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
         except BaseException:
             self.close()
             raise
@@ -143,7 +143,9 @@ class Store:
     def count(self) -> int:
         """Rows in the gallery, counted by the server (Strong consistency)."""
         with _translated(self._settings):
-            result = self._client.query(self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong")
+            result = self._client.query(
+                self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong", timeout=self._settings.timeout_s
+            )
         return int(result[0]["count(*)"])
 
     def fingerprints(self, keys: Sequence[str]) -> dict[str, str]:
@@ -157,6 +159,7 @@ class Store:
                     filter=f"key in {json.dumps(part)}",
                     output_fields=["key", "fingerprint"],
                     consistency_level="Strong",
+                    timeout=self._settings.timeout_s,
                 ):
                     found[row["key"]] = row["fingerprint"]
         return found
@@ -166,15 +169,15 @@ class Store:
         rows = [self._row(entry, vector) for entry, vector in zip(entries, embeddings, strict=True)]
         with _translated(self._settings):
             for start in range(0, len(rows), UPSERT_ROWS):
-                self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS])
+                self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS], timeout=self._settings.timeout_s)
 
     def publish(self) -> None:
         """Points the alias `cxr` at this collection."""
         with _translated(self._settings):
             try:
-                self._client.create_alias(self.collection, ALIAS)
+                self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
             except MilvusException:
-                self._client.alter_alias(self.collection, ALIAS)
+                self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
 
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
         """The `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
@@ -213,7 +216,12 @@ class Store:
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         with _translated(self._settings):
             iterator = self._client.query_iterator(
-                self.collection, batch_size=1000, filter='key != ""', output_fields=["*"], consistency_level="Strong"
+                self.collection,
+                batch_size=1000,
+                filter='key != ""',
+                output_fields=["*"],
+                consistency_level="Strong",
+                timeout=self._settings.timeout_s,
             )
             while batch := iterator.next():
                 yield batch
@@ -238,10 +246,14 @@ class Store:
             index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
         else:
             index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 32, "efConstruction": 256})
-        self._client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong")
+        self._client.create_collection(
+            self.collection, schema=schema, index_params=index, consistency_level="Strong", timeout=self._settings.timeout_s
+        )
 
     def _check_vectors(self) -> None:
-        fields = {field["name"]: field for field in self._client.describe_collection(self.collection)["fields"]}
+        fields = {
+            field["name"]: field for field in self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
+        }
         got = fields.get("embedding", {}).get("params", {}).get("dim")
         if got is None or int(got) != EMBEDDING_SIZE:
             raise StoreError(

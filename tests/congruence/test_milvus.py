@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,10 +213,27 @@ def test_server_down() -> None:
         Store(MilvusSettings("http://127.0.0.1:1", timeout_s=2), "v")
 
 
-def test_lite_locked_by_another_process(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_a_server_that_goes_away_is_an_error_within_the_deadline(tmp_path: Path, entries: list[Entry]) -> None:
+    code = (
+        "from milvus_lite.adapter.grpc.server import start_server_in_thread as start\n"
+        f"server, database, port = start({str(tmp_path / 'g.db')!r})\n"
+        "print(port, flush=True); input()"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
+    with Store(MilvusSettings(f"http://127.0.0.1:{port}", timeout_s=3), "v", create=True) as store:
+        store.upsert(entries, vectors(5))
+        server.kill()
+        server.wait()
+        started = time.monotonic()
+        for call in (store.count, lambda: store.search(vectors(1)[0], 3), lambda: store.upsert(entries, vectors(5)), store.vectors):
+            with pytest.raises(StoreError, match="cannot do this"):
+                call()
+        assert time.monotonic() - started < 40
 
+
+def test_lite_locked_by_another_process(tmp_path: Path) -> None:
     folder = tmp_path / "gallery.db"
     code = f"from milvus_lite.db import MilvusLite; MilvusLite({str(folder)!r}); print('open', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
