@@ -111,6 +111,13 @@ class Store:
     def __init__(self, settings: MilvusSettings, model_version: str, *, create: bool = False) -> None:
         self._settings = settings
         self.collection = f"cxr_{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
+        if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
+            raise StoreError(
+                f"no gallery for model version {model_version}",
+                expected=f"a Milvus Lite folder at {settings.uri}",
+                got="nothing there",
+                next_step="correct --milvus, or run `cxr ingest` first",
+            )
         self._client: Any = connect(settings)
         try:
             with _translated(settings):

@@ -195,6 +195,12 @@ def test_no_gallery_for_this_model(settings: MilvusSettings) -> None:
         Store(settings, "never_ingested")
 
 
+def test_asking_creates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nothing there"):
+        Store(MilvusSettings(str(tmp_path / "typo.db")), "v")
+    assert not (tmp_path / "typo.db").exists()
+
+
 def test_wrong_vector_size_is_refused(settings: MilvusSettings) -> None:
     client = MilvusClient(settings.uri)
     client.create_collection("cxr_wrong", dimension=32, id_type="string", max_length=32, vector_field_name="embedding")
