@@ -31,6 +31,11 @@ def leftovers() -> set[str]:
     return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}
 
 
+def as_at_a_terminal() -> None:
+    """A shell without job control starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Served:
     """`cxr serve` in the background."""
 
@@ -45,6 +50,7 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=as_at_a_terminal,
         )
         assert self.process.stderr is not None
         self.said: list[str] = []
