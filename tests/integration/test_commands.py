@@ -62,7 +62,11 @@ class Served:
 
     def stop(self, with_signal: int) -> int:
         self.process.send_signal(with_signal)
-        self.process.communicate(timeout=60)
+        try:
+            self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
         return self.process.returncode
 
 
