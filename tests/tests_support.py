@@ -22,3 +22,8 @@ def cxr_command(*arguments: str | Path) -> list[str]:
 def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, in a process of its own."""
     return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd, check=False)
+
+
+def leftovers() -> set[str]:
+    """Temporary folders and shared memory of embedded servers."""
+    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}

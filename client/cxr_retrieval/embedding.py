@@ -83,8 +83,7 @@ def embed_rows(rows: Sequence[ManifestRow], triton: TritonClient, store: Store |
     known = {}
     if store is not None:
         cases, vectors = store.vectors()
-        prints = store.fingerprints([case.key for case in cases])
-        known = {(case.key, prints[case.key]): vector for case, vector in zip(cases, vectors, strict=True)}
+        known = {(case.key, case.fingerprint): vector for case, vector in zip(cases, vectors, strict=True)}
     entries: list[Entry] = []
     embeddings: list[NDArray[np.float32]] = []
     problems: list[Problem] = []

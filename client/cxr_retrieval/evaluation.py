@@ -121,16 +121,13 @@ def average_precision_at_r(relevant: NDArray[np.bool_]) -> float:
 
 def _summary(scores: _Scores, labels: Sequence[str]) -> dict[str, Any]:
     point = _metrics(scores, labels, np.ones((1, len(scores.truth))))
-    random = np.random.default_rng(0)
-    unique, position = np.unique(scores.patients, return_inverse=True)
-    drawn = random.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=RESAMPLES)
-    resampled = _metrics(scores, labels, drawn[:, position].astype(np.float64))
+    resampled = _metrics(scores, labels, patient_weights(scores.patients))
     out: dict[str, Any] = {"n": len(scores.truth)}
     for name in ("accuracy", "balanced_accuracy", "map_at_r"):
         out[name] = float(point[name][0])
-        out[f"{name}_ci"] = _interval(resampled[name])
+        out[f"{name}_ci"] = interval(resampled[name])
     out["recall_at"] = {str(at): float(point[f"recall_{at}"][0]) for at in RECALL_AT}
-    out["recall_at_ci"] = {str(at): _interval(resampled[f"recall_{at}"]) for at in RECALL_AT}
+    out["recall_at_ci"] = {str(at): interval(resampled[f"recall_{at}"]) for at in RECALL_AT}
     return out
 
 
@@ -151,7 +148,15 @@ def _metrics(scores: _Scores, labels: Sequence[str], weights: Floats) -> dict[st
     return out | {f"recall_{at}": weights @ scores.hits[:, i] / total for i, at in enumerate(RECALL_AT)}
 
 
-def _interval(values: Floats) -> list[float]:
+def patient_weights(patients: NDArray[np.generic]) -> Floats:
+    """How often each image is drawn in each bootstrap resample of whole patients, `[resamples, n]`; the seed is fixed."""
+    unique, position = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=RESAMPLES)
+    return drawn[:, position].astype(np.float64)
+
+
+def interval(values: Floats) -> list[float]:
+    """The 95 % percentile interval of a metric's resampled values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return [float(low), float(high)]
 

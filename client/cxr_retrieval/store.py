@@ -50,6 +50,7 @@ class Case:
     split: str | None
     path: Path
     metadata: Mapping[str, Value]
+    fingerprint: str
 
     @property
     def patient(self) -> str:
@@ -310,8 +311,8 @@ def list_collections(settings: MilvusSettings) -> dict[str, str]:
     client: Any = connect(settings)
     try:
         with _translated(settings):
-            names = sorted(client.list_collections())
-            return {name: f"{client.get_collection_stats(name)['row_count']} rows" for name in names}
+            names = sorted(client.list_collections(timeout=settings.timeout_s))
+            return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
     finally:
         _close(client, settings)
 
@@ -375,7 +376,15 @@ def _case(row: Mapping[str, Any]) -> Case:
     facts: dict[str, Value] = {name: row[name] for name in CLINICAL_FIELDS if row.get(name) is not None}
     facts |= row.get("extra") or {}
     return Case(
-        row["key"], row["image_id"], row["label"], row.get("patient_id"), row.get("source"), row.get("split"), Path(row["path"]), facts
+        row["key"],
+        row["image_id"],
+        row["label"],
+        row.get("patient_id"),
+        row.get("source"),
+        row.get("split"),
+        Path(row["path"]),
+        facts,
+        row["fingerprint"],
     )
 
 

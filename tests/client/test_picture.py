@@ -28,7 +28,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
     mask = letterbox(phantoms[0].lung_mask)[0]
     attention = np.linspace(0, 1, 256 * 256, dtype=np.float32).reshape(256, 256) * (mask > 0)
     neighbours = tuple(
-        Neighbour(Case(str(i), name, label, None, None, None, folder / "images" / f"{name}.png", facts), similarity)
+        Neighbour(Case(str(i), name, label, None, None, None, folder / "images" / f"{name}.png", facts, ""), similarity)
         for i, (name, label, facts, similarity) in enumerate(
             [
                 (phantoms[0].image_id, "covid19", {"age": 61.0, "went_icu": True, "clinical_notes": "x"}, 0.99),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cxr_retrieval.phantoms import make_phantom, write_dicom
-from tests_support import ENVIRONMENT, cxr_command, run_cxr
+from tests_support import ENVIRONMENT, cxr_command, leftovers, run_cxr
 
 
 def free_ports(count: int) -> list[int]:
@@ -25,10 +25,6 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def leftovers() -> set[str]:
-    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}
 
 
 def as_at_a_terminal() -> None:

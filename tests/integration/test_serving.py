@@ -20,6 +20,7 @@ from cxr_retrieval.serving.precision import Precision
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient
+from tests_support import leftovers
 
 
 def executions(server: Endpoints) -> dict[str, int]:
@@ -164,8 +165,3 @@ def test_nothing_is_left_behind(repository: Path) -> None:
     assert leftovers() == before
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
-
-
-def leftovers() -> set[str]:
-    """Temporary folders and shared memory of embedded servers."""
-    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from segmentation_models_pytorch.losses import BINARY_MODE, DiceLoss, SoftBCEWit
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cxr_retrieval.evaluation import interval, patient_weights
 from cxr_retrieval.manifest import Manifest, ManifestRow
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.augment import SegmentationAugment
@@ -148,53 +149,47 @@ def resized(pixels: Images, image_size: int, device: torch.device) -> Tensor:
     return functional.interpolate(batch.float(), size=(image_size, image_size), mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
-@torch.inference_mode()
-def member_dice(member: nn.Module, data: Masked, device: torch.device, batch_size: int = 16) -> NDArray[np.float64]:
+def member_dice(member: nn.Module, data: Masked, device: torch.device) -> NDArray[np.float64]:
     """Dice coefficient of one member per image, at 256×256, no islands removed."""
-    member.eval()
-    scores: list[float] = []
-    for start in range(0, len(data.images), batch_size):
-        image = torch.from_numpy(data.images[start : start + batch_size]).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            predicted = member(image.float().to(memory_format=torch.channels_last)).float() >= 0
-        truth = torch.from_numpy(data.masks[start : start + batch_size]).to(device) > 127
-        scores += dice_coefficient(predicted, truth).tolist()
-    return np.array(scores)
+    return _dice_scores(member, lambda image: member(image.float().to(memory_format=torch.channels_last)).float() >= 0, data, device)
 
 
-@torch.inference_mode()
-def ensemble_report(segmenter: LungSegmenter, data: Masked, device: torch.device, batch_size: int = 16) -> dict[str, dict[str, object]]:
+def ensemble_report(segmenter: LungSegmenter, data: Masked, device: torch.device) -> dict[str, dict[str, object]]:
     """Dice of the finished mask (averaged, islands removed) by who drew the reference (column mask_source).
 
     Returns:
         mask source → {n, mean, ci: 95 % bootstrap interval over patients, least}.
     """
-    on_device(segmenter, device).eval()
-    scores: list[float] = []
-    for start in range(0, len(data.images), batch_size):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            found = segmenter(torch.from_numpy(data.images[start : start + batch_size]).to(device))[0] > 0
-        truth = torch.from_numpy(data.masks[start : start + batch_size]).to(device) > 127
-        scores += dice_coefficient(found, truth).tolist()
-    dice = np.array(scores)
+    on_device(segmenter, device)
+    dice = _dice_scores(segmenter, lambda image: segmenter(image)[0] > 0, data, device)
     drawn_by = np.array([row.fields.get("mask_source", "unknown") for row in data.rows])
-    patients = [row.patient for row in data.rows]
+    patients = np.array([row.patient for row in data.rows])
     report: dict[str, dict[str, object]] = {}
     for source in sorted(set(drawn_by)):
         mine = drawn_by == source
+        weights = patient_weights(patients[mine])
         report[str(source)] = {
             "n": int(mine.sum()),
             "mean": float(dice[mine].mean()),
-            "ci": _interval(dice[mine], [patients[i] for i in np.flatnonzero(mine)]),
+            "ci": interval((weights @ dice[mine]) / weights.sum(axis=1)),
             "least": float(dice[mine].min()),
         }
     return report
 
 
-def _interval(values: NDArray[np.float64], patients: Sequence[str], resamples: int = 1000) -> list[float]:
-    unique, position = np.unique(patients, return_inverse=True)
-    weights = np.random.default_rng(0).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)[:, position]
-    return [float(bound) for bound in np.percentile((weights @ values) / weights.sum(axis=1), [2.5, 97.5])]
+@torch.inference_mode()
+def _dice_scores(
+    network: nn.Module, predict: Callable[[Tensor], Tensor], data: Masked, device: torch.device, batch_size: int = 16
+) -> NDArray[np.float64]:
+    """Dice per image of what `predict` makes of uint8 batches, the network in evaluation mode."""
+    network.eval()
+    scores: list[float] = []
+    for start in range(0, len(data.images), batch_size):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = predict(torch.from_numpy(data.images[start : start + batch_size]).to(device))
+        truth = torch.from_numpy(data.masks[start : start + batch_size]).to(device) > 127
+        scores += dice_coefficient(found, truth).tolist()
+    return np.array(scores)
 
 
 def dice_coefficient(predicted: Tensor, truth: Tensor) -> Tensor:
