@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -40,7 +42,19 @@ def test_against_pytorch_metric_learning() -> None:
 
 def test_published_keys() -> None:
     result = evaluate(random_set(30, 1), random_set(12, 2, prefix="q"), k=5, model_version="v1")
-    assert set(result) == {"model_version", "k", "gallery", "queries", "overall", "per_class", "per_source"}
+    assert set(result) == {
+        "model_version",
+        "k",
+        "gallery",
+        "queries",
+        "overall",
+        "per_class",
+        "per_source",
+        "within_source",
+        "cross_source",
+        "nearest_from_own_source",
+        "calibration",
+    }
     assert result["gallery"] == {"n": 30, "patients": 30}
     summary = {
         "n",
@@ -52,6 +66,8 @@ def test_published_keys() -> None:
         "map_at_r_ci",
         "recall_at",
         "recall_at_ci",
+        "precision_at",
+        "precision_at_ci",
     }
     assert set(result["overall"]) == summary
     assert set(result["overall"]["recall_at"]) == {"1", "2", "4", "10"}
@@ -121,3 +137,55 @@ def test_empty_sets_and_lonely_patients_are_refused() -> None:
     lonely = LabelledSet(["g"], gallery.embeddings[:1], ["covid19"], ["p"], ["north"])
     with pytest.raises(InputError, match="no gallery image of another patient"):
         evaluate(lonely, lonely, k=1, model_version="v")
+
+
+def hand_made(vectors: Sequence[Sequence[float]], labels: list[str], sources: list[str], prefix: str) -> LabelledSet:
+    ids = [f"{prefix}{i}" for i in range(len(labels))]
+    unit = np.array(vectors, np.float32)
+    return LabelledSet(ids, unit / np.linalg.norm(unit, axis=1, keepdims=True), labels, ids, sources)
+
+
+def test_within_and_across_sources() -> None:
+    """North lies along x whatever its label, south along y: sources can be told apart, labels only within them."""
+    gallery = hand_made(
+        [[9, 0, 1], [9, 0, -1], [0, 9, 1], [0, 9, -1]],
+        ["control", "covid19", "covid19", "control"],
+        ["north", "north", "south", "south"],
+        "g",
+    )
+    queries = hand_made([[9, 0, 2], [9, 0, -2]], ["control", "covid19"], ["north", "north"], "q")
+    result = evaluate(gallery, queries, k=1, model_version="v")
+    assert result["within_source"]["overall"]["accuracy"] == 1.0
+    assert result["cross_source"]["overall"]["accuracy"] == 0.0
+    assert result["cross_source"]["per_source"]["north"]["n"] == 2
+    assert result["nearest_from_own_source"] == {"n": 2, "share": 1.0, "share_ci": [1.0, 1.0]}
+
+
+def test_foregone_conclusions_are_left_out() -> None:
+    """A gallery of one label only, or without the query's label, measures nothing."""
+    gallery = hand_made([[1, 0], [0, 1], [1, 1]], ["control", "covid19", "control"], ["north", "north", "south"], "g")
+    queries = hand_made([[1, 0], [0, 1]], ["control", "covid19"], ["north", "north"], "q")
+    result = evaluate(gallery, queries, k=1, model_version="v")
+    assert result["within_source"]["n"] == 2
+    assert result["cross_source"] == {"n": 0, "left_out": 2}
+    assert result["nearest_from_own_source"]["n"] == 1, "covid19 comes from one source alone: there is no choice"
+
+
+def test_precision_counts_every_neighbour() -> None:
+    gallery = hand_made([[9, 1], [9, 2], [9, 3], [9, 4]], ["control", "covid19", "control", "control"], ["n"] * 4, "g")
+    overall = evaluate(gallery, hand_made([[9, 0]], ["control"], ["n"], "q"), k=1, model_version="v")["overall"]
+    assert overall["precision_at"] == {"1": 1.0, "2": 0.5, "4": 0.75, "10": 0.75}
+
+
+def test_calibration_and_selection() -> None:
+    """Nine certain and right votes, one split and wrong one: the error is the split's alone, and setting it aside mends accuracy."""
+    gallery = hand_made([[1, 0], [1, 0.001], [0, 1], [0, 1.0]], ["control", "control", "covid19", "control"], ["n"] * 4, "g")
+    queries = hand_made([[1, 0]] * 9 + [[0, 1]], ["control"] * 9 + ["non_covid_pneumonia"], ["n"] * 10, "q")
+    calibration = evaluate(gallery, queries, k=2, model_version="v")["calibration"]
+    filled = {entry["from"]: entry for entry in calibration["bins"] if entry["n"]}
+    assert filled[0.9]["n"] == 9
+    assert filled[0.9]["accuracy"] == filled[0.9]["confidence"] == 1.0
+    assert filled[0.5] == {"from": 0.5, "to": 0.6, "n": 1, "confidence": pytest.approx(0.5), "accuracy": 0.0}
+    assert calibration["ece"] == pytest.approx(0.05)
+    assert calibration["selective"]["n"] == 9
+    assert calibration["selective"]["accuracy"] == 1.0

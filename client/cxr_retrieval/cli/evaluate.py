@@ -35,7 +35,7 @@ def evaluate(
     milvus_token: options.MilvusToken = "",
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
-    """Measure retrieval: recall@k, accuracy, mAP@R per class and source, with intervals. Never counts a query's own patient.
+    """Measure retrieval: recall@k, accuracy, mAP@R per class and source, within and across sources. Never counts a query's own patient.
 
     Vectors already ingested are taken from the gallery; others are computed now and not kept. Neighbours are exact.
     """
@@ -110,6 +110,7 @@ def _print(result: dict[str, Any]) -> None:
             _with_interval(part["map_at_r"], part["map_at_r_ci"]),
         )
     console.print(table)
+    console.print(_restricted_table(result))
     table = Table("", "label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10", box=None, header_style="dim", pad_edge=False)
     for name, part in {"overall": result, **result["per_source"]}.items():
         for label, row in part["per_class"].items():
@@ -127,6 +128,21 @@ def _print(result: dict[str, Any]) -> None:
     console.print(
         "[dim]Brackets: 95 % bootstrap intervals over patients. Where label and source are tied, read each source by itself.[/dim]"
     )
+
+
+def _restricted_table(result: dict[str, Any]) -> Table:
+    """Balanced accuracy with the gallery cut to the query's own source, and without it; how the vote's confidence fares."""
+    table = Table("", "n", "balanced accuracy", box=None, header_style="dim", pad_edge=False)
+    for title, part in (("only own source", result["within_source"]), ("without own source", result["cross_source"])):
+        if part["n"]:
+            for name, row in {"all": part["overall"], **part["per_source"]}.items():
+                table.add_row(f"{title}: {name}", str(row["n"]), _with_interval(row["balanced_accuracy"], row["balanced_accuracy_ci"]))
+    own, selective = result["nearest_from_own_source"], result["calibration"]["selective"]
+    if own["n"]:
+        table.add_row("nearest neighbour from own source, label held elsewhere, too (share)", str(own["n"]), _number(own["share"]))
+    table.add_row("without the least confident tenth (accuracy)", str(selective["n"]), _number(selective["accuracy"]))
+    table.add_row("expected calibration error of the vote", "", _number(result["calibration"]["ece"]))
+    return table
 
 
 def _with_interval(value: float, interval: list[float]) -> str:
