@@ -20,11 +20,12 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, ENSEMBLE, IMAGE_SIZE, LEAVES, LUNG_SEGMENTATION, LeafSpec, TensorSpec
+from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, ENSEMBLE, LEAVES, LUNG_SEGMENTATION, LeafSpec, TensorSpec
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint
-from cxr_retrieval_training.embedder import AttentionMapHead, Embedder
+from cxr_retrieval_training.embedder import AttentionMapHead
 from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.train_embedder import load_embedder
 
 OPSET: Final = 18
 _SMALL: Final = 256
@@ -49,10 +50,11 @@ def load_networks(segmenter: Path, embedder: Path) -> Networks:
     checkpoints = {LUNG_SEGMENTATION: load_checkpoint(segmenter), EMBEDDER: load_checkpoint(embedder)}
     masker = LungSegmenter(checkpoints[LUNG_SEGMENTATION]["config"]["members"])
     masker.load_state_dict(checkpoints[LUNG_SEGMENTATION]["model"])
-    config = checkpoints[EMBEDDER]["config"]
-    network = Embedder(config["embedding_size"], attention=config["attention"])
-    network.load_state_dict(checkpoints[EMBEDDER]["model"])
-    modules: dict[str, nn.Module] = {LUNG_SEGMENTATION: masker, EMBEDDER: network, ATTENTION_MAP_MODEL: AttentionMapHead(IMAGE_SIZE)}
+    modules: dict[str, nn.Module] = {
+        LUNG_SEGMENTATION: masker,
+        EMBEDDER: load_embedder(embedder, torch.device("cpu")),
+        ATTENTION_MAP_MODEL: AttentionMapHead(),
+    }
     return Networks({name: module.eval() for name, module in modules.items()}, checkpoints)
 
 

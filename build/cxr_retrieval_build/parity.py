@@ -13,7 +13,19 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 
-from cxr_retrieval.contract import ATTENTION, ATTENTION_MAP, EMBEDDING, FEATURES, IMAGE, LEAVES, LUNG_MASK, LUNGS, MASK, LeafSpec
+from cxr_retrieval.contract import (
+    ATTENTION,
+    ATTENTION_MAP,
+    EMBEDDING,
+    FEATURES,
+    IMAGE,
+    LEAVES,
+    LUNG_AGREEMENT,
+    LUNG_MASK,
+    LUNGS,
+    MASK,
+    LeafSpec,
+)
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
@@ -34,6 +46,7 @@ class Tolerance:
 TOLERANCES: Final = {
     LUNG_MASK.name: Tolerance(255.0, 0.998),  # a pixel at the threshold may flip whole: the cosine is the gate
     LUNGS.name: Tolerance(255.0, 0.998),
+    LUNG_AGREEMENT.name: Tolerance(0.005, 0.9999),
     EMBEDDING.name: Tolerance(0.01, 0.9995),
     FEATURES.name: Tolerance(0.1, 0.999),
     ATTENTION.name: Tolerance(0.02, 0.9999),

@@ -41,20 +41,22 @@ class TensorSpec:
 
 IMAGE: Final = TensorSpec("IMAGE", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
 LUNGS: Final = TensorSpec("LUNGS", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
-"""The radiograph with everything outside the lungs set to 0 (between the first two steps only)."""
+"""The radiograph, at least 1 inside the lungs and 0 outside (between the first two steps only)."""
 LUNG_MASK: Final = TensorSpec("LUNG_MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
 """0 outside, 255 inside the lungs."""
+LUNG_AGREEMENT: Final = TensorSpec("LUNG_AGREEMENT", "FP32", (1,))
+"""Mean Dice coefficient of the segmentation networks' own masks with the ensemble's, in [0, 1]: how far to trust LUNG_MASK."""
 MASK: Final = TensorSpec("MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
 """LUNG_MASK as the last step receives it (a graph cannot call its input and its output the same)."""
 EMBEDDING: Final = TensorSpec("EMBEDDING", "FP32", (EMBEDDING_SIZE,))
 """Unit length (L2)."""
 FEATURES: Final = TensorSpec("FEATURES", "FP32", (FEATURE_SIZE,))
 ATTENTION: Final = TensorSpec("ATTENTION", "FP32", (1, ATTENTION_SIZE, ATTENTION_SIZE))
-"""The embedder's attention mask in [0, 1] (between the last two steps only)."""
+"""The embedder's attention mask in [0, 1] over the lungs' bounding box (between the last two steps only)."""
 ATTENTION_MAP: Final = TensorSpec("ATTENTION_MAP", "FP32", (1, IMAGE_SIZE, IMAGE_SIZE))
 """Attention at image size, 0 outside the lungs, in [0, 1]."""
 
-ENSEMBLE_OUTPUTS: Final = (EMBEDDING, LUNG_MASK, ATTENTION_MAP, FEATURES)
+ENSEMBLE_OUTPUTS: Final = (EMBEDDING, LUNG_MASK, ATTENTION_MAP, FEATURES, LUNG_AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class LeafSpec:
 
 
 LEAVES: Final = (
-    LeafSpec(LUNG_SEGMENTATION, (IMAGE,), (LUNG_MASK, LUNGS)),
+    LeafSpec(LUNG_SEGMENTATION, (IMAGE,), (LUNG_MASK, LUNGS, LUNG_AGREEMENT)),
     LeafSpec(EMBEDDER, (LUNGS,), (EMBEDDING, FEATURES, ATTENTION)),
     LeafSpec(ATTENTION_MAP_MODEL, (ATTENTION, MASK), (ATTENTION_MAP, LUNG_MASK)),
 )

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_MASK
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.image import Letterbox, letterbox, read_radiograph
 from cxr_retrieval.store import Neighbour, Store
@@ -21,6 +21,8 @@ from cxr_retrieval.voting import DEFAULT_K, Vote, weighted_vote
 
 MIN_LUNG_SHARE: Final = 0.05
 """Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
+MIN_LUNG_AGREEMENT: Final = 0.9
+"""Mean Dice coefficient of the five networks with their ensemble (LUNG_AGREEMENT)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def query(image: Path, triton: TritonClient, store: Store, *, top_k: int = DEFAU
         radiograph = read_radiograph(image)
         square, box = letterbox(radiograph.pixels)
     with _timed(timings, "infer"):
-        outputs = triton.infer(square[None, None], (EMBEDDING, ATTENTION_MAP, LUNG_MASK))
+        outputs = triton.infer(square[None, None], (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT))
     embedding = np.asarray(outputs[EMBEDDING.name][0], np.float32)
     with _timed(timings, "search"):
         neighbours = store.search(embedding, top_k, where)
@@ -108,19 +110,24 @@ def query(image: Path, triton: TritonClient, store: Store, *, top_k: int = DEFAU
         prediction = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     timings["total"] = sum(timings.values())
     mask = np.asarray(outputs[LUNG_MASK.name][0, 0], np.uint8)
-    warnings = [*radiograph.warnings, *lung_warnings(mask, box)]
+    warnings = [*radiograph.warnings, *lung_warnings(mask, box, float(outputs[LUNG_AGREEMENT.name][0, 0]))]
     if len(neighbours) < top_k:
         warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
     explanation = Explanation(square, box, mask, np.asarray(outputs[ATTENTION_MAP.name][0, 0], np.float32))
     return QueryResult(image.name, triton.model_version, prediction, tuple(neighbours), timings, tuple(warnings), explanation)
 
 
-def lung_warnings(mask: NDArray[np.uint8], box: Letterbox) -> list[str]:
-    """Says so when hardly any lung was found; the vote then rests on almost nothing."""
+def lung_warnings(mask: NDArray[np.uint8], box: Letterbox, agreement: float) -> list[str]:
+    """Says so when hardly any lung was found, or the networks disagree about it; the vote then rests on shaky ground."""
     share = float(box.crop(mask).astype(np.bool_).mean())
-    if share >= MIN_LUNG_SHARE:
-        return []
-    return [f"lungs not found reliably: they cover {share:.0%} of the picture; is this a frontal chest radiograph?"]
+    if share < MIN_LUNG_SHARE:
+        return [f"lungs not found reliably: they cover {share:.0%} of the picture; is this a frontal chest radiograph?"]
+    if agreement < MIN_LUNG_AGREEMENT:
+        return [
+            f"lungs not found reliably: the networks agree to {agreement:.2f} only (usually above {MIN_LUNG_AGREEMENT:.2f}); "
+            "look at the outline before you trust the vote"
+        ]
+    return []
 
 
 @contextmanager

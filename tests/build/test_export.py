@@ -25,8 +25,10 @@ from cxr_retrieval_build.onnx_export import announce_version, load_networks, sto
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import save_checkpoint
+from cxr_retrieval_training.config import EmbedderConfig, EmbedderStage
 from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter
+from cxr_retrieval_training.train_embedder import build_embedder
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Random weights of all networks, batch-norm statistics taken from noise so that activations have a sane range."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(4)
-    segmenter, embedder = LungSegmenter(), Embedder()
+    config = EmbedderConfig(
+        appearance_size=16, appearance_share=0.25, stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)
+    )
+    segmenter, embedder = LungSegmenter(), build_embedder(config)
     noise = torch.randint(0, 256, (4, 1, 128, 128), dtype=torch.uint8)
     for network in (segmenter, embedder):
         for module in network.modules():
@@ -43,8 +48,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         network.train()
         with torch.no_grad():
             network(noise)
+    for member in segmenter.members.values():  # most pixels well above the threshold: at it, fp16 weights flip an untrained mask
+        head = member.get_submodule("network.segmentation_head.0")
+        assert isinstance(head, nn.Conv2d)
+        assert head.bias is not None
+        with torch.no_grad():
+            head.bias += 0.5
     save_checkpoint(folder / "segmenter.pt", {"model": segmenter.state_dict(), "config": {"members": list(ARCHITECTURES)}})
-    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "config": {"embedding_size": 64, "attention": True}})
+    assert embedder.appearance is not None
+    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 448)).astype(np.float32))
+    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "image_size": 128, "config": config.model_dump(mode="json")})
     return folder / "segmenter.pt", folder / "embedder.pt"
 
 
@@ -115,7 +128,7 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     shutil.copytree(released, target)
     before = (target / "embedder" / "1" / "model.onnx").read_bytes()
     networks = load_networks(*checkpoints)
-    networks.modules["embedder"] = Embedder().eval()
+    networks.modules["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, size=128).eval()
 
     def copied(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
         path.parent.mkdir(parents=True)

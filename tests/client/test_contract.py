@@ -45,6 +45,7 @@ def test_ensemble(repository: Path) -> None:
             ("LUNG_MASK", "UINT8", (1, 256, 256)),
             ("ATTENTION_MAP", "FP32", (1, 256, 256)),
             ("FEATURES", "FP32", (2048,)),
+            ("LUNG_AGREEMENT", "FP32", (1,)),
         ]
     )
     assert [step.model_name for step in config.ensemble_scheduling.step] == list(contract.LEAF_MODELS)

@@ -34,8 +34,18 @@ def tiny_graph(name: str) -> onnx.ModelProto:
         return node("Constant", [], [f"shape_{spec.name}"], value=numpy_helper.from_array(np.array([1, *spec.shape], np.int64)))
 
     if name == LUNG_SEGMENTATION:
-        nodes = [node("Identity", ["IMAGE"], ["LUNGS"]), node("Max", ["IMAGE", "white"], ["LUNG_MASK"])]
-        constants = [numpy_helper.from_array(np.array(255, np.uint8), "white")]
+        nodes = [
+            node("Identity", ["IMAGE"], ["LUNGS"]),
+            node("Max", ["IMAGE", "white"], ["LUNG_MASK"]),
+            node("Cast", ["LUNG_MASK"], ["mask"], to=TensorProto.FLOAT),
+            node("ReduceMean", ["mask", "axes"], ["mean"], keepdims=0),
+            node("Div", ["mean", "limit"], ["LUNG_AGREEMENT"]),
+        ]
+        constants = [
+            numpy_helper.from_array(np.array(255, np.uint8), "white"),
+            numpy_helper.from_array(np.array([2, 3], np.int64), "axes"),
+            numpy_helper.from_array(np.array(255, np.float32), "limit"),
+        ]
     elif name == EMBEDDER:
         nodes = [
             node("Cast", ["LUNGS"], ["pixels"], to=TensorProto.FLOAT),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.embedding import embed_rows, ingest
 from cxr_retrieval.errors import ImageError, UsageError
 from cxr_retrieval.evaluation import LabelledSet, rank
@@ -68,9 +69,23 @@ def test_hardly_any_lung_is_a_warning() -> None:
     """Counted on the picture itself, not on the black bars beside it."""
     _, box = letterbox(np.full((512, 128), 9, np.uint8))
     mask = np.zeros((256, 256), np.uint8)
-    assert "cover 0% of the picture" in lung_warnings(mask, box)[0]
+    assert "cover 0% of the picture" in lung_warnings(mask, box, 0.0)[0]
     mask[:32, box.left : box.left + box.width] = 255
-    assert lung_warnings(mask, box) == []
+    assert lung_warnings(mask, box, 0.97) == []
+
+
+def test_networks_that_disagree_are_a_warning(triton: TritonClient) -> None:
+    """A phantom's lungs are agreed upon; a lung-like mask on an even picture is not."""
+    _, box = letterbox(np.full((256, 256), 9, np.uint8))
+    mask = np.full((256, 256), 255, np.uint8)
+    assert "agree to 0.62 only" in lung_warnings(mask, box, 0.62)[0]
+    phantom = letterbox(make_phantom(5, "control").pixels)[0]
+    even = np.full((256, 256), 128, np.uint8)
+    found = triton.infer(np.stack([phantom, even])[:, None], (LUNG_MASK, LUNG_AGREEMENT))
+    agreed = found["LUNG_AGREEMENT"][:, 0]
+    assert 0 <= float(agreed[1]) < float(agreed[0]) <= 1
+    assert lung_warnings(np.asarray(found["LUNG_MASK"][0, 0], np.uint8), box, float(agreed[0])) == []
+    assert lung_warnings(np.asarray(found["LUNG_MASK"][1, 0], np.uint8), box, float(agreed[1])) != []
 
 
 def test_ingest_is_idempotent_and_notices_changes(triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:

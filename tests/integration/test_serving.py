@@ -51,7 +51,10 @@ def test_outputs_have_the_published_form(triton: TritonClient, squares: NDArray[
         "LUNG_MASK": ("uint8", (5, 1, 256, 256)),
         "ATTENTION_MAP": ("float32", (5, 1, 256, 256)),
         "FEATURES": ("float32", (5, 2048)),
+        "LUNG_AGREEMENT": ("float32", (5, 1)),
     }
+    assert outputs["LUNG_AGREEMENT"].min() > 0.8, "phantoms have lungs that the networks agree about"
+    assert outputs["LUNG_AGREEMENT"].max() <= 1
     assert np.linalg.norm(outputs["EMBEDDING"].astype(float), axis=1) == pytest.approx(1, abs=1e-4)
     assert set(np.unique(outputs["LUNG_MASK"])) <= {0, 255}
     attention = outputs["ATTENTION_MAP"].astype(float)

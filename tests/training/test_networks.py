@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+import timm
 import torch
 from jaxtyping import TypeCheckError
+from PIL import Image
 from scipy import ndimage
 from torch import nn
 
 from cxr_retrieval_training.embedder import AttentionMapHead, Embedder, SpatialAttention
-from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, build_member, drop_small_islands
+from cxr_retrieval_training.imagenet import imagenet_state
+from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
+from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands
 
 
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
+@pytest.fixture(scope="module", params=["resnet50", "efficientnet_lite0"])
+def embedder(request: pytest.FixtureRequest) -> Embedder:
     torch.manual_seed(0)
-    return Embedder().eval()
+    return Embedder(backbone=request.param).eval()
 
 
 def test_embedder_outputs(embedder: Embedder) -> None:
@@ -33,59 +39,139 @@ def test_embedder_outputs(embedder: Embedder) -> None:
     assert attention.max() < 1
 
 
-def test_axes_are_not_swapped(embedder: Embedder) -> None:
-    with torch.inference_mode():
-        assert embedder(torch.zeros((2, 1, 96, 160), dtype=torch.uint8))[2].shape == (2, 1, 6, 10)
-
-
-def test_stages_end_where_the_paper_says(embedder: Embedder) -> None:
+def test_resnet_stages_end_where_the_paper_says() -> None:
     """conv3_4 is the 22nd layer and conv4_6 the 40th: 1 + 3·3 + 4·3 and 6·3 more convolutions (shortcuts not counted)."""
 
     def layers(module: nn.Module) -> int:
         return sum(isinstance(part, nn.Conv2d) and "downsample" not in name for name, part in module.named_modules())
 
-    assert layers(embedder.f1) == 22
-    assert layers(embedder.f1) + layers(embedder.f2) == 40
-    assert layers(embedder.rest) == 9, "the remaining part of ResNet-50 is conv5_x"
-    assert sum(isinstance(part, nn.Linear) for part in embedder.head) == 2
-    assert isinstance(embedder.attention, SpatialAttention)
-    assert len(embedder.attention.blocks) == 3
+    network = Embedder(backbone="resnet50")
+    assert layers(network.f1) == 22
+    assert layers(network.f1) + layers(network.f2) == 40
+    assert layers(network.rest) == 9, "the remaining part of ResNet-50 is conv5_x"
+    assert sum(isinstance(part, nn.Linear) for part in network.head) == 2
+    assert isinstance(network.attention, SpatialAttention)
+    assert len(network.attention.blocks) == 3
 
 
 def test_equation_4(embedder: Embedder) -> None:
     """f̃(x) = g(α(f1(x)) ⊙ f2(f1(x))), written out step by step."""
-    lungs = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    lungs = torch.randint(1, 256, (2, 1, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
-        grey = (lungs.float() / 255).expand(-1, 3, -1, -1)
-        f1 = embedder.f1((grey - embedder.mean) / embedder.std)
+        seen = standardised_lungs(lungs.float(), lung_box(lungs.float()), 64).expand(-1, 3, -1, -1)
+        f1 = embedder.f1(seen)
         assert embedder.attention is not None
         projected = embedder.head(embedder.rest(embedder.attention(f1) * embedder.f2(f1)))
         expected = projected / projected.norm(dim=1, keepdim=True)
-        assert torch.allclose(embedder(lungs)[0], expected, atol=1e-6)
+        assert torch.allclose(embedder.describe(lungs, 64).learned, expected, atol=1e-5)
 
 
 def test_without_attention_the_mask_is_all_ones() -> None:
     with torch.inference_mode():
-        mask = Embedder(attention=False).eval()(torch.zeros((1, 1, 64, 64), dtype=torch.uint8))[2]
+        mask = Embedder(attention=False, size=64).eval()(torch.zeros((1, 1, 64, 64), dtype=torch.uint8))[2]
+    assert mask.shape == (1, 1, 16, 16), "whatever the size"
     assert (mask == 1).all()
 
 
-def test_attention_map_head() -> None:
+def test_appearance_takes_its_share_of_the_similarity() -> None:
+    torch.manual_seed(2)
+    network = Embedder(64, appearance_size=16, appearance_share=0.36).eval()
+    lungs = torch.randint(1, 256, (5, 1, 64, 64), dtype=torch.uint8)
+    assert network.appearance is not None
+    with torch.inference_mode():
+        found = network.describe(lungs, 64)
+        assert found.learned.shape == (5, 48)
+        assert network.embed(found)[:, 48:].abs().max() == 0, "not fitted yet"
+        network.appearance.fit(np.random.default_rng(0).normal(size=(90, 448)).astype(np.float32))
+        embedding, look = network.embed(found), network.appearance(found.layout)
+    expected = 0.64 * found.learned @ found.learned.T + 0.36 * look @ look.T
+    assert torch.allclose(embedding @ embedding.T, expected, atol=1e-5)
+    assert embedding.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
+
+
+def test_appearance_is_whitened() -> None:
+    """Unit variance and no correlation on what it was fitted to, before the length is normalised."""
+    layout = (np.random.default_rng(3).normal(size=(300, 448)) @ np.diag(np.linspace(5, 0.1, 448)) + 2.0).astype(np.float32)
+    part = Embedder(64, appearance_size=8, appearance_share=0.2).appearance
+    assert part is not None
+    part.fit(layout)
+    white = (torch.from_numpy(layout) - part.mean) @ part.projection
+    assert torch.allclose(white.T @ white / len(layout), torch.eye(8), atol=1e-2)
+
+
+def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:
+    network = Embedder().train()
+    network.keep_frozen(4)
+    norm = network.f1[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    before = norm.running_mean.clone()
+    network.describe(torch.randint(1, 256, (2, 1, 64, 64), dtype=torch.uint8), 64).learned.sum().backward()
+    assert torch.equal(norm.running_mean, before)
+    assert all(parameter.grad is None for parameter in network.f1[:4].parameters())
+    assert any(parameter.grad is not None for parameter in network.f1[4:].parameters())
+
+
+def test_attention_map_head_puts_the_box_back_into_the_frame() -> None:
+    """The lungs' box is rows 64…192, columns 96…224: cell (3, 11) of 16 lies at 3.5/16 and 11.5/16 of it."""
     attention = torch.zeros((2, 1, 16, 16))
     attention[0, 0, 3, 11] = 1.0
     mask = torch.zeros((2, 1, 256, 256), dtype=torch.uint8)
-    mask[:, :, :, 128:] = 255
-    upsampled, passed = AttentionMapHead(256)(attention, mask)
+    mask[:, :, 64:192, 96:224] = 255
+    upsampled, passed = AttentionMapHead()(attention, mask)
     assert (passed == mask).all()
-    assert (upsampled[:, :, :, :128] == 0).all()
+    assert (upsampled[:, :, mask[0, 0] == 0] == 0).all()
     row, column = divmod(int(upsampled[0, 0].argmax()), 256)
-    assert (row // 16, column // 16) == (3, 11)
+    assert (row, column) == (pytest.approx(64 + 128 * 3.5 / 16, abs=4), pytest.approx(96 + 128 * 11.5 / 16, abs=4))
     assert 0 <= upsampled.min() <= upsampled.max() <= 1
 
 
-def test_shapes_are_enforced(embedder: Embedder) -> None:
+# ------------------------------------------------------------------------------------------------------ normalisation
+
+
+def test_box_of_the_lungs() -> None:
+    inside = torch.zeros((2, 1, 60, 100))
+    inside[0, 0, 10:50, 20:70] = 1
+    margin = torch.tensor([0.03 * 40, 0.03 * 40, 0.03 * 50, 0.03 * 50]) * torch.tensor([-1, 1, -1, 1])
+    assert torch.allclose(lung_box(inside)[0], torch.tensor([10.0, 50.0, 20.0, 70.0]) + margin)
+    assert lung_box(inside)[1].tolist() == pytest.approx([-1.8, 61.8, -3.0, 103.0]), "no lung: the whole frame"
+
+
+def test_position_size_and_exposure_are_forgotten() -> None:
+    """The same texture elsewhere, larger, brighter and with more contrast looks the same to the network."""
+    torch.manual_seed(0)
+    texture = nn.functional.interpolate(torch.rand((1, 1, 6, 6)), size=(64, 64), mode="bicubic", align_corners=False).clamp(0, 1)
+    small, large = torch.zeros((1, 1, 256, 256)), torch.zeros((1, 1, 256, 256))
+    small[..., 20:84, 30:94] = 40 + 60 * texture
+    large[..., 100:228, 110:238] = 90 + 140 * nn.functional.interpolate(texture, scale_factor=2, mode="bilinear", align_corners=False)
+    seen = [standardised_lungs(image, lung_box(image), 96) for image in (small, large)]
+    assert nn.functional.cosine_similarity(seen[0].flatten(1), seen[1].flatten(1)).item() > 0.99
+
+
+def test_standardised_inside_and_zero_outside() -> None:
+    torch.manual_seed(1)
+    lungs = torch.zeros((1, 1, 128, 128))
+    lungs[..., 40:80, 30:60] = nn.functional.interpolate(torch.rand((1, 1, 8, 6)), size=(40, 30), mode="bilinear") * 200 + 20
+    seen = standardised_lungs(lungs, torch.tensor([[0.0, 128.0, 0.0, 128.0]]), 128)
+    inside = lungs > 0
+    assert (seen[~inside] == 0).all()
+    assert seen[inside].mean().item() == pytest.approx(0, abs=0.02)
+    assert seen[inside].std().item() == pytest.approx(1, abs=0.02)
+    assert (standardised_lungs(torch.full((1, 1, 64, 64), 77.0), lung_box(torch.ones((1, 1, 64, 64))), 64).abs() < 1e-4).all(), "no texture"
+
+
+def test_there_and_back() -> None:
+    """A map taken over the box and put back peaks where it was."""
+    box = torch.tensor([[20.0, 180.0, 40.0, 200.0]])
+    blob = torch.zeros((1, 1, 16, 16))
+    blob[0, 0, 5, 9] = 1
+    row, column = divmod(int(from_box(blob, box, 256, 240)[0, 0].argmax()), 240)
+    assert (row, column) == (pytest.approx(20 + 160 * 5.5 / 16, abs=5), pytest.approx(40 + 160 * 9.5 / 16, abs=5))
+
+
+def test_shapes_are_enforced() -> None:
     with pytest.raises(TypeCheckError):
-        embedder(torch.zeros((2, 3, 64, 64), dtype=torch.uint8))
+        Embedder()(torch.zeros((2, 3, 64, 64), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -93,7 +179,33 @@ def test_member(architecture: str) -> None:
     member = build_member(architecture).eval()
     with torch.inference_mode():
         assert member(torch.zeros((2, 1, 64, 96))).shape == (2, 1, 64, 96)
-    assert all(module.momentum == 0.1 for module in member.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_imagenet_weights_know_imagenet() -> None:
+    """The published file in timm's network: a portrait in uniform (matplotlib's sample picture) is class 652, military uniform."""
+    network = timm.create_model("efficientnet_lite0").eval()
+    network.load_state_dict(imagenet_state(), strict=False)
+    with Image.open(Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg") as picture:
+        pixels = np.array(picture.convert("RGB").resize((224, 260)).crop((0, 0, 224, 224)))
+    with torch.inference_mode():
+        logits = network((torch.from_numpy(pixels).permute(2, 0, 1)[None].float() - 127) / 128)
+    assert int(logits.argmax()) == 652
+    grey = torch.rand((1, 1, 64, 64))
+    first = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), imagenet_state()["conv_stem.weight"])
+    assert torch.allclose(first, nn.functional.conv2d(grey, imagenet_state(channels=1)["conv_stem.weight"]), atol=1e-4)
+    member = build_member("unet", imagenet=True).state_dict()
+    assert torch.equal(member["encoder.model.blocks.3.0.conv_pw.weight"], imagenet_state()["blocks.3.0.conv_pw.weight"])
+
+
+def test_agreement_is_the_mean_dice_with_the_ensemble() -> None:
+    inside = torch.zeros((2, 1, 8, 8))
+    inside[0, 0, :4] = 1
+    members = torch.zeros((2, 2, 1, 8, 8))
+    members[0, 0, 0, :4] = 0.9
+    members[1, 0, 0, :2] = 0.9
+    found = agreement(members, inside)
+    assert found[0].item() == pytest.approx((1 + 2 * 16 / (16 + 32)) / 2)
+    assert found[1].item() == 0, "no lung at all"
 
 
 def test_ensemble_averages_probabilities_and_blanks_what_is_outside() -> None:
@@ -102,8 +214,11 @@ def test_ensemble_averages_probabilities_and_blanks_what_is_outside() -> None:
     image = torch.randint(1, 256, (2, 1, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
         each = [torch.sigmoid(member(image.float())) for member in segmenter.members.values()]
-        assert torch.allclose(segmenter.probability(image), (each[0] + each[1]) / 2, atol=1e-6)
-        mask, lungs = segmenter(image)
+        assert torch.allclose(segmenter.member_probabilities(image), torch.stack(each), atol=1e-6)
+        mask, lungs, agreed = segmenter(image)
+        expected = drop_small_islands(((each[0] + each[1]) / 2 >= 0.5).float())
+    assert ((mask > 0) == (expected > 0)).all()
+    assert agreed.shape == (2, 1)
     assert set(mask.unique().tolist()) <= {0, 255}
     assert (lungs == torch.where(mask > 0, image, 0)).all()
 

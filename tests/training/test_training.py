@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
-from cxr_retrieval.manifest import Manifest, read_manifest
+from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
 from cxr_retrieval_training import train_embedder as embedder_training
+from cxr_retrieval_training.ablations import ABLATIONS, ablation_config
 from cxr_retrieval_training.augment import EmbeddingAugment, SegmentationAugment
 from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, save_checkpoint
 from cxr_retrieval_training.config import (
@@ -26,10 +29,14 @@ from cxr_retrieval_training.config import (
     config_path,
     load_config,
 )
-from cxr_retrieval_training.datasets import load_images
+from cxr_retrieval_training.datasets import Images, load_images
 from cxr_retrieval_training.embedder import Embedder
-from cxr_retrieval_training.train_embedder import class_balanced_batch, load_resnet50, train_embedder
-from cxr_retrieval_training.train_segmenter import dice_coefficient, load_masked, train_segmentation
+from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
+from cxr_retrieval_training.lungs import find_lungs, load_segmenter
+from cxr_retrieval_training.metrics import dice_coefficient
+from cxr_retrieval_training.summary import write_report
+from cxr_retrieval_training.train_embedder import balanced_batch, load_embedder, load_resnet50, load_training_set, train_embedder
+from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation
 
 CPU = torch.device("cpu")
 
@@ -65,11 +72,98 @@ def test_multi_similarity_is_equation_2() -> None:
 
 def test_batches_are_balanced_and_without_repetition() -> None:
     labels = np.array([0] * 100 + [1] * 50 + [2] * 16)
-    batch = class_balanced_batch(labels, 16, np.random.default_rng(3))
+    batch = balanced_batch(labels, np.zeros_like(labels), 16, 1.0, np.random.default_rng(3))
     assert np.bincount(labels[batch]).tolist() == [16, 16, 16]
     assert len(set(batch.tolist())) == 48
-    few = class_balanced_batch(np.array([0] * 100 + [1] * 5), 16, np.random.default_rng(3))
-    assert len(few) == 32, "a small class repeats rather than shrinking the batch"
+    few = np.array([0] * 100 + [1] * 5)
+    assert len(balanced_batch(few, np.zeros_like(few), 16, 1.0, np.random.default_rng(3))) == 32, "a small class repeats"
+
+
+@pytest.mark.parametrize(("power", "share"), [(1.0, 0.9), (0.5, 0.75), (0.0, 0.5)])
+def test_sources_are_drawn_by_the_power_of_their_size(power: float, share: float) -> None:
+    labels, sources = np.zeros(1000, np.int64), np.array([0] * 900 + [1] * 100)
+    random = np.random.default_rng(0)
+    drawn = np.concatenate([balanced_batch(labels, sources, 8, power, random) for _ in range(600)])
+    assert (sources[drawn] == 0).mean() == pytest.approx(share, abs=0.02)
+
+
+def test_info_nce_is_equation_5() -> None:
+    """−log of e^{s/τ} of a positive over itself and all negatives, mean over positive pairs, τ = 0.1, written out."""
+    torch.manual_seed(0)
+    x, y = torch.nn.functional.normalize(torch.randn(9, 7), dim=1), torch.arange(9) % 3
+    s = x @ x.T
+    terms = [
+        -math.log(math.exp(s[i, j] / 0.1) / (math.exp(s[i, j] / 0.1) + sum(math.exp(s[i, n] / 0.1) for n in range(9) if y[n] != y[i])))
+        for i in range(9)
+        for j in range(9)
+        if i != j and y[i] == y[j]
+    ]
+    found = criterion("info_nce")({"info_nce": 1.0}, x, torch.zeros(9, 2048), y, torch.zeros_like(y))
+    assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
+def criterion(*names: LossName, across_sources: bool = False) -> Criterion:
+    torch.manual_seed(1)
+    return Criterion(
+        frozenset(names),
+        classes=3,
+        sources=2,
+        embedding_size=7,
+        alpha=2.0,
+        beta=20.0,
+        base=0.5,
+        miner_epsilon=0.1,
+        across_sources=across_sources,
+    )
+
+
+def test_losses_add_up_with_their_weights() -> None:
+    x, features, y = torch.nn.functional.normalize(torch.randn(6, 7), dim=1), torch.randn(6, 2048), torch.arange(6) % 3
+    both = criterion("multi_similarity", "cross_entropy")
+    source = torch.zeros_like(y)
+    one, other = (both({name: 1.0}, x, features, y, source).item() for name in ("multi_similarity", "cross_entropy"))
+    assert both({"multi_similarity": 0.5, "cross_entropy": 2.0}, x, features, y, source).item() == pytest.approx(0.5 * one + 2 * other)
+    with pytest.raises(ValueError, match="not among those announced"):
+        both({"normalized_softmax": 1.0}, x, features, y, source)
+
+
+def test_positives_come_from_other_sources_where_there_are_any() -> None:
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(12, 7), dim=1)
+    label = torch.tensor([0] * 6 + [1] * 6)
+    source = torch.tensor([0, 0, 0, 1, 1, 1] + [0] * 6)
+    anchor, positive, other, negative = criterion("multi_similarity", across_sources=True).pairs(x, label, source)
+    assert len(anchor)
+    assert (label[anchor] == label[positive]).all()
+    assert (label[other] != label[negative]).all()
+    crossing = source[anchor] != source[positive]
+    assert crossing[label[anchor] == 0].all(), "label 0 has two sources"
+    assert (label[anchor] == 1).any(), "label 1 has one source and keeps its pairs"
+
+
+def test_the_adversary_learns_the_source_and_the_embedding_unlearns_it() -> None:
+    x = torch.randn(8, 7, requires_grad=True)
+    y, source = torch.zeros(8, dtype=torch.long), torch.arange(8) % 2
+    against = criterion("source_adversary")
+    assert against.adversary is not None
+    loss = against({"source_adversary": 1.0}, x, torch.zeros(8, 2048), y, source)
+    loss.backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        step = 0.1
+        worse = against({"source_adversary": 1.0}, x - step * x.grad, torch.zeros(8, 2048), y, source)
+        for parameter in against.adversary.parameters():
+            assert parameter.grad is not None
+            parameter -= step * parameter.grad
+        better = against({"source_adversary": 1.0}, x, torch.zeros(8, 2048), y, source)
+    assert worse > loss > better
+
+
+def test_attention_loss_is_the_share_on_lesions() -> None:
+    attention, lesions = torch.ones((2, 1, 4, 4)), torch.zeros((2, 1, 4, 4))
+    lesions[0, 0, :1] = 1
+    assert attention_on_lesions(attention, lesions).item() == pytest.approx(math.log(4)), "an image without lesions says nothing"
+    assert attention_on_lesions(attention, torch.zeros_like(lesions)).item() == 0
 
 
 def test_dice() -> None:
@@ -77,7 +171,7 @@ def test_dice() -> None:
     b = a.clone()
     a[0, 0, :2], b[0, 0, 1:3] = True, True
     a[1, 0, 0, 0] = True
-    assert dice_coefficient(a, b).tolist() == [0.5, 0.0, 1.0]
+    assert [dice_coefficient(one.numpy(), other.numpy()) for one, other in zip(a, b, strict=True)] == [0.5, 0.0, 1.0]
 
 
 def test_segmentation_augmentation_moves_mask_and_image_together() -> None:
@@ -94,14 +188,18 @@ def test_segmentation_augmentation_moves_mask_and_image_together() -> None:
     assert (target != (mask > 127).float()).any(), "it does move"
 
 
-def test_embedding_augmentation_keeps_black_black() -> None:
+def test_embedding_augmentation_keeps_black_black_and_lesions_inside() -> None:
     torch.manual_seed(0)
-    lungs = torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
-    lungs[:, :, 24:40, 24:40] = 120
-    out = EmbeddingAugment(64)(lungs)
-    assert out.shape == (8, 1, 64, 64)
-    assert (out[:, :, :4, :4] == 0).all()
-    assert out.max() > 60
+    lungs, lesions = torch.zeros((8, 1, 64, 64), dtype=torch.uint8), torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
+    lungs[:, :, 20:44, 20:44] = 120
+    lesions[:, :, 24:30, 24:30] = 255
+    pixels, moved = EmbeddingAugment()(lungs, lesions)
+    assert pixels.shape == moved.shape == (8, 1, 64, 64)
+    assert (pixels[:, :, :4, :4] == 0).all()
+    assert pixels.max() > 60
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    assert moved.sum() > 8 * 20
+    assert (pixels[0] != pixels[1]).any(), "every image gets its own"
 
 
 # -------------------------------------------------------------------------------------------- configs and checkpoints
@@ -127,6 +225,7 @@ def test_published_numbers() -> None:
         ("seed = ", "not TOML"),
         ("stages = []\nspeed = 9", "speed is wrong"),
         ("stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]", "multiple of 32"),
+        ("stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]", "losses.hinge"),
         ("stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]", "greater than 0"),
         ("", "stages is wrong"),
     ],
@@ -166,16 +265,18 @@ def test_init_takes_a_torchvision_state_dict(tmp_path: Path) -> None:
     torch.manual_seed(3)
     source = resnet50(weights=None).state_dict()
     torch.save(source, tmp_path / "resnet50.pt")
-    model = Embedder()
+    model = Embedder(backbone="resnet50")
     load_resnet50(model, tmp_path / "resnet50.pt")
     own = model.state_dict()
     assert torch.equal(own["f1.0.weight"], source["conv1.weight"])
     assert torch.equal(own["f1.5.3.conv3.weight"], source["layer2.3.conv3.weight"])
-    assert torch.equal(own["f2.5.bn2.running_var"], source["layer3.5.bn2.running_var"])
+    assert torch.equal(own["f2.0.5.bn2.running_var"], source["layer3.5.bn2.running_var"])
     assert torch.equal(own["rest.0.2.conv1.weight"], source["layer4.2.conv1.weight"])
     torch.save({"fc.weight": source["fc.weight"]}, tmp_path / "head.pt")
     with pytest.raises(UsageError, match="not a torchvision ResNet-50"):
         load_resnet50(model, tmp_path / "head.pt")
+    with pytest.raises(UsageError, match="--init is for ResNet-50"):
+        load_resnet50(Embedder(), tmp_path / "resnet50.pt")
 
 
 def test_unreadable_training_image_stops_with_its_id(tmp_path: Path) -> None:
@@ -201,17 +302,34 @@ def trained(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return train_segmentation(SEGMENTATION, manifest, tmp_path_factory.mktemp("seg"), CPU)
 
 
-def test_segmentation_logs_every_epoch_and_keeps_its_config(trained: Path) -> None:
+def test_segmentation_keeps_the_best_epoch_and_reports_it(trained: Path) -> None:
     checkpoint = load_checkpoint(trained)
     assert checkpoint["config"]["members"] == ["linknet"]
+    assert set(checkpoint["provenance"]) == {"commit", "cxr_retrieval", "torch"}
     log = [json.loads(line) for line in (trained.parent / "log.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in log] == list(range(1, 4))
+    best = max(log, key=lambda record: record["val_dice"])
     report = json.loads((trained.parent / "segmentation.json").read_text())
     assert report == checkpoint["report"]
-    assert report["members"]["linknet"]["dice"] == log[-1]["val_dice"]
-    ensemble = report["ensemble"]["unknown"]
-    assert ensemble["n"] == 6
-    assert ensemble["least"] <= ensemble["ci"][0] <= ensemble["mean"] <= ensemble["ci"][1] <= 1
+    assert (report["members"]["linknet"]["dice"], report["members"]["linknet"]["epoch"]) == (best["val_dice"], best["epoch"])
+    found = report["by_reference"]["unknown"]
+    assert found["n"] == 6
+    ensemble = found["ensemble"]
+    assert ensemble["dice_least"] <= ensemble["dice_ci"][0] <= ensemble["dice"] <= ensemble["dice_ci"][1] <= 1
+    assert ensemble["hausdorff_95"] > 0
+    assert found["members_mean"] == found["members"]["linknet"], "of one member, the mean is itself"
+
+
+def test_early_stopping(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dice that never rises after the first epoch ends the member after `patience_epochs` more."""
+    import cxr_retrieval_training.train_segmenter as module
+
+    scores = iter([0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
+    monkeypatch.setattr(module, "member_dice", lambda *_: np.array([next(scores)]))
+    config = SEGMENTATION.model_copy(update={"patience_epochs": 2, "stages": (SegmentationStage(image_size=64, epochs=6),)})
+    train_segmentation(config, manifest, tmp_path, CPU)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert load_checkpoint(tmp_path / "segmenter-linknet-best.pt")["epoch"] == 1
 
 
 def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +341,7 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
     def dying(path: Path, checkpoint: dict[str, object]) -> None:
         nonlocal saves
         save_checkpoint(path, checkpoint)
-        saves += 1
+        saves += path.stem.endswith("-last")
         if saves == 2:
             raise KeyboardInterrupt
 
@@ -240,18 +358,32 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 EMBEDDER = EmbedderConfig(
     images_per_class=2,
+    source_power=0.5,
+    frozen_layers=2,
+    appearance_size=8,
+    appearance_share=0.2,
+    lesion_images=1,
+    lesion_weight=0.1,
+    ema_decay=0.5,
+    schedule="cosine",
     validate_every=3,
     warm_up_iterations=2,
     stages=(
-        EmbedderStage(loss="normalized_softmax", image_size=64, iterations=3, learning_rate=1e-3),
-        EmbedderStage(image_size=64, iterations=3, learning_rate=1e-3),
+        EmbedderStage(losses={"normalized_softmax": 1.0, "source_adversary": 0.1}, image_size=64, iterations=3, learning_rate=1e-3),
+        EmbedderStage(losses={"multi_similarity": 1.0}, image_size=64, iterations=3, learning_rate=1e-3),
     ),
 )
 
 
-def test_embedder_resumes_exactly(trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def finished(trained: Path, manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_embedder(EMBEDDER, manifest, trained, tmp_path_factory.mktemp("runs") / "whole", CPU)
+
+
+def test_embedder_resumes_exactly(
+    trained: Path, finished: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedder_training, "SAVE_EVERY", 2)
-    whole = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, tmp_path / "whole", CPU))
 
     def dying(path: Path, checkpoint: dict[str, object]) -> None:
         save_checkpoint(path, checkpoint)
@@ -262,10 +394,105 @@ def test_embedder_resumes_exactly(trained: Path, manifest: Manifest, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         train_embedder(EMBEDDER, manifest, trained, tmp_path / "cut", CPU)
     monkeypatch.setattr(embedder_training, "save_checkpoint", save_checkpoint)
-    resumed = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, tmp_path / "cut", CPU))
+    result = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, tmp_path / "cut", CPU))
+    resumed, whole = (load_checkpoint(folder / "embedder-last.pt") for folder in (tmp_path / "cut", finished.parent))
     assert resumed["iteration"] == 6
-    for name, value in whole["model"].items():
-        assert torch.equal(value, resumed["model"][name]), name
+    for part in ("model", "kept"):
+        for name, value in whole[part].items():
+            assert torch.equal(value, resumed[part][name]), name
+    for name, value in load_checkpoint(finished)["model"].items():
+        assert torch.equal(value, result["model"][name]), name
+    assert any(not torch.equal(value, whole["kept"][name]) for name, value in whole["model"].items()), "the average is another"
     other = EMBEDDER.model_copy(update={"seed": 2})
     with pytest.raises(UsageError, match="belongs to another run"):
         train_embedder(other, manifest, trained, tmp_path / "cut", CPU)
+
+
+def test_the_state_that_did_best_on_val_is_kept(finished: Path) -> None:
+    log = [json.loads(line) for line in (finished.parent / "log.jsonl").read_text().splitlines()]
+    watched = [record for record in log if "val_recall_at_1" in record]
+    assert [record["iteration"] for record in watched] == [3, 6]
+    best = max(watched, key=lambda record: (record["val_recall_at_1"], -record["iteration"]))
+    state = load_checkpoint(finished)
+    assert (state["iteration"], state["val_recall_at_1"], state["image_size"]) == (best["iteration"], best["val_recall_at_1"], 64)
+    network = load_embedder(finished, CPU)
+    assert network.size == 64
+    assert network.appearance is not None
+    assert network.appearance.projection.abs().sum() > 0, "fitted"
+
+
+def test_a_source_can_be_left_out(trained: Path, manifest: Manifest) -> None:
+    whole = load_training_set(EMBEDDER, manifest, trained, CPU)
+    part = load_training_set(EMBEDDER.model_copy(update={"leave_out_source": "phantom-north"}), manifest, trained, CPU)
+    kept = np.array([row.source != "phantom-north" for row in manifest.select(split="train")])
+    assert 0 < kept.sum() < len(kept)
+    assert (part.lungs == np.asarray(whole.lungs)[kept]).all()
+    assert (part.labels == whole.labels[kept]).all()
+    assert len(set(part.sources.tolist())) == len(set(whole.sources.tolist())) - 1
+    with pytest.raises(UsageError, match="no such source, or the only one"):
+        load_training_set(EMBEDDER.model_copy(update={"leave_out_source": "elsewhere"}), manifest, trained, CPU)
+
+
+def test_lungs_are_found_once_and_go_on_after_an_interruption(
+    trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cxr_retrieval_training.lungs as module
+
+    checkpoint = tmp_path / "segmenter.pt"
+    checkpoint.write_bytes(trained.read_bytes())
+    rows = manifest.select(split="val")
+    monkeypatch.setattr(module, "_CHUNK", 2)
+    reads: list[int] = []
+
+    def reading(part: Sequence[ManifestRow]) -> Images:
+        reads.append(len(part))
+        if len(reads) == 2:
+            raise KeyboardInterrupt
+        return load_images(part)
+
+    monkeypatch.setattr(module, "load_images", reading)
+    with pytest.raises(KeyboardInterrupt):
+        find_lungs(checkpoint, rows, "val", CPU)
+    found = find_lungs(checkpoint, rows, "val", CPU)
+    assert reads == [2, 2, 2, 2], "the first two are not read again"
+    again = find_lungs(checkpoint, rows, "val", CPU)
+    assert len(reads) == 4
+    with torch.inference_mode():
+        expected = load_segmenter(checkpoint)(torch.from_numpy(load_images(rows)))[1].numpy()
+    assert (found != expected).mean() < 1e-3, "OpenVINO and PyTorch agree but for pixels on the threshold"
+    assert (found == again).all()
+    with pytest.raises(UsageError, match="has no member fpn"):
+        find_lungs(checkpoint, rows, "val", CPU, "fpn")
+
+
+def test_ablations_change_what_they_are_named_for() -> None:
+    base = ablation_config("shipped-recipe").model_dump()
+    for name in ABLATIONS:
+        changed = {key for key, value in ablation_config(name).model_dump().items() if value != base[key]}
+        assert changed or name in ("shipped-recipe",), name
+    assert ablation_config("size-128").embedding_size == 128
+    assert ablation_config("info-nce").stages[0].losses == {"info_nce": 1.0}
+    assert ablation_config("cross-entropy-without-kermany").leave_out_source == "kermany"
+    with pytest.raises(UsageError, match="no ablation nonsense"):
+        ablation_config("nonsense")
+
+
+def test_report_of_two_runs(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Real vectors of two real, hardly trained runs: every figure is there and lies in its range; the page shows its pictures."""
+    smaller = EMBEDDER.model_copy(update={"embedding_size": 32})
+    other = train_embedder(smaller, manifest, trained, finished.parent.parent / "smaller", CPU)
+    page = write_report(manifest, trained, [finished.parent, other.parent], tmp_path, CPU).read_text()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert list(found["runs"]) == ["whole", "smaller"]
+    assert set(found["closer"]) == {"run", "k", "style_only", "attention", "near_duplicates"}
+    assert all(0 <= value <= 1 for value in found["closer"]["k"]["balanced_accuracy"])
+    assert len(found["closer"]["k"]["accuracy"]) == 30
+    overall = found["runs"]["whole"]["evaluation"]["overall"]
+    assert overall["n"] == 6
+    assert f"| whole | {overall['balanced_accuracy']:.3f}" in page
+    for name in ("k.png", "reliability.png", "training.png", "montage.png", "embedding-size.png"):
+        assert f"![{name}]" in page
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+    with pytest.raises(UsageError, match="no checkpoint"):
+        write_report(manifest, trained, [tmp_path], tmp_path, CPU)

@@ -2,8 +2,8 @@
 
 Segmentation: the list of section 2.3 (horizontal flip, Gaussian noise, perspective, sharpness, blurring, contrast, gamma,
 brightness, CLAHE, grid distortion, affine, elastic). kornia has no grid distortion; its thin-plate spline, which moves a
-grid of control points, stands in. Embedding: random crop (section 2.4.3); mild rotation and exposure changes are ours,
-because we start without ImageNet weights. No flip there: it would put the heart on the other side.
+grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3), which the jitter of the lungs'
+box does here; the rest is ours, against what tells sources apart. No flip there: it would put the heart on the other side.
 """
 
 from __future__ import annotations
@@ -47,18 +47,27 @@ class SegmentationAugment(nn.Module):
 
 
 class EmbeddingAugment(nn.Module):
-    """Random crop back to the full size, slight rotation, exposure."""
+    """Rotation, shear and stretch; exposure, sharpness and noise inside the lungs; patches cut out.
 
-    def __init__(self, image_size: int) -> None:
+    Position and scale are left to the jitter of the lungs' box (`Embedder`), linear changes of exposure to its standardisation.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.pipeline = nn.Sequential(
-            aug.RandomAffine(degrees=8.0, p=0.7),
-            aug.RandomResizedCrop((image_size, image_size), scale=(0.7, 1.0), ratio=(0.9, 1.1), p=1.0),
-            aug.RandomContrast(contrast=(0.7, 1.3), p=0.6),
-            aug.RandomGamma(gamma=(0.6, 1.6), p=0.6),
+        self.geometry = aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.8)
+        self.exposure = nn.Sequential(
+            aug.RandomGamma(gamma=(0.5, 2.0), p=0.7),
+            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 2.0), p=0.3),
+            aug.RandomGaussianNoise(std=0.03, p=0.2),
         )
+        self.erasing = aug.RandomErasing(scale=(0.01, 0.08), ratio=(0.4, 2.5), p=0.25)
 
     @torch.no_grad()
-    def forward(self, lungs: UInt8[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
-        """Returns pixels in 0…255; what was black outside the lungs stays black."""
-        return self.pipeline(lungs.float() / 255.0).clamp(0.0, 1.0) * 255.0
+    def forward(
+        self, lungs: UInt8[Tensor, "batch 1 height width"], lesions: UInt8[Tensor, "batch 1 height width"]
+    ) -> tuple[Float[Tensor, "batch 1 height width"], Float[Tensor, "batch 1 height width"]]:
+        """Returns pixels in 0…255, black outside the lungs, and lesions in {0, 1}, which follow the geometry."""
+        moved = self.geometry(torch.cat([lungs.float() / 255.0, (lungs > 0).float(), (lesions > 127).float()], dim=1))
+        inside = (moved[:, 1:2] > 0.5).float()
+        pixels = self.erasing(self.exposure(moved[:, :1].clamp(0.0, 1.0)).clamp(1.0 / 255.0, 1.0) * inside)
+        return pixels * 255.0, (moved[:, 2:] > 0.5).float() * inside

@@ -1,23 +1,41 @@
-"""Checkpoints written so that a kill at any moment loses at most the work since the last one."""
+"""Checkpoints written so that a kill at any moment loses at most the work since the last one; logs; devices and precision."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import nn
 
 from cxr_retrieval.errors import UsageError
 
 Checkpoint = dict[str, Any]
 
+_CPU_BF16: Final = frozenset({"amx_bf16", "avx512_bf16"})
+
+
+def provenance() -> dict[str, str]:
+    """What made a checkpoint: commit of the source (with `+` when it was changed), version of the distribution, PyTorch."""
+    here = Path(__file__).parent
+    git = ("git", "-C", str(here))
+    try:
+        commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run((*git, "status", "--porcelain", "--", str(here)), capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # installed from a wheel
+        commit, changed = "unknown", ""
+    return {"commit": commit + ("+" if changed else ""), "cxr_retrieval": version("cxr-retrieval"), "torch": str(torch.__version__)}
+
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes beside, then renames: a reader sees the old file or the new one, never half of it."""
+    """Writes beside, then renames: a reader sees the old file or the new one, never half of it. Adds `provenance`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
+    torch.save({**checkpoint, "provenance": provenance()}, partial)
     partial.replace(path)
 
 
@@ -45,6 +63,33 @@ def load_checkpoint(path: Path, *, expected: Mapping[str, object] | None = None)
                 next_step="use another --out folder, or remove the old run",
             )
     return checkpoint
+
+
+def append_log(out: Path, record: Mapping[str, object]) -> None:
+    """One JSON line to `<out>/log.jsonl`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.jsonl").open("a") as log:
+        log.write(json.dumps(record) + "\n")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16); elsewhere it would be slower than fp32."""
+    native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a network, in the memory layout that convolutions on CPU and tensor cores like best."""
+    network.to(device)
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing from torch's stub)
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def pick_device(name: str) -> torch.device:

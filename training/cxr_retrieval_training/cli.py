@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cxr_retrieval.errors import SetupError
+from cxr_retrieval.cli.console import talk
+from cxr_retrieval.errors import SetupError, UsageError
 
 app = typer.Typer(help="Train the lung-segmentation ensemble and the embedder.", no_args_is_help=True)
 
+
+class Kind(str, Enum):
+    """Data sets that `cxr train manifest` reads (`manifests.READERS`)."""
+
+    covidx = "covidx"
+    ieee8023 = "ieee8023"
+    folders = "folders"
+    chexpert = "chexpert"
+    mimic_cxr_jpg = "mimic-cxr-jpg"
+    montgomery = "montgomery"
+    shenzhen = "shenzhen"
+    jsrt = "jsrt"
+
+
 Manifest = Annotated[Path, typer.Option("--manifest", help="CSV with the splits train and val.")]
+Segmenter = Annotated[Path, typer.Option("--segmenter", help="segmenter.pt of `cxr train segmentation`.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -21,6 +38,26 @@ def require_training() -> None:
     """Train the lung-segmentation ensemble and the embedder."""
     if importlib.util.find_spec("torch") is None:
         raise SetupError("`cxr train` is not installed", expected="the extra 'training'", next_step="pip install 'cxr-retrieval[training]'")
+
+
+@app.command()
+def manifest(
+    kind: Annotated[Kind, typer.Argument(help="The data set's publisher's form.")],
+    root: Annotated[Path, typer.Argument(help="The release's top folder.")],
+    out: Annotated[Path, typer.Option(help="CSV to write; images are named relative to its folder.")],
+    uncertain: Annotated[str, typer.Option(help="CheXpert's -1: ignore, positive or negative.")] = "ignore",
+    val_share: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of patients for val, where the publisher gives no split.")
+    ] = 0.15,
+) -> None:
+    """Turn a public data set, as its publisher releases it, into the one manifest."""
+    from cxr_retrieval_training.manifests import Request, Uncertain, write_manifest
+
+    if uncertain not in {policy.value for policy in Uncertain}:
+        raise UsageError(f"--uncertain {uncertain}", expected="ignore, positive or negative", next_step="choose one")
+    counts = write_manifest(kind.value, Request(root, out, Uncertain(uncertain), val_share))
+    talk().print("\n".join(f"{count:7d}  {name}" for name, count in counts.items()), highlight=False)
+    typer.echo(out)
 
 
 @app.command()
@@ -43,7 +80,7 @@ def segmentation(
 @app.command()
 def embedder(
     manifest: Manifest,
-    segmenter: Annotated[Path, typer.Option(help="segmenter.pt of `cxr train segmentation`.")],
+    segmenter: Segmenter,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and log; an interrupted run goes on from there.")],
     config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "embedder",
     device: Device = "auto",
@@ -57,3 +94,57 @@ def embedder(
 
     settings = load_config(config_path(config), EmbedderConfig)
     typer.echo(train_embedder(settings, read_manifest(manifest), segmenter, out, pick_device(device), init))
+
+
+@app.command()
+def ablation(
+    name: Annotated[str, typer.Argument(help="Which comparison; an unknown name gets the list.")],
+    manifest: Manifest,
+    segmenter: Segmenter,
+    out: Annotated[Path, typer.Option(help="Folder of all comparisons; this one goes into a folder of its name there.")],
+    base: Annotated[str, typer.Option(help="Config that the comparison changes.")] = "short",
+    device: Device = "auto",
+) -> None:
+    """Train one of the paper's comparisons or ours: the loss, attention, embedding size, baseline, a source left out."""
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_training.ablations import ablation_config
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.train_embedder import train_embedder
+
+    typer.echo(train_embedder(ablation_config(name, base), read_manifest(manifest), segmenter, out / name, pick_device(device)))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `cxr train embedder`; the first is looked at more closely.")],
+    manifest: Manifest,
+    segmenter: Segmenter,
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and pictures.")],
+    device: Device = "auto",
+) -> None:
+    """Measure finished runs side by side: retrieval, sources, attention, calibration. montage.png shows patients' images."""
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.summary import write_report
+
+    typer.echo(write_report(read_manifest(manifest), segmenter, runs, out, pick_device(device)))
+
+
+@app.command(name="all")
+def everything(
+    manifest: Manifest,
+    out: Annotated[Path, typer.Option(help="Folder for segmentation/, embedder/ and report/; an interrupted run goes on from there.")],
+    device: Device = "auto",
+) -> None:
+    """Reproduce the shipped weights from a manifest: segmentation, embedder, report. Then `cxr build onnx` exports them."""
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.config import EmbedderConfig, SegmentationConfig, config_path, load_config
+    from cxr_retrieval_training.summary import write_report
+    from cxr_retrieval_training.train_embedder import train_embedder
+    from cxr_retrieval_training.train_segmenter import train_segmentation
+
+    rows, where = read_manifest(manifest), pick_device(device)
+    networks = train_segmentation(load_config(config_path("segmentation"), SegmentationConfig), rows, out / "segmentation", where)
+    train_embedder(load_config(config_path("embedder"), EmbedderConfig), rows, networks, out / "embedder", where)
+    typer.echo(write_report(rows, networks, [out / "embedder"], out / "report", where))

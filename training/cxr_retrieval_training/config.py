@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval_training.embedder import BackboneName
+from cxr_retrieval_training.losses import LossName
 from cxr_retrieval_training.segmenter import ARCHITECTURES
 
 if sys.version_info >= (3, 11):
@@ -38,17 +40,21 @@ class SegmentationConfig(_Frozen):
     """`cxr train segmentation`."""
 
     seed: int = 1
+    init: Literal["imagenet", "random"] = "imagenet"
     members: tuple[str, ...] = tuple(ARCHITECTURES)
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-4
+    member_learning_rates: dict[str, PositiveFloat] = {}
+    """Where a member needs another one."""
+    patience_epochs: PositiveInt = 20
+    """A member stops when its val Dice at the served size has not risen for so many epochs; its best epoch is kept."""
     stages: tuple[SegmentationStage, ...]
 
 
 class EmbedderStage(_Frozen):
-    """So many iterations at one image size with one loss."""
+    """So many iterations at one image size on a weighted sum of losses."""
 
-    loss: Literal["multi_similarity", "normalized_softmax"] = "multi_similarity"
-
+    losses: dict[LossName, PositiveFloat] = {"multi_similarity": 1.0}
     image_size: Annotated[int, Field(ge=64, le=256, multiple_of=32)]
     iterations: PositiveInt
     learning_rate: PositiveFloat
@@ -58,10 +64,40 @@ class EmbedderConfig(_Frozen):
     """`cxr train embedder`."""
 
     seed: int = 1
+    backbone: BackboneName = "efficientnet_lite0"
+    init: Literal["imagenet", "random"] = "imagenet"
+    """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
     embedding_size: PositiveInt = EMBEDDING_SIZE
     attention: bool = True
+    lungs_only: bool = True
+    """False: the whole radiograph (ablation)."""
+    lungs_from: str | None = None
+    """Train on the lungs that this one member finds, for a fraction of the work; vectors and service use the ensemble's."""
+    frozen_layers: Annotated[int, Field(ge=0)] = 0
+    """So many of the first modules of f1 keep their initial weights and statistics."""
+    appearance_size: Annotated[int, Field(ge=0)] = 0
+    """Of the embedding's numbers, so many are not learnt from labels but describe what the lungs look like (`Embedder`)."""
+    appearance_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Their share in the similarity."""
+    retrieve_with: Literal["embedding", "features"] = "embedding"
+    """What is compared in retrieval; the baseline of Table 3 and 4 uses the pooled features."""
+    leave_out_source: str | None = None
+    """Rows of this source are not trained on."""
     images_per_class: PositiveInt = 16
+    source_power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Within a class, a source is drawn in proportion to its size to this power: 1 as the images come, 0 all sources alike."""
+    across_sources: bool = False
+    """Pair losses take positives from other sources only, where the batch has any."""
+    jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Each edge of the lungs' box moves by up to this share of its size."""
+    lesion_images: Annotated[int, Field(ge=0)] = 0
+    """Extra images a batch with radiologist-drawn lesions (column lesion_mask_path), on which attention is supervised."""
+    lesion_weight: Annotated[float, Field(ge=0)] = 0.0
     warm_up_iterations: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the exponential moving average of the weights, which is what is kept; 0 keeps the weights themselves."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     validate_every: PositiveInt = 200
     alpha: PositiveFloat = 2.0
     beta: PositiveFloat = 20.0

@@ -20,8 +20,8 @@ Images = NDArray[np.uint8]
 """`[n, 1, 256, 256]`, 0…255."""
 
 
-def load_images(rows: Sequence[ManifestRow], what: str) -> Images:
-    """Reads and letterboxes every row's image, in order.
+def load_images(rows: Sequence[ManifestRow], what: str = "") -> Images:
+    """Reads and letterboxes every row's image, in order; shows progress when told what they are.
 
     Raises:
         ImageError: The first unreadable image (training on a silently shrunken set would not be repeatable).
@@ -31,7 +31,13 @@ def load_images(rows: Sequence[ManifestRow], what: str) -> Images:
 
 def load_lung_masks(rows: Sequence[ManifestRow]) -> Images:
     """Reads the masks named in `lung_mask_path`, letterboxed like their images, 0 or 255."""
-    return _load(rows, _lung_mask, "lung masks")
+    return _load(rows, lambda row: _mask(row, "lung_mask_path"), "lung masks")
+
+
+def load_lesion_masks(rows: Sequence[ManifestRow]) -> Images:
+    """Reads the masks named in `lesion_mask_path`, letterboxed like their images, 0 or 255; all 0 where none is named."""
+    empty = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    return _load(rows, lambda row: _mask(row, "lesion_mask_path") if row.fields.get("lesion_mask_path") else empty, "lesion masks")
 
 
 def with_lung_masks(rows: Sequence[ManifestRow], manifest: Path) -> tuple[ManifestRow, ...]:
@@ -48,14 +54,14 @@ def with_lung_masks(rows: Sequence[ManifestRow], manifest: Path) -> tuple[Manife
     return chosen
 
 
-def _lung_mask(row: ManifestRow) -> NDArray[np.uint8]:
-    path = row.folder / row.fields["lung_mask_path"]
+def _mask(row: ManifestRow, column: str) -> NDArray[np.uint8]:
+    path = row.folder / row.fields[column]
     try:
         with Image.open(path) as image:
             grey = np.asarray(image.convert("L"))
     except OSError as error:
         raise ImageError(
-            f"{path.name}: the lung mask cannot be read", expected="a PNG", got=str(error), next_step="check the manifest"
+            f"{path.name}: the mask cannot be read", expected="a PNG", got=str(error), next_step="check the manifest"
         ) from error
     square, _ = letterbox(grey)
     return np.where(square > 127, 255, 0).astype(np.uint8)
@@ -69,7 +75,7 @@ def _load(rows: Sequence[ManifestRow], read: Callable[[ManifestRow], NDArray[np.
 
     with ThreadPoolExecutor() as pool:
         futures = [pool.submit(fill, index) for index in range(len(rows))]
-        for row, future in zip(rows, track(futures, f"reading {what}"), strict=True):
+        for row, future in zip(rows, track(futures, f"reading {what}") if what else futures, strict=True):
             try:
                 future.result()
             except InputError as error:

@@ -1,23 +1,57 @@
 """The attention embedder and the attention-map head (Zhong et al. 2020, section 2.4.2 and 2.4.3).
 
-Symbols: f1 = ResNet-50 up to conv3_4 (`stem` + `layer1` + `layer2`), f2 = up to conv4_6 (`layer3`), α = attention module,
-g = projection head (the rest of ResNet-50 and two fully connected layers). Eq. 4: f̃(x) = g(α(f1(x)) ⊙ f2(f1(x))).
+Symbols: f1 = ResNet-50 up to conv3_4 (stride 8), f2 = up to conv4_6 (stride 16), α = attention module, g = projection head
+(the rest of ResNet-50 and two fully connected layers). Eq. 4: f̃(x) = g(α(f1(x)) ⊙ f2(f1(x))).
+
+Two backbones have these parts: the published ResNet-50, and EfficientNet-Lite0, for which ImageNet weights can be had from a
+package registry and which is what the shipped weights use; a 1×1 convolution brings its last stage to the same 2048 features.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import timm
 import torch
 from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import SqueezeExcitation
 
-from cxr_retrieval.contract import EMBEDDING_SIZE, FEATURE_SIZE
+from cxr_retrieval.contract import ATTENTION_SIZE, EMBEDDING_SIZE, FEATURE_SIZE, IMAGE_SIZE
+from cxr_retrieval_training.imagenet import BACKBONE as LITE0
+from cxr_retrieval_training.imagenet import imagenet_state
+from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+BackboneName = Literal["resnet50", "efficientnet_lite0"]
+
+
+class _Backbone(NamedTuple):
+    f1: nn.Sequential
+    f2: nn.Sequential
+    rest: nn.Sequential
+    f1_channels: int
+    f2_channels: int
+    attention_channels: int
+
+
+def _resnet50() -> _Backbone:
+    net = resnet50(weights=None)
+    f1 = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2)
+    return _Backbone(f1, nn.Sequential(net.layer3), nn.Sequential(net.layer4), 512, 1024, 1024)
+
+
+def _efficientnet_lite0(*, imagenet: bool) -> _Backbone:
+    net: Any = timm.create_model(LITE0)
+    if imagenet:
+        net.load_state_dict(imagenet_state(), strict=False)
+    f1 = nn.Sequential(net.conv_stem, net.bn1, *net.blocks[:3])
+    widened = nn.Sequential(nn.Conv2d(320, FEATURE_SIZE, 1, bias=False), nn.BatchNorm2d(FEATURE_SIZE), nn.ReLU6(inplace=True))
+    return _Backbone(f1, nn.Sequential(*net.blocks[3:5]), nn.Sequential(*net.blocks[5:], widened), 40, 112, 128)
 
 
 class SpatialAttention(nn.Module):
@@ -25,11 +59,11 @@ class SpatialAttention(nn.Module):
     averaging and sigmoid activation" (section 2.4.3).
 
     The first block halves the resolution, so that a 256×256 image gets the published 16×16 mask. Before the sigmoid we
-    standardise the averaged map over its 256 cells and scale it by a learnt gain: the plain mean of 1024 rectified
+    standardise the averaged map over its 256 cells and scale it by a learnt gain: the plain mean of so many rectified
     channels hardly varies over the image, and the sigmoid of it would be nearly flat.
     """
 
-    def __init__(self, channels_in: int = 512, channels_out: int = 1024) -> None:
+    def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         width = channels_out // Bottleneck.expansion
         shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), nn.BatchNorm2d(channels_out))
@@ -39,7 +73,7 @@ class SpatialAttention(nn.Module):
         self.squeeze_excitation = SqueezeExcitation(channels_out, channels_out // 16)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def forward(self, f1: Float[Tensor, "batch 512 height width"]) -> Float[Tensor, "batch 1 height/2 width/2"]:
+    def forward(self, f1: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height/2 width/2"]:
         """Returns the mask m(x) in (0, 1)."""
         averaged = self.squeeze_excitation(self.blocks(f1)).float().mean(dim=1, keepdim=True)
         centred = averaged - averaged.mean(dim=(2, 3), keepdim=True)
@@ -47,55 +81,134 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.gain * centred / deviation)
 
 
-class Embedder(nn.Module):
-    """The exported graph `embedder`. `attention=False` gives the ablation of section 3.3.1 (the mask is then all ones)."""
+class Appearance(nn.Module):
+    """What the lungs look like where, whatever the label: f2 averaged in each quarter of the box, PCA-whitened.
 
-    def __init__(self, embedding_size: int = EMBEDDING_SIZE, *, attention: bool = True) -> None:
+    A part of the embedding that is learnt from three labels knows only those: a fourth disease lands among them at random, and
+    within a label any neighbour is as good as another. These numbers keep like beside like. Whitening (Jégou & Chum 2012)
+    is fitted in closed form on the train rows after training; until then they are 0.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        backbone = resnet50(weights=None)
-        self.f1 = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool, backbone.layer1, backbone.layer2)
-        self.f2 = backbone.layer3
-        self.attention = SpatialAttention() if attention else None
-        self.rest = nn.Sequential(backbone.layer4, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        # The paper gives the 64 of the second layer; the width of the first, and the ReLU between, are ours.
-        self.head = nn.Sequential(nn.Linear(FEATURE_SIZE, 512), nn.ReLU(inplace=True), nn.Linear(512, embedding_size))
         self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.projection: Tensor
+        self.register_buffer("mean", torch.zeros(4 * channels))
+        self.register_buffer("projection", torch.zeros(4 * channels, size))
+
+    def fit(self, layout: NDArray[np.float32]) -> None:
+        """Principal axes of `[n, 4·channels]`, each divided by its standard deviation."""
+        mean = layout.mean(axis=0)
+        _, singular, axes = np.linalg.svd((layout - mean).astype(np.float64), full_matrices=False)
+        size = self.projection.shape[1]
+        scale = np.sqrt(len(layout)) / np.maximum(singular[:size], 1e-6)
+        self.mean.copy_(torch.from_numpy(mean))
+        self.projection.copy_(torch.from_numpy((axes[:size].T * scale).astype(np.float32)))
+
+    def forward(self, layout: Float[Tensor, "batch layout"]) -> Float[Tensor, "batch size"]:
+        """Unit length (0 while not fitted)."""
+        return functional.normalize((layout - self.mean) @ self.projection, dim=1)
+
+
+class Description(NamedTuple):
+    """All that one pass finds: `learned` `[n, d]` of unit length, `features` `[n, 2048]`, `layout` `[n, 4·channels]` for
+    `Appearance` (unit length), `attention` `[n, 1, size/16, size/16]` in (0, 1) over the lungs' box.
+    """
+
+    learned: Tensor
+    features: Tensor
+    layout: Tensor
+    attention: Tensor
+
+
+class Embedder(nn.Module):
+    """The exported graph `embedder`. `attention=False` gives the ablation of section 3.3.1 (the mask is then all ones).
+
+    Args:
+        embedding_size: Of EMBEDDING, in all.
+        appearance_size: So many of them are `Appearance`; 0 as published.
+        appearance_share: Its weight in the cosine similarity of two embeddings.
+        size: Side of the square the lungs are brought to: the size trained on (the published is 256).
+    """
+
+    def __init__(
+        self,
+        embedding_size: int = EMBEDDING_SIZE,
+        *,
+        backbone: BackboneName = "efficientnet_lite0",
+        attention: bool = True,
+        imagenet: bool = False,
+        appearance_size: int = 0,
+        appearance_share: float = 0.0,
+        size: int = IMAGE_SIZE,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        parts = _resnet50() if backbone == "resnet50" else _efficientnet_lite0(imagenet=imagenet)
+        self.f1, self.f2 = parts.f1, parts.f2
+        self.attention = SpatialAttention(parts.f1_channels, parts.attention_channels) if attention else None
+        self.rest = nn.Sequential(*parts.rest, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        # The paper gives the 64 of the second layer; the width of the first, and the ReLU between, are ours.
+        learned_size = embedding_size - appearance_size
+        self.head = nn.Sequential(nn.Linear(FEATURE_SIZE, 512), nn.ReLU(inplace=True), nn.Linear(512, learned_size))
+        self.appearance = Appearance(parts.f2_channels, appearance_size) if appearance_size else None
+        self.appearance_share = appearance_share
+
+    def keep_frozen(self, layers: int) -> None:
+        """The first modules of f1 take no gradient, and their batch norm keeps its statistics (call after `train()`)."""
+        for module in self.f1[:layers]:
+            module.requires_grad_(requires_grad=False)
+            module.eval()
 
     def forward(
-        self, lungs: UInt8[Tensor, "batch 1 height width"] | Float[Tensor, "batch 1 height width"]
-    ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "batch 2048"], Float[Tensor, "batch 1 height/16 width/16"]]:
-        """Takes the masked radiograph, 0…255 (float when it comes from augmentation).
+        self, lungs: UInt8[Tensor, "batch 1 height width"]
+    ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "batch 2048"], Float[Tensor, "batch 1 16 16"]]:
+        """Takes the masked radiograph, 0…255.
 
         Returns:
-            EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4), ATTENTION in (0, 1).
+            EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4), ATTENTION in (0, 1) over
+            the lungs' box, 16×16 whatever `size` is.
         """
-        grey = (lungs.float() / 255.0).expand(-1, 3, -1, -1)
-        f1 = self.f1((grey - self.mean) / self.std)
+        found = self.describe(lungs)
+        attention = functional.interpolate(found.attention, size=(ATTENTION_SIZE, ATTENTION_SIZE), mode="bilinear", align_corners=False)
+        return self.embed(found), found.features.float(), attention
+
+    def describe(
+        self,
+        lungs: UInt8[Tensor, "batch 1 height width"] | Float[Tensor, "batch 1 height width"],
+        size: int | None = None,
+        box: Float[Tensor, "batch 4"] | None = None,
+    ) -> Description:
+        """One pass through the network; lungs are float when they come from augmentation; size and box its own by default."""
+        pixels = lungs.float()
+        seen = standardised_lungs(pixels, lung_box(pixels) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
+        f1 = self.f1(seen.contiguous(memory_format=torch.channels_last))
         f2 = self.f2(f1)
         mask = self.attention(f1) if self.attention is not None else torch.ones_like(f2[:, :1]).float()
         features = self.rest(mask.to(f2.dtype) * f2)
-        embedding = functional.normalize(self.head(features).float(), dim=1)
-        return embedding, features.float(), mask
+        learned = functional.normalize(self.head(features).float(), dim=1)
+        layout = functional.normalize(functional.adaptive_avg_pool2d(f2, 2).flatten(1).float(), dim=1)
+        return Description(learned, features, layout, mask)
+
+    def embed(self, found: Description) -> Float[Tensor, "batch embedding"]:
+        """EMBEDDING: the learned part and, if there is one, appearance, each with its share."""
+        if self.appearance is None:
+            return found.learned
+        share = self.appearance_share
+        return torch.cat([(1.0 - share) ** 0.5 * found.learned, share**0.5 * self.appearance(found.layout)], dim=1)
 
 
 class AttentionMapHead(nn.Module):
-    """The exported graph `attention_map`: attention at image size, inside the lungs only; passes the mask on.
+    """The exported graph `attention_map`: attention back in the frame, inside the lungs only; passes the mask on.
 
     The mask leaves the server here and not after segmentation, because Triton prunes steps that no requested output
     needs only while no tensor consumed by a later step is itself an ensemble output.
     """
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__()
-        self.image_size = image_size
-
     def forward(
         self, attention: Float[Tensor, "batch 1 rows columns"], lung_mask: UInt8[Tensor, "batch 1 height width"]
     ) -> tuple[Float[Tensor, "batch 1 height width"], UInt8[Tensor, "batch 1 height width"]]:
         """Returns ATTENTION_MAP in [0, 1] and LUNG_MASK unchanged."""
-        upsampled = functional.interpolate(attention, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
         inside = lung_mask.float()
+        upsampled = from_box(attention, lung_box(inside), inside.shape[2], inside.shape[3])
         return (upsampled * (inside / 255.0)).clamp(0.0, 1.0), inside.to(torch.uint8)

@@ -2,7 +2,8 @@
 
 Zhong et al. 2020, section 2.3: "an ensemble of five deep neural networks [with] the same backbone structure of
 EfficientNet, but with different architectures". The paper names neither the architectures nor the size of the backbone;
-we take U-Net, U-Net++, FPN, LinkNet and DeepLabV3+ on EfficientNet-B0 with one input channel.
+we take U-Net, U-Net++, FPN, LinkNet and DeepLabV3+ on EfficientNet-Lite0 with one input channel: B0 without what is slow on
+a CPU, and ImageNet weights for it can be had from a package registry.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cxr_retrieval_training.imagenet import BACKBONE, imagenet_state
+
 ARCHITECTURES: Final = {
     "unet": smp.Unet,
     "unetplusplus": smp.UnetPlusPlus,
@@ -23,31 +26,32 @@ ARCHITECTURES: Final = {
     "linknet": smp.Linknet,
     "deeplabv3plus": smp.DeepLabV3Plus,
 }
-ENCODER: Final = "efficientnet-b0"
+ENCODER: Final = f"tu-{BACKBONE}"
 
 _OPENING_RADIUS: Final = 6
 """Pixels at 256×256: an island that holds no 13×13 square is no lung (a neonate's lung is over 40 wide)."""
 
 
-def build_member(architecture: str) -> nn.Module:
-    """One member, random weights: `[batch, 1, h, w]` in [0, 1] → logits `[batch, 1, h, w]`; h, w multiples of 32.
+def build_member(architecture: str, *, imagenet: bool = False) -> nn.Module:
+    """One member: `[batch, 1, h, w]` → logits `[batch, 1, h, w]`; h, w multiples of 32.
 
-    The encoders' batch-norm momentum is raised from 0.01 to PyTorch's 0.1: trained from scratch for a few epochs, the
-    running statistics would otherwise lag so far behind that evaluation mode sees nothing.
+    Args:
+        imagenet: Start the encoder from ImageNet weights; the decoder is random in any case.
     """
     member = ARCHITECTURES[architecture](encoder_name=ENCODER, encoder_weights=None, in_channels=1, classes=1)
-    for module in member.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
+    if imagenet:
+        encoder = member.encoder.model
+        state = imagenet_state(channels=1)
+        encoder.load_state_dict({name: state[name] for name in encoder.state_dict() if "num_batches_tracked" not in name}, strict=False)
     return member
 
 
 class NormalisedMember(nn.Module):
     """A member behind the pixel normalisation, so that the exported graph takes raw pixels."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, *, imagenet: bool = False) -> None:
         super().__init__()
-        self.network = build_member(architecture)
+        self.network = build_member(architecture, imagenet=imagenet)
 
     def forward(self, pixels: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
         """Pixels in 0…255 → logits."""
@@ -55,24 +59,43 @@ class NormalisedMember(nn.Module):
 
 
 class LungSegmenter(nn.Module):
-    """The exported graph `lung_segmentation`: mean probability of all members → mask and masked radiograph."""
+    """The exported graph `lung_segmentation`: mean probability of all members → mask, masked radiograph, agreement."""
 
     def __init__(self, architectures: Sequence[str] = tuple(ARCHITECTURES)) -> None:
         super().__init__()
         self.members = nn.ModuleDict({name: NormalisedMember(name) for name in architectures})
 
-    def probability(self, image: UInt8[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
-        """Average of the members' probabilities (section 2.3), in [0, 1]."""
+    def member_probabilities(self, image: UInt8[Tensor, "batch 1 height width"]) -> Float[Tensor, "members batch 1 height width"]:
+        """Each member's probability of lung, in [0, 1]."""
         pixels = image.float()
-        maps = [torch.sigmoid(member(pixels).float()) for member in self.members.values()]
-        return torch.stack(maps).mean(dim=0)
+        return torch.stack([torch.sigmoid(member(pixels).float()) for member in self.members.values()])
 
     def forward(
         self, image: UInt8[Tensor, "batch 1 height width"]
-    ) -> tuple[UInt8[Tensor, "batch 1 height width"], UInt8[Tensor, "batch 1 height width"]]:
-        """Returns LUNG_MASK (0 or 255) and LUNGS (the radiograph, 0 outside the lungs)."""
-        inside = drop_small_islands((self.probability(image) >= 0.5).float())
-        return (inside * 255.0).to(torch.uint8), (image.float() * inside).to(torch.uint8)
+    ) -> tuple[UInt8[Tensor, "batch 1 height width"], UInt8[Tensor, "batch 1 height width"], Float[Tensor, "batch 1"]]:
+        """Averages the probabilities (section 2.3).
+
+        Returns:
+            LUNG_MASK (0 or 255), LUNGS (the radiograph, at least 1 inside the lungs and 0 outside), and LUNG_AGREEMENT.
+        """
+        each = self.member_probabilities(image)
+        inside = drop_small_islands((each.mean(dim=0) >= 0.5).float())
+        lungs = image.float().clamp(min=1.0) * inside
+        return (inside * 255.0).to(torch.uint8), lungs.to(torch.uint8), agreement(each, inside)
+
+
+def agreement(
+    probabilities: Float[Tensor, "members batch 1 height width"], inside: Float[Tensor, "batch 1 height width"]
+) -> Float[Tensor, "batch 1"]:
+    """Mean Dice coefficient of the members' own masks with the ensemble's, in [0, 1]; 0 where the ensemble finds no lung.
+
+    Ours: the spread of an ensemble tells where it is out of its depth (Lakshminarayanan et al. 2017), and so which
+    masks not to rely on.
+    """
+    own = (probabilities >= 0.5).float()
+    both = (own * inside).sum(dim=(2, 3, 4))
+    total = own.sum(dim=(2, 3, 4)) + inside.sum(dim=(1, 2, 3))
+    return (2.0 * both / total.clamp(min=1.0)).mean(dim=0)[:, None]
 
 
 def drop_small_islands(mask: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:

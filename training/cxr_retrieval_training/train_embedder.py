@@ -1,150 +1,284 @@
 """Trains the attention embedder on lungs alone: `cxr train embedder`.
 
 Sections 2.4.1 and 2.4.3: multi-similarity loss with α = 2, β = 20, λ = 0.5 and hard mining (Wang et al. 2019), batches of 16
-images of each class, Adam. The paper starts from ImageNet weights with learning rate 3e-5. From random weights that does
-not get going: all embeddings start out alike (cosine > 0.999), where the gradient of a pair loss vanishes; the loss stayed
-at its collapsed value of 1.60 for 150 iterations. The shipped config therefore begins with a proxy loss (normalised softmax,
-Zhai & Wu 2019), whose gradient does not vanish there, and goes on with the published loss; images grow in stages.
+images of each class, Adam, learning rate 3e-5, ImageNet weights: `configs/embedder-published.toml`. The shipped recipe,
+`configs/embedder.toml`, adds a proxy loss, draws sources evenly, takes positives across sources, sets an adversary on the
+source, supervises attention where a radiologist has drawn lesions, and averages weights; `docs/results.md` says what each gives.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_metric_learning.losses import MultiSimilarityLoss, NormalizedSoftmaxLoss
-from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cxr_retrieval.contract import LABELS
+from cxr_retrieval.contract import IMAGE_SIZE, LABELS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.manifest import Manifest, ManifestRow
+from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.augment import EmbeddingAugment
-from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
+from cxr_retrieval_training.checkpoints import append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig
-from cxr_retrieval_training.datasets import Images, load_images
+from cxr_retrieval_training.datasets import Images, load_images, load_lesion_masks
 from cxr_retrieval_training.embedder import Embedder
-from cxr_retrieval_training.segmenter import LungSegmenter
-from cxr_retrieval_training.train_segmenter import on_device, resized
+from cxr_retrieval_training.losses import Criterion, attention_on_lesions
+from cxr_retrieval_training.lungs import find_lungs
+from cxr_retrieval_training.normalisation import from_box, lung_box
 
 SAVE_EVERY = 25
 """Iterations; what a kill can lose."""
+SPLITS: Final = ("train", "val")
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The train rows as arrays; `lesions` holds the masks of `with_lesions`, indices of the images that have one."""
+
+    lungs: Images
+    labels: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    with_lesions: NDArray[np.int64]
+    lesions: Images
 
 
 def train_embedder(
     config: EmbedderConfig, manifest: Manifest, segmenter: Path, out: Path, device: torch.device, init: Path | None = None
 ) -> Path:
-    """Trains on the manifest's `train` rows, watching `val` rows, and writes `<out>/embedder.pt`.
+    """Trains on the manifest's `train` rows, watching `val` rows; writes `<out>/embedder.pt` and the vectors of all splits.
 
-    Resumes where it stopped; every iteration draws its batch and augmentation from (seed, iteration) alone.
+    Resumes where it stopped; every iteration draws its batch and augmentation from (seed, iteration) alone. What is kept is the
+    state that did best on val, at the image size it was watched at (early stopping, over all stages).
 
     Args:
         segmenter: Checkpoint of `cxr train segmentation`; its lungs are what the embedder sees.
         init: Optional torchvision ResNet-50 state dict (for those who have ImageNet weights).
 
     Returns:
-        The checkpoint: {model, proxies, optimizer, iteration, seconds, config, data_sha256}.
+        `embedder.pt`: {model, image_size, iteration, val_recall_at_1, config, data_sha256, provenance}, with the averaged
+        weights if the config asks for them. `embedder-last.pt` is what training goes on from.
     """
-    rows = {split: manifest.require(split=split, labels=LABELS) for split in ("train", "val")}
-    checkpoint = load_checkpoint(segmenter)
-    masker = LungSegmenter(checkpoint["config"]["members"])
-    masker.load_state_dict(checkpoint["model"])
-    lungs = {split: cached_lungs(masker, rows[split], out / f"lungs-{split}.npy", device) for split in rows}
-    labels = {split: np.array([LABELS.index(row.label) for row in rows[split]]) for split in rows}
+    val_rows = manifest.require(split="val", labels=LABELS)
+    data = load_training_set(config, manifest, segmenter, device)
+    val_lungs = _pictures(config, val_rows, "val", segmenter, device, config.lungs_from)
+    val_labels = np.array([LABELS.index(row.label) for row in val_rows])
 
     identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
-    path = out / "embedder.pt"
+    path, last = out / "embedder.pt", out / "embedder-last.pt"
     torch.manual_seed(config.seed)
-    model = Embedder(config.embedding_size, attention=config.attention)
-    if init is not None:
-        load_resnet50(model, init)
+    model = build_embedder(config, init)
     on_device(model, device)
-    proxies = NormalizedSoftmaxLoss(len(LABELS), config.embedding_size, temperature=0.05).to(device)
-    criterion = MultiSimilarityLoss(config.alpha, config.beta, config.base)  # pyright: ignore[reportArgumentType] (ints in its annotations)
-    miner = MultiSimilarityMiner(epsilon=config.miner_epsilon)
-    optimizer = torch.optim.Adam([*model.parameters(), *proxies.parameters()])
-    done, seconds = 0, 0.0
-    if path.exists():
-        state = load_checkpoint(path, expected=identity)
+    model.keep_frozen(config.frozen_layers)
+    criterion = Criterion(
+        frozenset(name for stage in config.stages for name in stage.losses),
+        classes=len(LABELS),
+        sources=int(data.sources.max()) + 1,
+        embedding_size=config.embedding_size - config.appearance_size,
+        alpha=config.alpha,
+        beta=config.beta,
+        base=config.base,
+        miner_epsilon=config.miner_epsilon,
+        across_sources=config.across_sources,
+    ).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    kept = cast("Embedder", average.module) if config.ema_decay else model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([*trained, *criterion.parameters()], weight_decay=config.weight_decay)
+    done, seconds, best = 0, 0.0, -1.0
+    if last.exists():
+        state = load_checkpoint(last, expected=identity)
         model.load_state_dict(state["model"])
-        proxies.load_state_dict(state["proxies"])
+        average.module.load_state_dict(state["kept"])
+        average.n_averaged.fill_(state["iteration"])
+        criterion.load_state_dict(state["criterion"])
         optimizer.load_state_dict(state["optimizer"])
-        done, seconds = state["iteration"], state["seconds"]
+        done, seconds, best = state["iteration"], state["seconds"], state["best"]
 
     plan = [stage for stage in config.stages for _ in range(stage.iterations)]
-    augment = {stage.image_size: EmbeddingAugment(stage.image_size).to(device) for stage in config.stages}
+    augment = EmbeddingAugment().to(device)
     with progress_bar() as bar:
         task = bar.add_task("embedder", total=len(plan), completed=done)
         for iteration in range(done, len(plan)):
             started = time.monotonic()
             stage = plan[iteration]
             torch.manual_seed(config.seed * 1_000_003 + iteration)
-            chosen = class_balanced_batch(labels["train"], config.images_per_class, np.random.default_rng([config.seed, iteration]))
-            pixels = augment[stage.image_size](resized(lungs["train"][chosen], stage.image_size, device))
-            target = torch.from_numpy(labels["train"][chosen]).to(device)
+            random = np.random.default_rng([config.seed, iteration])
+            chosen, lesions = draw_batch(data, config, random)
+            pixels, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
+            label, source = (torch.from_numpy(values[chosen]).to(device) for values in (data.labels, data.sources))
+            box = _jittered(lung_box(pixels), config.jitter)
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * min(1.0, (iteration + 1) / max(1, config.warm_up_iterations))
+                group["lr"] = stage.learning_rate * _schedule(config, iteration, len(plan))
             model.train()
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                embedding, _, _ = model(pixels.to(memory_format=torch.channels_last))
-            if stage.loss == "multi_similarity":
-                loss = criterion(embedding, target, miner(embedding, target))
-            else:
-                loss = proxies(embedding, target)
+            model.keep_frozen(config.frozen_layers)
+            with mixed_precision(device):
+                found = model.describe(pixels, stage.image_size, box)
+            loss = criterion(stage.losses, found.learned, found.features.float(), label, source)
+            if config.lesion_weight:
+                in_frame = from_box(found.attention.float(), box, IMAGE_SIZE, IMAGE_SIZE) * (pixels > 0)
+                loss = loss + config.lesion_weight * attention_on_lesions(in_frame, lesions)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
+            average.update_parameters(model)
             seconds += time.monotonic() - started
             bar.update(task, advance=1, description=f"embedder loss {loss.item():.3f}")
             finished = iteration + 1
-            record: dict[str, float] = {"iteration": finished, "image_size": stage.image_size, "loss": loss.item(), "seconds": seconds}
+            record: dict[str, object] = {
+                "iteration": finished,
+                "image_size": stage.image_size,
+                "loss": loss.item(),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": seconds,
+            }
+            checkpoint = {
+                "model": model.state_dict(),
+                "kept": kept.state_dict(),
+                "criterion": criterion.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "iteration": finished,
+                "seconds": seconds,
+                **identity,
+            }
             if finished % config.validate_every == 0 or finished == len(plan):
-                record["val_recall_at_1"] = leave_one_out_recall(
-                    embed_all(model, lungs["val"], stage.image_size, device), labels["val"], rows["val"]
-                )
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
+                kept.size = stage.image_size
+                vectors = embed_all(kept, val_lungs, device)
+                record["val_recall_at_1"] = recall = leave_one_out_recall(vectors[config.retrieve_with], val_labels, val_rows)
+                if recall > best:
+                    best = recall
+                    result = {"model": kept.state_dict(), "image_size": stage.image_size, "iteration": finished}
+                    save_checkpoint(path, {**result, "val_recall_at_1": recall, **identity})
+            append_log(out, record)
             if finished % SAVE_EVERY == 0 or finished == len(plan):
-                save_checkpoint(
-                    path,
-                    {
-                        "model": model.state_dict(),
-                        "proxies": proxies.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "iteration": finished,
-                        "seconds": seconds,
-                        **identity,
-                    },
-                )
+                save_checkpoint(last, {**checkpoint, "best": best})
+    fit_appearance(path, data.lungs, device)
+    write_vectors(path, manifest, segmenter, device)
     return path
 
 
-def class_balanced_batch(labels: NDArray[np.int64], per_class: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of `per_class` random images of each class: "a minibatch of size T×N" (section 2.4.1)."""
-    classes = np.unique(labels)
-    drawn = [random.choice(np.flatnonzero(labels == c), per_class, replace=bool((labels == c).sum() < per_class)) for c in classes]
+def load_embedder(path: Path, device: torch.device) -> Embedder:
+    """The network of an `embedder.pt`, in evaluation mode; its `size` is the one it was watched at."""
+    state = load_checkpoint(path)
+    network = build_embedder(EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"}), size=state["image_size"])
+    network.load_state_dict(state["model"])
+    on_device(network, device).eval()
+    return network
+
+
+def build_embedder(config: EmbedderConfig, init: Path | None = None, size: int = IMAGE_SIZE) -> Embedder:
+    """The untrained network that the config describes, to look at lungs of `size`×`size`."""
+    network = Embedder(
+        config.embedding_size,
+        backbone=config.backbone,
+        attention=config.attention,
+        imagenet=config.init == "imagenet",
+        appearance_size=config.appearance_size,
+        appearance_share=config.appearance_share,
+        size=size,
+    )
+    if init is not None:
+        load_resnet50(network, init)
+    return network
+
+
+def load_training_set(config: EmbedderConfig, manifest: Manifest, segmenter: Path, device: torch.device) -> TrainingSet:
+    """All train rows of the protocol's labels, except those of the source left out.
+
+    Raises:
+        UsageError: The source left out is unknown or the only one; a class is missing.
+    """
+    everything = manifest.require(split="train", labels=LABELS)
+    left_out = np.array([row.source == config.leave_out_source for row in everything]) & (config.leave_out_source is not None)
+    if config.leave_out_source is not None and (not left_out.any() or left_out.all()):
+        raise UsageError(
+            f"leave_out_source = {config.leave_out_source!r}: no such source, or the only one",
+            expected=f"one of {', '.join(sorted({row.source or '(none)' for row in everything}))}",
+            next_step="correct the config",
+        )
+    rows = [row for row, out in zip(everything, left_out, strict=True) if not out]
+    lungs = _pictures(config, everything, "train", segmenter, device, config.lungs_from)
+    if left_out.any():
+        lungs = lungs[~left_out]
+    names = sorted({row.source or "" for row in rows})
+    labels = np.array([LABELS.index(row.label) for row in rows])
+    with_lesions = np.flatnonzero([bool(row.fields.get("lesion_mask_path")) for row in rows])
+    return TrainingSet(
+        lungs,
+        labels,
+        np.array([names.index(row.source or "") for row in rows]),
+        with_lesions,
+        load_lesion_masks([rows[i] for i in with_lesions]),
+    )
+
+
+def _pictures(
+    config: EmbedderConfig, rows: Sequence[ManifestRow], split: str, segmenter: Path, device: torch.device, member: str | None
+) -> Images:
+    if config.lungs_only:
+        return find_lungs(segmenter, rows, split, device, member)
+    return np.maximum(load_images(rows, f"{split} images"), 1)  # above 0: the whole frame counts as lung
+
+
+def draw_batch(data: TrainingSet, config: EmbedderConfig, random: np.random.Generator) -> tuple[NDArray[np.int64], Images]:
+    """Indices of a balanced batch with `lesion_images` more that show drawn lesions, and everyone's lesion mask."""
+    chosen = balanced_batch(data.labels, data.sources, config.images_per_class, config.source_power, random)
+    count = min(config.lesion_images, len(data.with_lesions))
+    drawn = random.choice(len(data.with_lesions), count, replace=False) if count else np.empty(0, np.int64)
+    lesions = np.zeros((len(chosen) + count, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    lesions[len(chosen) :] = data.lesions[drawn]
+    return np.concatenate([chosen, data.with_lesions[drawn]]), lesions
+
+
+def balanced_batch(
+    labels: NDArray[np.int64], sources: NDArray[np.int64], per_class: int, source_power: float, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Indices of `per_class` images of each class: "a minibatch of size T×N" (section 2.4.1).
+
+    Within a class a source of n images has weight n^source_power; a class with too few images repeats some.
+    """
+    drawn = []
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        _, of_source, sizes = np.unique(sources[mine], return_inverse=True, return_counts=True)
+        weight = sizes[of_source].astype(np.float64) ** (source_power - 1.0)
+        drawn.append(random.choice(mine, per_class, replace=len(mine) < per_class, p=weight / weight.sum()))
     return np.concatenate(drawn)
+
+
+def _jittered(box: Tensor, jitter: float) -> Tensor:
+    extent = torch.stack([box[:, 1] - box[:, 0], box[:, 3] - box[:, 2]], dim=1).repeat_interleave(2, dim=1)
+    return box + jitter * extent * (2.0 * torch.rand_like(box) - 1.0)
+
+
+def _schedule(config: EmbedderConfig, iteration: int, total: int) -> float:
+    warm = min(1.0, (iteration + 1) / max(1, config.warm_up_iterations))
+    return warm * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * iteration / total)) if config.schedule == "cosine" else 1.0)
 
 
 def load_resnet50(model: Embedder, weights: Path) -> None:
     """Copies a torchvision ResNet-50 state dict into f1, f2 and layer4; the attention module and head stay random.
 
     Raises:
-        UsageError: Not such a state dict.
+        UsageError: Not such a state dict, or the config's backbone is another.
     """
     source = load_checkpoint(weights)
+    if not isinstance(model.f1[0], nn.Conv2d) or model.f1[0].kernel_size != (7, 7):
+        raise UsageError("--init is for ResNet-50", expected='backbone = "resnet50" in the config', next_step="use embedder-published")
     stages = {
         "conv1": model.f1[0],
         "bn1": model.f1[1],
         "layer1": model.f1[4],
         "layer2": model.f1[5],
-        "layer3": model.f2,
+        "layer3": model.f2[0],
         "layer4": model.rest[0],
     }
     for name, module in stages.items():
@@ -160,47 +294,58 @@ def load_resnet50(model: Embedder, weights: Path) -> None:
             ) from error
 
 
-@torch.inference_mode()
-def cached_lungs(masker: LungSegmenter, rows: Sequence[ManifestRow], path: Path, device: torch.device, batch_size: int = 16) -> Images:
-    """LUNGS of every row, computed once and kept in `path`; an interrupted run goes on after its last batch."""
-    shape = (len(rows), 1, 256, 256)
-    counter = path.with_suffix(".done")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = int(counter.read_text()) if counter.exists() and path.exists() else 0
-    lungs = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
-    if done < len(rows):
-        images = load_images(rows, f"{len(rows)} images")
-        on_device(masker, device).eval()
-        with progress_bar() as bar:
-            task = bar.add_task("finding lungs", total=len(rows), completed=done)
-            for start in range(done, len(rows), batch_size):
-                batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-                with torch.autocast(device.type, dtype=torch.bfloat16):
-                    lungs[start : start + batch_size] = masker(batch)[1].cpu().numpy()
-                lungs.flush()
-                counter.write_text(str(start + len(batch)))
-                bar.update(task, advance=len(batch))
-    return lungs
+def fit_appearance(path: Path, trained_on: Images, device: torch.device) -> None:
+    """Fits the appearance part of an `embedder.pt` to the lungs trained on, in place; nothing to do where there is none."""
+    network = load_embedder(path, device)
+    if network.appearance is not None:
+        network.appearance.fit(embed_all(network, trained_on, device, "appearance of train")["layout"])
+        save_checkpoint(path, {**load_checkpoint(path), "model": network.state_dict()})
+
+
+def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch.device) -> None:
+    """`vectors-<split>.npz` beside an `embedder.pt`, for `cxr train report`, of the lungs that the whole ensemble finds.
+
+    They hold image_ids, embedding `[n, d]` and features `[n, 2048]`, both of unit length.
+    """
+    network, config = load_embedder(path, device), EmbedderConfig.model_validate(load_checkpoint(path)["config"])
+    for split in (*SPLITS, EXTRA_SPLIT):
+        rows = manifest.select(split=split, labels=None if split == EXTRA_SPLIT else LABELS)
+        if rows:
+            vectors = embed_all(network, _pictures(config, rows, split, segmenter, device, None), device, f"vectors of {split}")
+            np.savez(
+                path.parent / f"vectors-{split}.npz",
+                image_ids=np.array([row.image_id for row in rows]),
+                **{name: vectors[name] for name in ("embedding", "features")},
+            )
 
 
 @torch.inference_mode()
-def embed_all(model: nn.Module, lungs: Images, image_size: int, device: torch.device, batch_size: int = 32) -> NDArray[np.float32]:
-    """Embeddings `[n, d]` in evaluation mode, at the size now trained on."""
-    model.eval()
-    parts: list[Tensor] = []
-    for start in range(0, len(lungs), batch_size):
-        batch = resized(lungs[start : start + batch_size], image_size, device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            parts.append(model(batch)[0].cpu())
-    return torch.cat(parts).numpy()
+def embed_all(
+    network: Embedder, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
+) -> Mapping[str, NDArray[np.float32]]:
+    """`embedding` `[n, d]` and `features` `[n, 2048]`, both of unit length, and `layout`."""
+    network.eval()
+    parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "layout": []}
+    starts = range(0, len(lungs), batch_size)
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=len(starts), visible=bool(what))
+        for start in starts:
+            with mixed_precision(device):
+                found = network.describe(torch.from_numpy(lungs[start : start + batch_size]).to(device))
+            embedding, features = network.embed(found), found.features.float()
+            parts["layout"].append(found.layout.float().cpu())
+            parts["embedding"].append(embedding.cpu())
+            parts["features"].append(nn.functional.normalize(features, dim=1).cpu())
+            bar.update(task, advance=1)
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def leave_one_out_recall(embeddings: NDArray[np.float32], labels: NDArray[np.int64], rows: Sequence[ManifestRow]) -> float:
+def leave_one_out_recall(vectors: NDArray[np.float32], labels: NDArray[np.int64], rows: Sequence[ManifestRow]) -> float:
     """Recall@1 of each image among the others of the set, images of the same patient left out: a watch on training,
     macro-averaged over classes. The reported figures come from `cxr evaluate`.
     """
     patients = np.array([row.patient for row in rows])
-    similarity = embeddings @ embeddings.T
+    similarity = vectors @ vectors.T
     similarity[patients[:, None] == patients[None, :]] = -np.inf
     hits = labels[similarity.argmax(axis=1)] == labels
     return float(np.mean([hits[labels == c].mean() for c in np.unique(labels)]))
