@@ -9,13 +9,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_retrieval.contract import LABELS, LUNG_MASK
+from cxr_retrieval.contract import LABELS, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.embedding import embed_rows, ingest
 from cxr_retrieval.evaluation import LabelledSet, evaluate
 from cxr_retrieval.fields import parse_clinical
 from cxr_retrieval.image import letterbox, read_radiograph
 from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
-from cxr_retrieval.retrieve import query
+from cxr_retrieval.retrieve import MIN_LUNG_AGREEMENT, query
 from cxr_retrieval.settings import MilvusSettings
 from cxr_retrieval.store import Store
 from cxr_retrieval.triton import TritonClient
@@ -64,16 +64,18 @@ def test_every_validation_image_is_readable(manifest: Manifest) -> None:
 
 
 def test_lungs_against_the_radiologist(manifest: Manifest, triton: TritonClient) -> None:
-    """14 validation films with radiologist-drawn lungs. 0.85 is far below what ships, far above what an untrained network finds."""
+    """14 validation films with radiologist-drawn lungs: close to the radiologist, and none bad without a warning."""
     rows = [row for row in manifest.select(split="val") if row.fields.get("mask_source") == "radiologist"]
     images = np.stack([letterbox(read_radiograph(row.path).pixels)[0] for row in rows])[:, None]
-    found = np.concatenate([triton.infer(images[i : i + 7], (LUNG_MASK,))["LUNG_MASK"] for i in range(0, len(images), 7)])[:, 0].astype(
-        bool
-    )
+    answers = [triton.infer(images[i : i + 7], (LUNG_MASK, LUNG_AGREEMENT)) for i in range(0, len(images), 7)]
+    found = np.concatenate([answer["LUNG_MASK"] for answer in answers])[:, 0].astype(np.bool_)
+    agreed = np.concatenate([answer["LUNG_AGREEMENT"] for answer in answers])[:, 0].astype(np.float64)
     truth = np.stack([drawn_mask(row) for row in rows])
     dice = 2 * (found & truth).sum(axis=(1, 2)) / (found.sum(axis=(1, 2)) + truth.sum(axis=(1, 2)))
     assert len(rows) == 14
-    assert dice.mean() > 0.85, dice.round(3)
+    assert dice.mean() > 0.93, dice.round(3)
+    assert ((dice >= 0.85) | (agreed < MIN_LUNG_AGREEMENT)).all()
+    assert (agreed >= MIN_LUNG_AGREEMENT).mean() > 0.8, "the warning is not cried at every film"
 
 
 def drawn_mask(row: ManifestRow) -> NDArray[np.bool_]:
@@ -102,7 +104,7 @@ def test_retrieval_beats_chance_on_a_small_sample(manifest: Manifest, triton: Tr
                 )
             )
         result = evaluate(*sets, k=5, model_version=triton.model_version)
-        assert result["overall"]["balanced_accuracy"] > 0.45
+        assert result["overall"]["balanced_accuracy"] > 0.6
         answer = query(queries[0].path, triton, store).as_json()
     assert len(answer["neighbours"]) == 10
     assert {neighbour["metadata"]["source"] for neighbour in answer["neighbours"]} <= {row.source for row in gallery}

@@ -46,7 +46,6 @@ class Run:
     folder: Path
     config: EmbedderConfig
     sets: Mapping[str, LabelledSet]
-    features: Mapping[str, NDArray[np.float32]]
 
 
 def load_run(folder: Path, manifest: Manifest) -> Run:
@@ -55,7 +54,6 @@ def load_run(folder: Path, manifest: Manifest) -> Run:
     config = EmbedderConfig.model_validate(state["config"])
     rows = {row.image_id: row for row in manifest.rows}
     sets: dict[str, LabelledSet] = {}
-    features: dict[str, NDArray[np.float32]] = {}
     for split in ("train", "val", EXTRA_SPLIT):
         path = folder / f"vectors-{split}.npz"
         if not path.exists():
@@ -66,8 +64,7 @@ def load_run(folder: Path, manifest: Manifest) -> Run:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
             sets[split] = labelled([row for row, keep in zip(mine, kept, strict=True) if keep], stored[config.retrieve_with][kept])
-            features[split] = stored["features"][kept]
-    return Run(folder.name, folder, config, sets, features)
+    return Run(folder.name, folder, config, sets)
 
 
 def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32]) -> LabelledSet:
