@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
+from cxr_retrieval.errors import UsageError
 from cxr_retrieval_training.embedder import AttentionMapHead, Embedder, SpatialAttention
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
@@ -97,6 +98,8 @@ def test_appearance_is_whitened() -> None:
     part.fit(layout)
     white = (torch.from_numpy(layout) - part.mean) @ part.projection
     assert torch.allclose(white.T @ white / len(layout), torch.eye(8), atol=1e-2)
+    with pytest.raises(UsageError, match="too few images"):
+        part.fit(layout[:8])
 
 
 def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:

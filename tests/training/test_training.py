@@ -477,6 +477,25 @@ def test_ablations_change_what_they_are_named_for() -> None:
         ablation_config("nonsense")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["cross-entropy", "cross-entropy-resnet50", "no-attention", "multi-similarity", "info-nce", "whole-radiograph", "ensemble-lungs"],
+)
+def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Two real iterations of each kind of comparison, down to its vectors."""
+    config = ablation_config(name)
+    small = {
+        "images_per_class": 2,
+        "lungs_from": None,
+        "appearance_size": min(8, config.appearance_size),
+        "stages": tuple(stage.model_copy(update={"iterations": 2, "image_size": 64}) for stage in config.stages),
+    }
+    path = train_embedder(config.model_copy(update=small), manifest, trained, tmp_path, CPU)
+    with np.load(path.parent / "vectors-val.npz") as stored:
+        assert stored[config.retrieve_with].shape == (6, 2048 if config.retrieve_with == "features" else 64)
+        assert np.isfinite(stored[config.retrieve_with]).all()
+
+
 def test_report_of_two_runs(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:
     """Real vectors of two real, hardly trained runs: every figure is there and lies in its range; the page shows its pictures."""
     smaller = EMBEDDER.model_copy(update={"embedding_size": 32})

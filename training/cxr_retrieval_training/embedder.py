@@ -23,6 +23,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import SqueezeExcitation
 
 from cxr_retrieval.contract import ATTENTION_SIZE, EMBEDDING_SIZE, FEATURE_SIZE, IMAGE_SIZE
+from cxr_retrieval.errors import UsageError
 from cxr_retrieval_training.imagenet import BACKBONE as LITE0
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
@@ -97,7 +98,18 @@ class Appearance(nn.Module):
         self.register_buffer("projection", torch.zeros(4 * channels, size))
 
     def fit(self, layout: NDArray[np.float32]) -> None:
-        """Principal axes of `[n, 4·channels]`, each divided by its standard deviation."""
+        """Principal axes of `[n, 4·channels]`, each divided by its standard deviation.
+
+        Raises:
+            UsageError: Fewer images than axes.
+        """
+        if len(layout) <= self.projection.shape[1]:
+            raise UsageError(
+                "too few images to fit the appearance part",
+                expected=f"more than appearance_size = {self.projection.shape[1]} training images",
+                got=str(len(layout)),
+                next_step="train on more, or lower appearance_size in the config",
+            )
         mean = layout.mean(axis=0)
         _, singular, axes = np.linalg.svd((layout - mean).astype(np.float64), full_matrices=False)
         size = self.projection.shape[1]
