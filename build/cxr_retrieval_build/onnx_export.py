@@ -24,7 +24,7 @@ from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, ENSEMBLE, LEAV
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint
 from cxr_retrieval_training.embedder import AttentionMapHead
-from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.lungs import load_segmenter
 from cxr_retrieval_training.train_embedder import load_embedder
 
 OPSET: Final = 18
@@ -48,10 +48,8 @@ def load_networks(segmenter: Path, embedder: Path) -> Networks:
         UsageError: A checkpoint is absent, damaged, or not of its kind.
     """
     checkpoints = {LUNG_SEGMENTATION: load_checkpoint(segmenter), EMBEDDER: load_checkpoint(embedder)}
-    masker = LungSegmenter(checkpoints[LUNG_SEGMENTATION]["config"]["members"])
-    masker.load_state_dict(checkpoints[LUNG_SEGMENTATION]["model"])
     modules: dict[str, nn.Module] = {
-        LUNG_SEGMENTATION: masker,
+        LUNG_SEGMENTATION: load_segmenter(segmenter),
         EMBEDDER: load_embedder(embedder, torch.device("cpu")),
         ATTENTION_MAP_MODEL: AttentionMapHead(),
     }

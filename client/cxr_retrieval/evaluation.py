@@ -104,12 +104,17 @@ def rank(
 ) -> tuple[Integers, NDArray[np.float32]]:
     """Gallery indices by falling cosine similarity (ties by image_id), without the query's own patient; and similarities."""
     similarity = gallery.embeddings @ queries.embeddings[query]
+    allowed = np.flatnonzero(_admitted(gallery, query, queries, compared))
+    order = np.lexsort((np.array(gallery.image_ids)[allowed], -similarity[allowed]))
+    return allowed[order], similarity[allowed[order]]
+
+
+def _admitted(gallery: LabelledSet, query: int, queries: LabelledSet, compared: Gallery) -> NDArray[np.bool_]:
+    """Which gallery images one query is compared with."""
     admitted = np.array(gallery.patients) != queries.patients[query]
     if compared is not Gallery.everything:
         admitted &= (np.array(gallery.sources) == queries.sources[query]) == (compared is Gallery.own_source)
-    allowed = np.flatnonzero(admitted)
-    order = np.lexsort((np.array(gallery.image_ids)[allowed], -similarity[allowed]))
-    return allowed[order], similarity[allowed[order]]
+    return admitted
 
 
 def _score(
@@ -153,7 +158,7 @@ def _restricted(gallery: LabelledSet, queries: LabelledSet, k: int, labels: Sequ
         there = set(held[(sources == source) == (compared is Gallery.own_source)])
         mine = [s == source and label in there and len(there) > 1 for s, label in zip(queries.sources, queries.labels, strict=True)]
         chosen |= np.array(mine)
-    chosen &= np.array([len(rank(gallery, number, queries, compared)[0]) > 0 for number in range(len(chosen))])
+    chosen &= np.array([_admitted(gallery, number, queries, compared).any() for number in range(len(chosen))])
     out: dict[str, Any] = {"n": int(chosen.sum()), "left_out": int((~chosen).sum())}
     if chosen.any():
         scores = _score(gallery, queries, k, labels, compared, chosen)

@@ -140,15 +140,6 @@ def train_embedder(
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": seconds,
             }
-            checkpoint = {
-                "model": model.state_dict(),
-                "kept": kept.state_dict(),
-                "criterion": criterion.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "iteration": finished,
-                "seconds": seconds,
-                **identity,
-            }
             if finished % config.validate_every == 0 or finished == len(plan):
                 kept.size = stage.image_size
                 vectors = embed_all(kept, val_lungs, device)
@@ -159,7 +150,19 @@ def train_embedder(
                     save_checkpoint(path, {**result, "val_recall_at_1": recall, **identity})
             append_log(out, record)
             if finished % SAVE_EVERY == 0 or finished == len(plan):
-                save_checkpoint(last, {**checkpoint, "best": best})
+                save_checkpoint(
+                    last,
+                    {
+                        "model": model.state_dict(),
+                        "kept": kept.state_dict(),
+                        "criterion": criterion.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "iteration": finished,
+                        "seconds": seconds,
+                        "best": best,
+                        **identity,
+                    },
+                )
     fit_appearance(path, data.lungs, device)
     write_vectors(path, manifest, segmenter, device)
     return path
