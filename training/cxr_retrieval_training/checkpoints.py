@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval_training.depthwise import with_fast_depthwise
 
 Checkpoint = dict[str, Any]
 
@@ -79,8 +80,10 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a network, in the memory layout that convolutions on CPU and tensor cores like best."""
+    """Moves a network, in the memory layout that convolutions on CPU and tensor cores like best; on CPU depthwise ones train fast."""
     network.to(device)
+    if device.type == "cpu":
+        with_fast_depthwise(network)
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing from torch's stub)
 
 
