@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
+from cxr_retrieval.evaluation import LabelledSet
 from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
 from cxr_retrieval_training import train_embedder as embedder_training
@@ -34,8 +37,9 @@ from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
+from cxr_retrieval_training.report import Run, adult_pneumonia
 from cxr_retrieval_training.summary import write_report
-from cxr_retrieval_training.train_embedder import balanced_batch, load_embedder, load_resnet50, load_training_set, train_embedder
+from cxr_retrieval_training.train_embedder import balanced_batch, left_out, load_embedder, load_resnet50, load_training_set, train_embedder
 from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation
 
 CPU = torch.device("cpu")
@@ -431,6 +435,44 @@ def test_a_source_can_be_left_out(trained: Path, manifest: Manifest) -> None:
     assert len(set(part.sources.tolist())) == len(set(whole.sources.tolist())) - 1
     with pytest.raises(UsageError, match="no such source, or the only one"):
         load_training_set(EMBEDDER.model_copy(update={"leave_out_source": "elsewhere"}), manifest, trained, CPU)
+
+
+def test_folds_of_a_source_partition_its_patients(trained: Path, manifest: Manifest) -> None:
+    rows = manifest.select(split="train")
+    source = EMBEDDER.model_copy(update={"leave_out_source": "phantom-north"})
+    folds = [left_out(source.model_copy(update={"leave_out_fold": (i, 3)}), rows) for i in range(3)]
+    assert (np.sum(folds, axis=0) == left_out(source, rows)).all()
+    of_patient = {row.patient: tuple(fold[number] for fold in folds) for number, row in enumerate(rows)}
+    assert all(tuple(fold[number] for fold in folds) == of_patient[row.patient] for number, row in enumerate(rows))
+    part = load_training_set(source.model_copy(update={"leave_out_fold": (0, 3)}), manifest, trained, CPU)
+    assert len(part.labels) == len(rows) - folds[0].sum()
+    with pytest.raises(ValidationError, match="needs leave_out_source and i below n"):
+        EmbedderConfig.model_validate({**EMBEDDER.model_dump(), "leave_out_fold": (0, 3)})
+    with pytest.raises(ValidationError, match="needs leave_out_source and i below n"):
+        EmbedderConfig.model_validate({**source.model_dump(), "leave_out_fold": (3, 3)})
+
+
+def test_cross_validation_asks_each_run_about_its_own_fold() -> None:
+    """Two runs of one-hot vectors: within its own fold each is right, elsewhere wrong; what is left out of no run is not asked."""
+
+    def run(fold: int, flipped: Sequence[int]) -> Run:
+        labels = ["covid19", "non_covid_pneumonia"] * 4
+        vectors = np.eye(2, dtype=np.float32)[[(i % 2) ^ (i in flipped) for i in range(8)]]
+        sets = {
+            name: LabelledSet(
+                [f"{i}" for i in part], vectors[part], [labels[i] for i in part], [f"p{i}" for i in part], ["adult"] * len(part)
+            )
+            for name, part in (("train", list(range(6))), ("val", [6, 7]))
+        }
+        config = EMBEDDER.model_copy(update={"leave_out_source": "adult", "leave_out_fold": (fold, 2)})
+        return Run(f"fold-{fold}", Path(), config, sets, np.isin(np.arange(8), (0, 1) if fold == 0 else (2, 7)))
+
+    found = adult_pneumonia([run(0, flipped=[7]), run(1, flipped=[0, 2])])
+    assert found is not None
+    assert (found["n"], found["runs"]) == (4, ["fold-0", "fold-1"])
+    assert found["own_source"]["balanced_accuracy"] == 0.75, "film 2 alone is taken for the other label"
+    assert found["whole_gallery"]["balanced_accuracy"] == 0.75
+    assert adult_pneumonia([replace(run(0, []), config=EMBEDDER)]) is None
 
 
 def test_lungs_are_found_once_and_go_on_after_an_interruption(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import UsageError
@@ -82,7 +82,9 @@ class EmbedderConfig(_Frozen):
     retrieve_with: Literal["embedding", "features"] = "embedding"
     """What is compared in retrieval; the baseline of Table 3 and 4 uses the pooled features."""
     leave_out_source: str | None = None
-    """Rows of this source are not trained on."""
+    """Rows of this source are neither trained on nor watched."""
+    leave_out_fold: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=2)]] | None = None
+    """(i, n): of that source only patients of fold i of n, for a cross-validation grouped by patient."""
     images_per_class: PositiveInt = 16
     source_power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Within a class, a source is drawn in proportion to its size to this power: 1 as the images come, 0 all sources alike."""
@@ -104,6 +106,12 @@ class EmbedderConfig(_Frozen):
     base: float = 0.5
     miner_epsilon: PositiveFloat = 0.1
     stages: tuple[EmbedderStage, ...]
+
+    @model_validator(mode="after")
+    def _fold_of_a_source(self) -> EmbedderConfig:
+        if self.leave_out_fold is not None and (self.leave_out_source is None or self.leave_out_fold[0] >= self.leave_out_fold[1]):
+            raise ValueError("leave_out_fold = [i, n] needs leave_out_source and i below n")
+        return self
 
 
 def config_path(name: str) -> Path:

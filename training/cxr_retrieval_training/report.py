@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation import LabelledSet, evaluate, interval, patient_weights, rank
+from cxr_retrieval.evaluation import Gallery, LabelledSet, evaluate, interval, patient_weights, rank
 from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import track
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
@@ -28,7 +28,7 @@ from cxr_retrieval_training.datasets import Images, load_images, load_lesion_mas
 from cxr_retrieval_training.embedder import AttentionMapHead, Embedder
 from cxr_retrieval_training.lungs import find_lungs
 from cxr_retrieval_training.metrics import centre_prior, pixel_auroc, pointing_hit, source_probe
-from cxr_retrieval_training.train_embedder import build_embedder, embed_all, load_embedder
+from cxr_retrieval_training.train_embedder import build_embedder, embed_all, left_out, load_embedder
 
 LARGEST_K: Final = 30
 """Section 3.3.3 looks at k up to 30."""
@@ -40,12 +40,15 @@ _STYLE_GREY: Final = 128
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run: its config, and its vectors by split with the rows they belong to."""
+    """One finished training run: its config, its vectors by split with the rows they belong to, and which rows of train and val,
+    in this order, the config left out of training.
+    """
 
     name: str
     folder: Path
     config: EmbedderConfig
     sets: Mapping[str, LabelledSet]
+    unseen: NDArray[np.bool_]
 
 
 def load_run(folder: Path, manifest: Manifest) -> Run:
@@ -54,6 +57,7 @@ def load_run(folder: Path, manifest: Manifest) -> Run:
     config = EmbedderConfig.model_validate(state["config"])
     rows = {row.image_id: row for row in manifest.rows}
     sets: dict[str, LabelledSet] = {}
+    unseen: list[NDArray[np.bool_]] = []
     for split in ("train", "val", EXTRA_SPLIT):
         path = folder / f"vectors-{split}.npz"
         if not path.exists():
@@ -63,8 +67,11 @@ def load_run(folder: Path, manifest: Manifest) -> Run:
         with np.load(path) as stored:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
-            sets[split] = labelled([row for row, keep in zip(mine, kept, strict=True) if keep], stored[config.retrieve_with][kept])
-    return Run(folder.name, folder, config, sets)
+            protocol = [row for row, keep in zip(mine, kept, strict=True) if keep]
+            sets[split] = labelled(protocol, stored[config.retrieve_with][kept])
+            if split != EXTRA_SPLIT:
+                unseen.append(left_out(config, protocol))
+    return Run(folder.name, folder, config, sets, np.concatenate(unseen))
 
 
 def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32]) -> LabelledSet:
@@ -88,6 +95,7 @@ def report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], device:
     return {
         "manifest_sha256": manifest.sha256,
         "runs": {run.name: measure(run) for run in track(runs, "runs")},
+        "adult_pneumonia": adult_pneumonia(runs),
         "closer": {
             "run": first.name,
             "k": k_sweep(first),
@@ -110,7 +118,6 @@ def measure(run: Run) -> dict[str, Any]:
         "config": run.config.model_dump(mode="json"),
         "evaluation": evaluate(train, val, k=DEFAULT_K, model_version=run.name),
         "source_probe": source_probe((train.embeddings, train.labels, train.sources), (val.embeddings, val.labels, val.sources)),
-        "adult_pneumonia": adult_pneumonia(run),
     }
     if EXTRA_SPLIT in run.sets:
         extra = run.sets[EXTRA_SPLIT]
@@ -150,23 +157,38 @@ def selected(vectors: LabelledSet, chosen: NDArray[np.bool_]) -> LabelledSet:
     )
 
 
-def adult_pneumonia(run: Run, source: str = "ieee8023") -> dict[str, Any] | None:
-    """COVID-19 against other pneumonia within the one adult source that holds both, every image against all other patients.
+def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """COVID-19 against other pneumonia in the one source of adults that holds both, cross-validated by patient: each film is
+    asked about by the run that left its patient's fold out (`leave_out_fold`), in a gallery of every other film of train and val.
 
-    Honest for train rows only when the run was trained without that source (`leave_out_source`): `trained_on` says.
+    Returns:
+        n films, the runs, and the balanced accuracy of the vote (a vote for a third label is wrong) in a gallery of all
+        sources and of this source alone; none where no run leaves a fold out.
     """
-    both = joined(run.sets["train"], run.sets["val"])
-    keep = np.array([s == source and label != "control" for s, label in zip(both.sources, both.labels, strict=True)])
-    if len({label for label, kept in zip(both.labels, keep, strict=True) if kept}) < 2:
+    used = [run for run in runs if run.config.leave_out_fold is not None]
+    truth, patients, correct = [], [], []
+    for run in used:
+        both = joined(run.sets["train"], run.sets["val"])
+        asked: list[int] = np.flatnonzero(run.unseen & (np.array(both.labels) != "control")).tolist()
+        for query in asked:
+            truth.append(both.labels[query])
+            patients.append(both.patients[query])
+            correct.append([float(_voted(both, query, compared) == truth[-1]) for compared in (Gallery.everything, Gallery.own_source)])
+    if len(set(truth)) < 2:
         return None
-    mine = selected(both, keep)
-    overall = evaluate(mine, mine, k=DEFAULT_K, model_version=run.name)["overall"]
-    return {
-        "n": overall["n"],
-        "balanced_accuracy": overall["balanced_accuracy"],
-        "balanced_accuracy_ci": overall["balanced_accuracy_ci"],
-        "trained_on": run.config.leave_out_source != source,
-    }
+    weights, of_label = patient_weights(np.array(patients)), [np.array(truth) == label for label in sorted(set(truth))]
+    weights = weights[np.all([weights[:, mine].sum(axis=1) > 0 for mine in of_label], axis=0)]  # a resample may lack a label
+    out: dict[str, Any] = {"n": len(truth), "runs": [run.name for run in used]}
+    for name, right in zip(("whole_gallery", "own_source"), np.array(correct).T, strict=True):
+        resampled = [weights[:, mine] @ right[mine] / weights[:, mine].sum(axis=1) for mine in of_label]
+        balanced = float(np.mean([right[mine].mean() for mine in of_label]))
+        out[name] = {"balanced_accuracy": balanced, "balanced_accuracy_ci": interval(np.mean(resampled, axis=0))}
+    return out
+
+
+def _voted(among: LabelledSet, query: int, compared: Gallery) -> str:
+    order, similarity = rank(among, query, among, compared)
+    return weighted_vote([(among.labels[int(i)], float(s)) for i, s in zip(order[:DEFAULT_K], similarity[:DEFAULT_K], strict=True)]).label
 
 
 def k_sweep(run: Run) -> dict[str, list[float]]:

@@ -52,6 +52,7 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
         _classes_table(found["runs"][first]["evaluation"]),
         "## A closer look",
         _closer(found["closer"], found["runs"][first]),
+        *(["## Pneumonia of adults", _adults_table(found["adult_pneumonia"])] if found["adult_pneumonia"] else []),
         *(["## Lungs", _lungs_table(found["segmentation"])] if "segmentation" in found else []),
         *(f"![{name}]({name})" for name in pictures),
     ]
@@ -60,12 +61,13 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 def _runs_table(runs: Mapping[str, Any]) -> str:
     head = ["run", "balanced", *(f"recall@1 {label}" for label in LABELS), "mAP@R", "within source", "across sources"]
-    head += ["own source nearest", "source probe", "adult pneumonia", "added class recall@1"]
+    head += ["own source nearest", "source probe", "source left out: balanced", "without its films", "added class recall@1"]
     lines = []
     for name, run in runs.items():
         whole = run["evaluation"]
         probe = [entry["balanced_accuracy"] for entry in run["source_probe"].values()]
-        adults, added = run["adult_pneumonia"], run.get("added_class")
+        added, source = run.get("added_class"), run["config"]["leave_out_source"]
+        left_out = [_number(_of_source(part, source)) for part in (whole, whole["cross_source"])]
         lines.append(
             [
                 name,
@@ -75,11 +77,15 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
                 *(_number(whole[part].get("overall", {}).get("balanced_accuracy")) for part in ("within_source", "cross_source")),
                 _number(whole["nearest_from_own_source"]["share"]),
                 _number(sum(probe) / len(probe) if probe else None),
-                "–" if adults is None else _number(adults["balanced_accuracy"]) + (" (trained on)" if adults["trained_on"] else ""),
+                *(left_out if run["config"]["leave_out_fold"] is None else ["–", "–"]),
                 "–" if added is None else _number(added["recall_at"]["1"]),
             ]
         )
     return _table(head, lines)
+
+
+def _of_source(evaluation: Mapping[str, Any], source: str | None) -> float | None:
+    return evaluation.get("per_source", {}).get(source, {}).get("balanced_accuracy")
 
 
 def _sources_table(evaluation: Mapping[str, Any]) -> str:
@@ -129,6 +135,12 @@ def _classes_table(evaluation: Mapping[str, Any]) -> str:
         for label, row in evaluation["per_class"].items()
     ]
     return _table(["label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10"], lines)
+
+
+def _adults_table(adults: Mapping[str, Any]) -> str:
+    lines = [[name.replace("_", " "), _figure(adults[name], "balanced_accuracy")] for name in ("whole_gallery", "own_source")]
+    head = f"COVID-19 against other pneumonia, cross-validated by patient ({adults['n']} films, {len(adults['runs'])} folds)"
+    return _table([head, "balanced accuracy"], lines)
 
 
 def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ source, supervises attention where a radiologist has drawn lesions, and averages
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -66,9 +67,11 @@ def train_embedder(
         `embedder.pt`: {model, image_size, iteration, val_recall_at_1, config, data_sha256, provenance}, with the averaged
         weights if the config asks for them. `embedder-last.pt` is what training goes on from.
     """
-    val_rows = manifest.require(split="val", labels=LABELS)
     data = load_training_set(config, manifest, segmenter, device)
-    val_lungs = _pictures(config, val_rows, "val", segmenter, device, config.lungs_from)
+    everyone = manifest.require(split="val", labels=LABELS)
+    watched = ~left_out(config, everyone)
+    val_rows = [row for row, watch in zip(everyone, watched, strict=True) if watch]
+    val_lungs = _pictures(config, everyone, "val", segmenter, device, config.lungs_from)[watched]
     val_labels = np.array([LABELS.index(row.label) for row in val_rows])
 
     identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
@@ -200,17 +203,17 @@ def load_training_set(config: EmbedderConfig, manifest: Manifest, segmenter: Pat
         UsageError: The source left out is unknown or the only one; a class is missing.
     """
     everything = manifest.require(split="train", labels=LABELS)
-    left_out = np.array([row.source == config.leave_out_source for row in everything]) & (config.leave_out_source is not None)
-    if config.leave_out_source is not None and (not left_out.any() or left_out.all()):
+    kept = ~left_out(config, everything)
+    if config.leave_out_source is not None and (kept.all() or not kept.any()):
         raise UsageError(
             f"leave_out_source = {config.leave_out_source!r}: no such source, or the only one",
             expected=f"one of {', '.join(sorted({row.source or '(none)' for row in everything}))}",
             next_step="correct the config",
         )
-    rows = [row for row, out in zip(everything, left_out, strict=True) if not out]
+    rows = [row for row, keep in zip(everything, kept, strict=True) if keep]
     lungs = _pictures(config, everything, "train", segmenter, device, config.lungs_from)
-    if left_out.any():
-        lungs = lungs[~left_out]
+    if not kept.all():
+        lungs = lungs[kept]
     names = sorted({row.source or "" for row in rows})
     labels = np.array([LABELS.index(row.label) for row in rows])
     with_lesions = np.flatnonzero([bool(row.fields.get("lesion_mask_path")) for row in rows])
@@ -221,6 +224,15 @@ def load_training_set(config: EmbedderConfig, manifest: Manifest, segmenter: Pat
         with_lesions,
         load_lesion_masks([rows[i] for i in with_lesions]),
     )
+
+
+def left_out(config: EmbedderConfig, rows: Sequence[ManifestRow]) -> NDArray[np.bool_]:
+    """Which rows the config keeps out of training: those of one source, or of one fold of its patients."""
+    out = np.array([config.leave_out_source is not None and row.source == config.leave_out_source for row in rows])
+    if config.leave_out_fold is not None:
+        fold, folds = config.leave_out_fold
+        out &= np.array([int(hashlib.sha256(row.patient.encode()).hexdigest(), 16) % folds == fold for row in rows])
+    return out
 
 
 def _pictures(
