@@ -37,9 +37,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(4)
     config = EmbedderConfig(
-        appearance_size=16, appearance_share=0.25, stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)
+        members=2,
+        mirrored=True,
+        appearance_size=16,
+        appearance_share=0.25,
+        stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),),
     )
-    segmenter, embedder = LungSegmenter(), build_embedder(config)
+    segmenter, embedder = LungSegmenter(), build_embedder(config, (128, 96))
     noise = torch.randint(0, 256, (4, 1, 128, 128), dtype=torch.uint8)
     for network in (segmenter, embedder):
         for module in network.modules():
@@ -56,8 +60,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             head.bias += 0.5
     save_checkpoint(folder / "segmenter.pt", {"model": segmenter.state_dict(), "config": {"members": list(ARCHITECTURES)}})
     assert embedder.appearance is not None
-    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 448)).astype(np.float32))
-    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "image_size": 128, "config": config.model_dump(mode="json")})
+    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 896)).astype(np.float32))
+    members = [{"image_size": member.size} for member in embedder.each()]
+    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "members": members, "config": config.model_dump(mode="json")})
     return folder / "segmenter.pt", folder / "embedder.pt"
 
 
@@ -128,7 +133,7 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     shutil.copytree(released, target)
     before = (target / "embedder" / "1" / "model.onnx").read_bytes()
     networks = load_networks(*checkpoints)
-    networks.modules["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, size=128).eval()
+    networks.modules["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, sizes=(128, 96)).eval()
 
     def copied(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
         path.parent.mkdir(parents=True)

@@ -16,19 +16,21 @@ from scipy import ndimage
 from torch import nn
 
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval_training.embedder import AttentionMapHead, Embedder, SpatialAttention
+from cxr_retrieval_training.embedder import AttentionMapHead, BackboneName, Embedder, EmbedderMember, SpatialAttention
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands
 
 
 @pytest.fixture(scope="module", params=["resnet50", "efficientnet_lite0"])
-def embedder(request: pytest.FixtureRequest) -> Embedder:
+def member(request: pytest.FixtureRequest) -> EmbedderMember:
     torch.manual_seed(0)
-    return Embedder(backbone=request.param).eval()
+    return EmbedderMember(backbone=request.param).eval()
 
 
-def test_embedder_outputs(embedder: Embedder) -> None:
+@pytest.mark.parametrize("backbone", ["resnet50", "efficientnet_lite0"])
+def test_embedder_outputs(backbone: BackboneName) -> None:
+    embedder = Embedder(backbone=backbone).eval()
     lungs = torch.randint(0, 256, (3, 1, 256, 256), dtype=torch.uint8)
     with torch.inference_mode():
         embedding, features, attention = embedder(lungs)
@@ -46,7 +48,7 @@ def test_resnet_stages_end_where_the_paper_says() -> None:
     def layers(module: nn.Module) -> int:
         return sum(isinstance(part, nn.Conv2d) and "downsample" not in name for name, part in module.named_modules())
 
-    network = Embedder(backbone="resnet50")
+    network = EmbedderMember(backbone="resnet50")
     assert layers(network.f1) == 22
     assert layers(network.f1) + layers(network.f2) == 40
     assert layers(network.rest) == 9, "the remaining part of ResNet-50 is conv5_x"
@@ -55,32 +57,71 @@ def test_resnet_stages_end_where_the_paper_says() -> None:
     assert len(network.attention.blocks) == 3
 
 
-def test_equation_4(embedder: Embedder) -> None:
+def test_equation_4(member: EmbedderMember) -> None:
     """f̃(x) = g(α(f1(x)) ⊙ f2(f1(x))), written out step by step."""
     lungs = torch.randint(1, 256, (2, 1, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
         seen = standardised_lungs(lungs.float(), lung_box(lungs.float()), 64).expand(-1, 3, -1, -1)
-        f1 = embedder.f1(seen)
-        assert embedder.attention is not None
-        projected = embedder.head(embedder.rest(embedder.attention(f1) * embedder.f2(f1)))
+        f1 = member.f1(seen)
+        assert member.attention is not None
+        projected = member.head(member.rest(member.attention(f1) * member.f2(f1)))
         expected = projected / projected.norm(dim=1, keepdim=True)
-        assert torch.allclose(embedder.describe(lungs, 64).learned, expected, atol=1e-5)
+        assert torch.allclose(member(lungs, 64).learned, expected, atol=1e-5)
+
+
+def test_mirrored_lungs_are_found_the_same() -> None:
+    """All numbers but the layout, whose quarters change sides with the lungs, as the attention does; not while training."""
+    torch.manual_seed(4)
+    network = EmbedderMember(12, mirrored=True, size=64).eval()
+    lungs = torch.randint(1, 256, (3, 1, 80, 112), dtype=torch.uint8)
+    with torch.inference_mode():
+        found, back = network(lungs), network(lungs.flip(3))
+        plain = EmbedderMember(12, size=64).eval()
+        plain.load_state_dict(network.state_dict())
+        alone, alone_back = plain(lungs), plain(lungs.flip(3))
+    torch.testing.assert_close(found.learned, back.learned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.features, back.features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.attention, back.attention.flip(3), atol=1e-4, rtol=0)
+    quarters, quarters_back = (part.layout.reshape(3, -1, 2, 2) for part in (found, back))
+    torch.testing.assert_close(quarters, quarters_back.flip(3), atol=1e-4, rtol=0)
+    mean = nn.functional.normalize(alone.learned + alone_back.learned, dim=1)
+    torch.testing.assert_close(found.learned, mean, atol=1e-4, rtol=0)
+    assert not torch.allclose(alone.learned, alone_back.learned, atol=1e-3)
+    network.train()
+    assert network(lungs).learned.shape == (3, 12), "once"
+
+
+def test_members_stand_side_by_side() -> None:
+    """The similarity of two embeddings is the mean of the members' similarities; attention and features are their means."""
+    torch.manual_seed(5)
+    network = Embedder(21, sizes=(64, 96, 128)).eval()
+    lungs = torch.randint(1, 256, (5, 1, 72, 88), dtype=torch.uint8)
+    with torch.inference_mode():
+        embedding, features, attention = network(lungs)
+        parts = [member(lungs) for member in network.each()]
+    assert [part.learned.shape for part in parts] == [(5, 7)] * 3
+    assert [part.attention.shape[2] for part in parts] == [4, 6, 8]
+    expected = torch.stack([part.learned @ part.learned.T for part in parts]).mean(dim=0)
+    torch.testing.assert_close(embedding @ embedding.T, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, (parts[0].features + parts[1].features + parts[2].features) / 3)
+    assert attention.shape == (5, 1, 16, 16)
+    assert 0 < attention.min() < attention.max() < 1
 
 
 def test_without_attention_the_mask_is_all_ones() -> None:
     with torch.inference_mode():
-        mask = Embedder(attention=False, size=64).eval()(torch.zeros((1, 1, 64, 64), dtype=torch.uint8))[2]
+        mask = Embedder(attention=False, sizes=(64,)).eval()(torch.zeros((1, 1, 64, 64), dtype=torch.uint8))[2]
     assert mask.shape == (1, 1, 16, 16), "whatever the size"
     assert (mask == 1).all()
 
 
 def test_appearance_takes_its_share_of_the_similarity() -> None:
     torch.manual_seed(2)
-    network = Embedder(64, appearance_size=16, appearance_share=0.36).eval()
+    network = Embedder(64, appearance_size=16, appearance_share=0.36, sizes=(64,)).eval()
     lungs = torch.randint(1, 256, (5, 1, 64, 64), dtype=torch.uint8)
     assert network.appearance is not None
     with torch.inference_mode():
-        found = network.describe(lungs, 64)
+        found = network.describe(lungs)
         assert found.learned.shape == (5, 48)
         assert network.embed(found)[:, 48:].abs().max() == 0, "not fitted yet"
         network.appearance.fit(np.random.default_rng(0).normal(size=(90, 448)).astype(np.float32))
@@ -103,13 +144,13 @@ def test_appearance_is_whitened() -> None:
 
 
 def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:
-    network = Embedder().train()
+    network = EmbedderMember().train()
     network.keep_frozen(4)
     norm = network.f1[1]
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     before = norm.running_mean.clone()
-    network.describe(torch.randint(1, 256, (2, 1, 64, 64), dtype=torch.uint8), 64).learned.sum().backward()
+    network(torch.randint(1, 256, (2, 1, 64, 64), dtype=torch.uint8), 64).learned.sum().backward()
     assert torch.equal(norm.running_mean, before)
     assert all(parameter.grad is None for parameter in network.f1[:4].parameters())
     assert any(parameter.grad is not None for parameter in network.f1[4:].parameters())

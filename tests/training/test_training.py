@@ -33,7 +33,7 @@ from cxr_retrieval_training.config import (
     load_config,
 )
 from cxr_retrieval_training.datasets import Images, load_images
-from cxr_retrieval_training.embedder import Embedder
+from cxr_retrieval_training.embedder import EmbedderMember
 from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
@@ -231,6 +231,7 @@ def test_published_numbers() -> None:
         ("stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]", "multiple of 32"),
         ("stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]", "losses.hinge"),
         ("stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]", "greater than 0"),
+        ("members = 3\nstages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]", "64 must be a multiple of members = 3"),
         ("", "stages is wrong"),
     ],
 )
@@ -269,7 +270,7 @@ def test_init_takes_a_torchvision_state_dict(tmp_path: Path) -> None:
     torch.manual_seed(3)
     source = resnet50(weights=None).state_dict()
     torch.save(source, tmp_path / "resnet50.pt")
-    model = Embedder(backbone="resnet50")
+    model = EmbedderMember(backbone="resnet50")
     load_resnet50(model, tmp_path / "resnet50.pt")
     own = model.state_dict()
     assert torch.equal(own["f1.0.weight"], source["conv1.weight"])
@@ -280,7 +281,7 @@ def test_init_takes_a_torchvision_state_dict(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a torchvision ResNet-50"):
         load_resnet50(model, tmp_path / "head.pt")
     with pytest.raises(UsageError, match="--init is for ResNet-50"):
-        load_resnet50(Embedder(), tmp_path / "resnet50.pt")
+        load_resnet50(EmbedderMember(), tmp_path / "resnet50.pt")
 
 
 def test_unreadable_training_image_stops_with_its_id(tmp_path: Path) -> None:
@@ -361,6 +362,8 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 
 EMBEDDER = EmbedderConfig(
+    members=2,
+    mirrored=True,
     images_per_class=2,
     source_power=0.5,
     frozen_layers=2,
@@ -391,7 +394,7 @@ def test_embedder_resumes_exactly(
 
     def dying(path: Path, checkpoint: dict[str, object]) -> None:
         save_checkpoint(path, checkpoint)
-        if checkpoint["iteration"] == 4:
+        if path.name == "embedder-1-last.pt" and checkpoint["iteration"] == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(embedder_training, "save_checkpoint", dying)
@@ -399,7 +402,7 @@ def test_embedder_resumes_exactly(
         train_embedder(EMBEDDER, manifest, trained, tmp_path / "cut", CPU)
     monkeypatch.setattr(embedder_training, "save_checkpoint", save_checkpoint)
     result = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, tmp_path / "cut", CPU))
-    resumed, whole = (load_checkpoint(folder / "embedder-last.pt") for folder in (tmp_path / "cut", finished.parent))
+    resumed, whole = (load_checkpoint(folder / "embedder-1-last.pt") for folder in (tmp_path / "cut", finished.parent))
     assert resumed["iteration"] == 6
     for part in ("model", "kept"):
         for name, value in whole[part].items():
@@ -412,15 +415,21 @@ def test_embedder_resumes_exactly(
         train_embedder(other, manifest, trained, tmp_path / "cut", CPU)
 
 
-def test_the_state_that_did_best_on_val_is_kept(finished: Path) -> None:
+def test_the_states_that_did_best_on_val_are_kept(finished: Path) -> None:
     log = [json.loads(line) for line in (finished.parent / "log.jsonl").read_text().splitlines()]
-    watched = [record for record in log if "val_recall_at_1" in record]
-    assert [record["iteration"] for record in watched] == [3, 6]
-    best = max(watched, key=lambda record: (record["val_recall_at_1"], -record["iteration"]))
     state = load_checkpoint(finished)
-    assert (state["iteration"], state["val_recall_at_1"], state["image_size"]) == (best["iteration"], best["val_recall_at_1"], 64)
+    for member in (0, 1):
+        watched = [record for record in log if record["member"] == member and "val_recall_at_1" in record]
+        assert [record["iteration"] for record in watched] == [3, 6]
+        best = max(watched, key=lambda record: (record["val_recall_at_1"], -record["iteration"]))
+        assert {key: state["members"][member][key] for key in ("iteration", "val_recall_at_1", "image_size")} == {
+            key: best[key] for key in ("iteration", "val_recall_at_1", "image_size")
+        }
     network = load_embedder(finished, CPU)
-    assert network.size == 64
+    first, second = network.each()
+    assert (first.size, second.size) == (64, 64)
+    weights = [next(member.head.parameters()) for member in (first, second)]
+    assert not torch.equal(*weights), "another seed"
     assert network.appearance is not None
     assert network.appearance.projection.abs().sum() > 0, "fitted"
 

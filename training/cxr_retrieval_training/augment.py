@@ -3,7 +3,7 @@
 Segmentation: the list of section 2.3 (horizontal flip, Gaussian noise, perspective, sharpness, blurring, contrast, gamma,
 brightness, CLAHE, grid distortion, affine, elastic). kornia has no grid distortion; its thin-plate spline, which moves a
 grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3), which the jitter of the lungs'
-box does here; the rest is ours, against what tells sources apart. No flip there: it would put the heart on the other side.
+box does here; the rest is ours, against what tells sources apart.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ class SegmentationAugment(nn.Module):
 
 
 class EmbeddingAugment(nn.Module):
-    """Rotation, shear and stretch; exposure, sharpness and noise inside the lungs; patches cut out.
+    """Rotation, shear and stretch; exposure, sharpness and noise inside the lungs; patches cut out; mirrored, half of them, if asked.
 
     Position and scale are left to the jitter of the lungs' box (`Embedder`), linear changes of exposure to its standardisation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, mirrored: bool = False) -> None:
         super().__init__()
-        self.geometry = aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.8)
+        self.geometry = nn.Sequential(
+            aug.RandomHorizontalFlip(p=0.5 if mirrored else 0.0),
+            aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.8),
+        )
         self.exposure = nn.Sequential(
             aug.RandomGamma(gamma=(0.5, 2.0), p=0.7),
             aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 2.0), p=0.3),

@@ -68,6 +68,10 @@ class EmbedderConfig(_Frozen):
     init: Literal["imagenet", "random"] = "imagenet"
     """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
     embedding_size: PositiveInt = EMBEDDING_SIZE
+    members: PositiveInt = 1
+    """So many networks are trained alike but for their seed, and share the learned part of the embedding (`Embedder`)."""
+    mirrored: bool = False
+    """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
     lungs_only: bool = True
     """False: the whole radiograph (ablation)."""
@@ -106,6 +110,13 @@ class EmbedderConfig(_Frozen):
     base: float = 0.5
     miner_epsilon: PositiveFloat = 0.1
     stages: tuple[EmbedderStage, ...]
+
+    @model_validator(mode="after")
+    def _divisible(self) -> EmbedderConfig:
+        learned = self.embedding_size - self.appearance_size
+        if learned <= 0 or learned % self.members:
+            raise ValueError(f"embedding_size - appearance_size = {learned} must be a multiple of members = {self.members}")
+        return self
 
     @model_validator(mode="after")
     def _fold_of_a_source(self) -> EmbedderConfig:

@@ -9,6 +9,7 @@ package registry and which is what the shipped weights use; a 1×1 convolution b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -90,15 +91,15 @@ class Appearance(nn.Module):
     is fitted in closed form on the train rows after training; until then they are 0.
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, layout_size: int, size: int) -> None:
         super().__init__()
         self.mean: Tensor
         self.projection: Tensor
-        self.register_buffer("mean", torch.zeros(4 * channels))
-        self.register_buffer("projection", torch.zeros(4 * channels, size))
+        self.register_buffer("mean", torch.zeros(layout_size))
+        self.register_buffer("projection", torch.zeros(layout_size, size))
 
     def fit(self, layout: NDArray[np.float32]) -> None:
-        """Principal axes of `[n, 4·channels]`, each divided by its standard deviation.
+        """Principal axes of `[n, layout]`, each divided by its standard deviation.
 
         Raises:
             UsageError: Fewer images than axes.
@@ -123,8 +124,8 @@ class Appearance(nn.Module):
 
 
 class Description(NamedTuple):
-    """All that one pass finds: `learned` `[n, d]` of unit length, `features` `[n, 2048]`, `layout` `[n, 4·channels]` for
-    `Appearance` (unit length), `attention` `[n, 1, size/16, size/16]` in (0, 1) over the lungs' box.
+    """All that is found: `learned` `[n, d]` of unit length, `features` `[n, 2048]`, `layout` `[n, 4·channels]` for `Appearance`
+    (unit length), `attention` `[n, 1, rows, columns]` in (0, 1) over the lungs' box.
     """
 
     learned: Tensor
@@ -133,14 +134,83 @@ class Description(NamedTuple):
     attention: Tensor
 
 
-class Embedder(nn.Module):
-    """The exported graph `embedder`. `attention=False` gives the ablation of section 3.3.1 (the mask is then all ones).
+class EmbedderMember(nn.Module):
+    """The published network: eq. 4. `attention=False` gives the ablation of section 3.3.1 (the mask is then all ones).
 
     Args:
-        embedding_size: Of EMBEDDING, in all.
+        learned_size: Numbers of its own share of the embedding.
+        mirrored: Outside training it looks at the lungs and at their mirror image, and finds the mean of both.
+        size: Side of the square the lungs are brought to: the size trained on (the published is 256).
+    """
+
+    def __init__(
+        self,
+        learned_size: int = EMBEDDING_SIZE,
+        *,
+        backbone: BackboneName = "efficientnet_lite0",
+        attention: bool = True,
+        imagenet: bool = False,
+        mirrored: bool = False,
+        size: int = IMAGE_SIZE,
+    ) -> None:
+        super().__init__()
+        self.size, self.learned_size, self.mirrored = size, learned_size, mirrored
+        parts = _resnet50() if backbone == "resnet50" else _efficientnet_lite0(imagenet=imagenet)
+        self.f1, self.f2 = parts.f1, parts.f2
+        self.layout_size = 4 * parts.f2_channels
+        self.attention = SpatialAttention(parts.f1_channels, parts.attention_channels) if attention else None
+        self.rest = nn.Sequential(*parts.rest, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        # The paper gives the 64 of the second layer; the width of the first, and the ReLU between, are ours.
+        self.head = nn.Sequential(nn.Linear(FEATURE_SIZE, 512), nn.ReLU(inplace=True), nn.Linear(512, learned_size))
+
+    def keep_frozen(self, layers: int) -> None:
+        """The first modules of f1 take no gradient, and their batch norm keeps its statistics (call after `train()`)."""
+        for module in self.f1[:layers]:
+            module.requires_grad_(requires_grad=False)
+            module.eval()
+
+    def forward(
+        self,
+        lungs: UInt8[Tensor, "batch 1 height width"] | Float[Tensor, "batch 1 height width"],
+        size: int | None = None,
+        box: Float[Tensor, "batch 4"] | None = None,
+    ) -> Description:
+        """Looks at the masked radiograph, 0…255 (float when it comes from augmentation); size and box its own by default."""
+        pixels = lungs.float()
+        seen = standardised_lungs(pixels, lung_box(pixels) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
+        if self.training or not self.mirrored:
+            return self._described(*self._look(seen))
+        both = zip(*(torch.chunk(part, 2) for part in self._look(torch.cat([seen, seen.flip(3)]))), strict=True)
+        (learned, features, quarters, mask), (learned_back, features_back, quarters_back, mask_back) = both
+        return self._described(
+            learned + learned_back, (features + features_back) / 2, quarters + quarters_back.flip(3), (mask + mask_back.flip(3)) / 2
+        )
+
+    def _look(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Learned (unit length), features, f2 averaged in each quarter `[n, channels, 2, 2]`, and mask."""
+        f1 = self.f1(seen.contiguous(memory_format=torch.channels_last))
+        f2 = self.f2(f1)
+        mask = self.attention(f1) if self.attention is not None else torch.ones_like(f2[:, :1]).float()
+        features = self.rest(mask.to(f2.dtype) * f2)
+        learned = functional.normalize(self.head(features).float(), dim=1)
+        return learned, features.float(), functional.adaptive_avg_pool2d(f2, 2).float(), mask
+
+    def _described(self, learned: Tensor, features: Tensor, quarters: Tensor, mask: Tensor) -> Description:
+        return Description(functional.normalize(learned, dim=1), features, functional.normalize(quarters.flatten(1), dim=1), mask)
+
+
+class Embedder(nn.Module):
+    """The exported graph `embedder`: what one or several members find, side by side, and `Appearance`.
+
+    The paper has one network; as it does for lungs (section 2.3), we let several, trained alike but for their seed, look at
+    the same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance the others outvote.
+
+    Args:
+        embedding_size: Of EMBEDDING, in all; what appearance leaves of it is shared evenly among the members.
         appearance_size: So many of them are `Appearance`; 0 as published.
         appearance_share: Its weight in the cosine similarity of two embeddings.
-        size: Side of the square the lungs are brought to: the size trained on (the published is 256).
+        sizes: For each member, the side of the square the lungs are brought to.
+        mirrored: See `EmbedderMember`.
     """
 
     def __init__(
@@ -150,27 +220,24 @@ class Embedder(nn.Module):
         backbone: BackboneName = "efficientnet_lite0",
         attention: bool = True,
         imagenet: bool = False,
+        mirrored: bool = False,
         appearance_size: int = 0,
         appearance_share: float = 0.0,
-        size: int = IMAGE_SIZE,
+        sizes: Sequence[int] = (IMAGE_SIZE,),
     ) -> None:
         super().__init__()
-        self.size = size
-        parts = _resnet50() if backbone == "resnet50" else _efficientnet_lite0(imagenet=imagenet)
-        self.f1, self.f2 = parts.f1, parts.f2
-        self.attention = SpatialAttention(parts.f1_channels, parts.attention_channels) if attention else None
-        self.rest = nn.Sequential(*parts.rest, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        # The paper gives the 64 of the second layer; the width of the first, and the ReLU between, are ours.
-        learned_size = embedding_size - appearance_size
-        self.head = nn.Sequential(nn.Linear(FEATURE_SIZE, 512), nn.ReLU(inplace=True), nn.Linear(512, learned_size))
-        self.appearance = Appearance(parts.f2_channels, appearance_size) if appearance_size else None
+        learned_size = (embedding_size - appearance_size) // len(sizes)
+        self.members = nn.ModuleList(
+            EmbedderMember(learned_size, backbone=backbone, attention=attention, imagenet=imagenet, mirrored=mirrored, size=size)
+            for size in sizes
+        )
+        layout_size = sum(member.layout_size for member in self.each())
+        self.appearance = Appearance(layout_size, appearance_size) if appearance_size else None
         self.appearance_share = appearance_share
 
-    def keep_frozen(self, layers: int) -> None:
-        """The first modules of f1 take no gradient, and their batch norm keeps its statistics (call after `train()`)."""
-        for module in self.f1[:layers]:
-            module.requires_grad_(requires_grad=False)
-            module.eval()
+    def each(self) -> list[EmbedderMember]:
+        """The members by their type."""
+        return [member for member in self.members if isinstance(member, EmbedderMember)]
 
     def forward(
         self, lungs: UInt8[Tensor, "batch 1 height width"]
@@ -178,29 +245,25 @@ class Embedder(nn.Module):
         """Takes the masked radiograph, 0…255.
 
         Returns:
-            EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4), ATTENTION in (0, 1) over
-            the lungs' box, 16×16 whatever `size` is.
+            EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4; mean of the members'), ATTENTION
+            in (0, 1) over the lungs' box (mean of the members'), 16×16 whatever their size is.
         """
         found = self.describe(lungs)
-        attention = functional.interpolate(found.attention, size=(ATTENTION_SIZE, ATTENTION_SIZE), mode="bilinear", align_corners=False)
-        return self.embed(found), found.features.float(), attention
+        return self.embed(found), found.features, found.attention
 
-    def describe(
-        self,
-        lungs: UInt8[Tensor, "batch 1 height width"] | Float[Tensor, "batch 1 height width"],
-        size: int | None = None,
-        box: Float[Tensor, "batch 4"] | None = None,
-    ) -> Description:
-        """One pass through the network; lungs are float when they come from augmentation; size and box its own by default."""
-        pixels = lungs.float()
-        seen = standardised_lungs(pixels, lung_box(pixels) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
-        f1 = self.f1(seen.contiguous(memory_format=torch.channels_last))
-        f2 = self.f2(f1)
-        mask = self.attention(f1) if self.attention is not None else torch.ones_like(f2[:, :1]).float()
-        features = self.rest(mask.to(f2.dtype) * f2)
-        learned = functional.normalize(self.head(features).float(), dim=1)
-        layout = functional.normalize(functional.adaptive_avg_pool2d(f2, 2).flatten(1).float(), dim=1)
-        return Description(learned, features, layout, mask)
+    def describe(self, lungs: UInt8[Tensor, "batch 1 height width"]) -> Description:
+        """What all members find together."""
+        parts = [member(lungs) for member in self.each()]
+        masks = [
+            functional.interpolate(part.attention, size=(ATTENTION_SIZE, ATTENTION_SIZE), mode="bilinear", align_corners=False)
+            for part in parts
+        ]
+        return Description(
+            functional.normalize(torch.cat([part.learned for part in parts], dim=1), dim=1),
+            torch.stack([part.features for part in parts]).mean(dim=0),
+            functional.normalize(torch.cat([part.layout for part in parts], dim=1), dim=1),
+            torch.stack(masks).mean(dim=0),
+        )
 
     def embed(self, found: Description) -> Float[Tensor, "batch embedding"]:
         """EMBEDDING: the learned part and, if there is one, appearance, each with its share."""

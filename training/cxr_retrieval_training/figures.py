@@ -70,16 +70,16 @@ def draw_sizes(runs: Mapping[str, Any], path: Path) -> bool:
 
 
 def draw_training(log: Path, path: Path) -> None:
-    """Loss, and what was watched on val, over the steps of one run's log.jsonl (segmentation: over epochs, a line a member)."""
+    """Loss, and what was watched on val, over the steps of one run's log.jsonl (segmentation: over epochs), a line a member."""
     records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     step, watched = ("iteration", "val_recall_at_1") if "iteration" in records[-1] else ("epoch", "val_dice")
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for member in sorted({record.get("member", "embedder") for record in records}):
-        mine = [record for record in records if record.get("member", "embedder") == member]
-        left.plot([record[step] for record in mine], [record["loss"] for record in mine], label=member, linewidth=0.8)
+    for member in sorted({record["member"] for record in records}):
+        mine = [record for record in records if record["member"] == member]
+        left.plot([record[step] for record in mine], [record["loss"] for record in mine], label=f"{member}", linewidth=0.8)
         seen = [record for record in mine if watched in record]
-        right.plot([record[step] for record in seen], [record[watched] for record in seen], label=member, marker=".")
+        right.plot([record[step] for record in seen], [record[watched] for record in seen], marker=".")
     for axes, name in ((left, "loss"), (right, watched.replace("_", " "))):
         axes.set_xlabel(step)
         axes.set_ylabel(name)

@@ -237,7 +237,7 @@ def attention_on_lesions(
     lungs = np.asarray(find_lungs(segmenter, everything, "val", device)[chosen])
     lesions = load_lesion_masks(rows)[:, 0] > 127
     torch.manual_seed(config.seed)
-    untrained = build_embedder(config, size=network.size)
+    untrained = build_embedder(config, [member.size for member in network.each()])
     on_device(untrained, device).eval()
     inside = lungs[:, 0] > 0
     maps = {

@@ -3,7 +3,8 @@
 Sections 2.4.1 and 2.4.3: multi-similarity loss with α = 2, β = 20, λ = 0.5 and hard mining (Wang et al. 2019), batches of 16
 images of each class, Adam, learning rate 3e-5, ImageNet weights: `configs/embedder-published.toml`. The shipped recipe,
 `configs/embedder.toml`, adds a proxy loss, draws sources evenly, takes positives across sources, sets an adversary on the
-source, supervises attention where a radiologist has drawn lesions, and averages weights; `docs/results.md` says what each gives.
+source, supervises attention where a radiologist has drawn lesions, averages weights, and trains several members (`Embedder`);
+`docs/results.md` says what each gives.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from cxr_retrieval.errors import UsageError
 from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.augment import EmbeddingAugment
-from cxr_retrieval_training.checkpoints import append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
+from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.datasets import Images, load_images, load_lesion_masks
-from cxr_retrieval_training.embedder import Embedder
+from cxr_retrieval_training.embedder import Embedder, EmbedderMember
 from cxr_retrieval_training.losses import Criterion, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs
 from cxr_retrieval_training.normalisation import from_box, lung_box
@@ -51,40 +52,72 @@ class TrainingSet:
     lesions: Images
 
 
+@dataclass(frozen=True)
+class WatchedSet:
+    """The val rows that early stopping looks at."""
+
+    lungs: Images
+    labels: NDArray[np.int64]
+    patients: Sequence[str]
+
+
 def train_embedder(
     config: EmbedderConfig, manifest: Manifest, segmenter: Path, out: Path, device: torch.device, init: Path | None = None
 ) -> Path:
     """Trains on the manifest's `train` rows, watching `val` rows; writes `<out>/embedder.pt` and the vectors of all splits.
 
-    Resumes where it stopped; every iteration draws its batch and augmentation from (seed, iteration) alone. What is kept is the
-    state that did best on val, at the image size it was watched at (early stopping, over all stages).
+    Members are trained one after another. Each resumes where it stopped; every iteration draws its batch and augmentation from
+    (seed, member, iteration) alone. What is kept is the state that did best on val, at the image size it was watched at.
 
     Args:
         segmenter: Checkpoint of `cxr train segmentation`; its lungs are what the embedder sees.
         init: Optional torchvision ResNet-50 state dict (for those who have ImageNet weights).
 
     Returns:
-        `embedder.pt`: {model, image_size, iteration, val_recall_at_1, config, data_sha256, provenance}, with the averaged
-        weights if the config asks for them. `embedder-last.pt` is what training goes on from.
+        `embedder.pt`: {model, members, config, data_sha256, provenance}; `members` tells of each its image_size, iteration,
+        val_recall_at_1 and seconds. `embedder-<i>-last.pt` is what training goes on from.
     """
     data = load_training_set(config, manifest, segmenter, device)
-    everyone = manifest.require(split="val", labels=LABELS)
-    watched = ~left_out(config, everyone)
-    val_rows = [row for row, watch in zip(everyone, watched, strict=True) if watch]
-    val_lungs = _pictures(config, everyone, "val", segmenter, device, config.lungs_from)[watched]
-    val_labels = np.array([LABELS.index(row.label) for row in val_rows])
-
+    watched = load_watched_set(config, manifest, segmenter, device)
     identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
-    path, last = out / "embedder.pt", out / "embedder-last.pt"
-    torch.manual_seed(config.seed)
-    model = build_embedder(config, init)
+    best = [_train_member(number, config, data, watched, out, device, identity, init) for number in range(config.members)]
+    network = build_embedder(config, [state["image_size"] for state in best])
+    for member, state in zip(network.each(), best, strict=True):
+        member.load_state_dict(state["model"])
+    on_device(network, device)
+    if network.appearance is not None:
+        network.appearance.fit(embed_all(network, data.lungs, device, "appearance of train")["layout"])
+    path = out / "embedder.pt"
+    members = [{key: state[key] for key in ("image_size", "iteration", "val_recall_at_1", "seconds")} for state in best]
+    save_checkpoint(path, {"model": network.state_dict(), "members": members, **identity})
+    write_vectors(path, manifest, segmenter, device)
+    return path
+
+
+def _train_member(
+    number: int,
+    config: EmbedderConfig,
+    data: TrainingSet,
+    watched: WatchedSet,
+    out: Path,
+    device: torch.device,
+    identity: Mapping[str, object],
+    init: Path | None,
+) -> Checkpoint:
+    """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them."""
+    last, best = out / f"embedder-{number}-last.pt", out / f"embedder-{number}-best.pt"
+    seed = config.seed * 1000 + number
+    torch.manual_seed(seed)
+    model = build_embedder(config).each()[0]
+    if init is not None:
+        load_resnet50(model, init)
     on_device(model, device)
     model.keep_frozen(config.frozen_layers)
     criterion = Criterion(
         frozenset(name for stage in config.stages for name in stage.losses),
         classes=len(LABELS),
         sources=int(data.sources.max()) + 1,
-        embedding_size=config.embedding_size - config.appearance_size,
+        embedding_size=model.learned_size,
         alpha=config.alpha,
         beta=config.beta,
         base=config.base,
@@ -92,10 +125,10 @@ def train_embedder(
         across_sources=config.across_sources,
     ).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    kept = cast("Embedder", average.module) if config.ema_decay else model
+    kept = cast("EmbedderMember", average.module) if config.ema_decay else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([*trained, *criterion.parameters()], weight_decay=config.weight_decay)
-    done, seconds, best = 0, 0.0, -1.0
+    done, seconds, best_recall = 0, 0.0, -1.0
     if last.exists():
         state = load_checkpoint(last, expected=identity)
         model.load_state_dict(state["model"])
@@ -103,17 +136,17 @@ def train_embedder(
         average.n_averaged.fill_(state["iteration"])
         criterion.load_state_dict(state["criterion"])
         optimizer.load_state_dict(state["optimizer"])
-        done, seconds, best = state["iteration"], state["seconds"], state["best"]
+        done, seconds, best_recall = state["iteration"], state["seconds"], state["best_recall"]
 
     plan = [stage for stage in config.stages for _ in range(stage.iterations)]
-    augment = EmbeddingAugment().to(device)
+    augment = EmbeddingAugment(mirrored=config.mirrored).to(device)
     with progress_bar() as bar:
         task = bar.add_task("embedder", total=len(plan), completed=done)
         for iteration in range(done, len(plan)):
             started = time.monotonic()
             stage = plan[iteration]
-            torch.manual_seed(config.seed * 1_000_003 + iteration)
-            random = np.random.default_rng([config.seed, iteration])
+            torch.manual_seed(seed * 1_000_003 + iteration)
+            random = np.random.default_rng([seed, iteration])
             chosen, lesions = draw_batch(data, config, random)
             pixels, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
             label, source = (torch.from_numpy(values[chosen]).to(device) for values in (data.labels, data.sources))
@@ -123,8 +156,8 @@ def train_embedder(
             model.train()
             model.keep_frozen(config.frozen_layers)
             with mixed_precision(device):
-                found = model.describe(pixels, stage.image_size, box)
-            loss = criterion(stage.losses, found.learned, found.features.float(), label, source)
+                found = model(pixels, stage.image_size, box)
+            loss = criterion(stage.losses, found.learned, found.features, label, source)
             if config.lesion_weight:
                 in_frame = from_box(found.attention.float(), box, IMAGE_SIZE, IMAGE_SIZE) * (pixels > 0)
                 loss = loss + config.lesion_weight * attention_on_lesions(in_frame, lesions)
@@ -134,9 +167,10 @@ def train_embedder(
             optimizer.step()
             average.update_parameters(model)
             seconds += time.monotonic() - started
-            bar.update(task, advance=1, description=f"embedder loss {loss.item():.3f}")
+            bar.update(task, advance=1, description=f"embedder {number + 1}/{config.members} loss {loss.item():.3f}")
             finished = iteration + 1
             record: dict[str, object] = {
+                "member": number,
                 "iteration": finished,
                 "image_size": stage.image_size,
                 "loss": loss.item(),
@@ -145,12 +179,12 @@ def train_embedder(
             }
             if finished % config.validate_every == 0 or finished == len(plan):
                 kept.size = stage.image_size
-                vectors = embed_all(kept, val_lungs, device)
-                record["val_recall_at_1"] = recall = leave_one_out_recall(vectors[config.retrieve_with], val_labels, val_rows)
-                if recall > best:
-                    best = recall
-                    result = {"model": kept.state_dict(), "image_size": stage.image_size, "iteration": finished}
-                    save_checkpoint(path, {**result, "val_recall_at_1": recall, **identity})
+                vectors = embed_all(kept, watched.lungs, device)
+                record["val_recall_at_1"] = recall = leave_one_out_recall(vectors[config.retrieve_with], watched.labels, watched.patients)
+                if recall > best_recall:
+                    best_recall = recall
+                    about = {"image_size": stage.image_size, "iteration": finished, "val_recall_at_1": recall, "seconds": seconds}
+                    save_checkpoint(best, {"model": kept.state_dict(), **about, **identity})
             append_log(out, record)
             if finished % SAVE_EVERY == 0 or finished == len(plan):
                 save_checkpoint(
@@ -162,38 +196,35 @@ def train_embedder(
                         "optimizer": optimizer.state_dict(),
                         "iteration": finished,
                         "seconds": seconds,
-                        "best": best,
+                        "best_recall": best_recall,
                         **identity,
                     },
                 )
-    fit_appearance(path, data.lungs, device)
-    write_vectors(path, manifest, segmenter, device)
-    return path
+    return load_checkpoint(best)
 
 
 def load_embedder(path: Path, device: torch.device) -> Embedder:
-    """The network of an `embedder.pt`, in evaluation mode; its `size` is the one it was watched at."""
+    """The network of an `embedder.pt`, in evaluation mode; each member's `size` is the one it was watched at."""
     state = load_checkpoint(path)
-    network = build_embedder(EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"}), size=state["image_size"])
+    config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
+    network = build_embedder(config, [member["image_size"] for member in state["members"]])
     network.load_state_dict(state["model"])
     on_device(network, device).eval()
     return network
 
 
-def build_embedder(config: EmbedderConfig, init: Path | None = None, size: int = IMAGE_SIZE) -> Embedder:
-    """The untrained network that the config describes, to look at lungs of `size`×`size`."""
-    network = Embedder(
+def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -> Embedder:
+    """The untrained network that the config describes, its members to look at lungs of these sizes."""
+    return Embedder(
         config.embedding_size,
         backbone=config.backbone,
         attention=config.attention,
         imagenet=config.init == "imagenet",
+        mirrored=config.mirrored,
         appearance_size=config.appearance_size,
         appearance_share=config.appearance_share,
-        size=size,
+        sizes=sizes or (IMAGE_SIZE,) * config.members,
     )
-    if init is not None:
-        load_resnet50(network, init)
-    return network
 
 
 def load_training_set(config: EmbedderConfig, manifest: Manifest, segmenter: Path, device: torch.device) -> TrainingSet:
@@ -224,6 +255,21 @@ def load_training_set(config: EmbedderConfig, manifest: Manifest, segmenter: Pat
         with_lesions,
         load_lesion_masks([rows[i] for i in with_lesions]),
     )
+
+
+def load_watched_set(config: EmbedderConfig, manifest: Manifest, segmenter: Path, device: torch.device) -> WatchedSet:
+    """All val rows of the protocol's labels but those left out of training: they are what the run is to be judged by.
+
+    Raises:
+        UsageError: Nothing is left.
+    """
+    everyone = manifest.require(split="val", labels=LABELS)
+    kept = ~left_out(config, everyone)
+    if not kept.any():
+        raise UsageError("no val rows to watch", expected="some of another source than the one left out", next_step="correct the config")
+    lungs = _pictures(config, everyone, "val", segmenter, device, config.lungs_from)[kept]
+    rows = [row for row, keep in zip(everyone, kept, strict=True) if keep]
+    return WatchedSet(lungs, np.array([LABELS.index(row.label) for row in rows]), [row.patient for row in rows])
 
 
 def left_out(config: EmbedderConfig, rows: Sequence[ManifestRow]) -> NDArray[np.bool_]:
@@ -279,7 +325,7 @@ def _schedule(config: EmbedderConfig, iteration: int, total: int) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * iteration / total)) if config.schedule == "cosine" else 1.0)
 
 
-def load_resnet50(model: Embedder, weights: Path) -> None:
+def load_resnet50(model: EmbedderMember, weights: Path) -> None:
     """Copies a torchvision ResNet-50 state dict into f1, f2 and layer4; the attention module and head stay random.
 
     Raises:
@@ -309,14 +355,6 @@ def load_resnet50(model: Embedder, weights: Path) -> None:
             ) from error
 
 
-def fit_appearance(path: Path, trained_on: Images, device: torch.device) -> None:
-    """Fits the appearance part of an `embedder.pt` to the lungs trained on, in place; nothing to do where there is none."""
-    network = load_embedder(path, device)
-    if network.appearance is not None:
-        network.appearance.fit(embed_all(network, trained_on, device, "appearance of train")["layout"])
-        save_checkpoint(path, {**load_checkpoint(path), "model": network.state_dict()})
-
-
 def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch.device) -> None:
     """`vectors-<split>.npz` beside an `embedder.pt`, for `cxr train report`, of the lungs that the whole ensemble finds.
 
@@ -336,31 +374,30 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
 
 @torch.inference_mode()
 def embed_all(
-    network: Embedder, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
+    network: Embedder | EmbedderMember, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
 ) -> Mapping[str, NDArray[np.float32]]:
-    """`embedding` `[n, d]` and `features` `[n, 2048]`, both of unit length, and `layout`."""
+    """`embedding` `[n, d]` (of one member: what it has learned) and `features` `[n, 2048]`, both of unit length, and `layout`."""
     network.eval()
     parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "layout": []}
     starts = range(0, len(lungs), batch_size)
     with progress_bar() as bar:
         task = bar.add_task(what, total=len(starts), visible=bool(what))
         for start in starts:
+            batch = torch.from_numpy(lungs[start : start + batch_size]).to(device)
             with mixed_precision(device):
-                found = network.describe(torch.from_numpy(lungs[start : start + batch_size]).to(device))
-            embedding, features = network.embed(found), found.features.float()
-            parts["layout"].append(found.layout.float().cpu())
-            parts["embedding"].append(embedding.cpu())
-            parts["features"].append(nn.functional.normalize(features, dim=1).cpu())
+                found = network.describe(batch) if isinstance(network, Embedder) else network(batch)
+            parts["layout"].append(found.layout.cpu())
+            parts["embedding"].append((network.embed(found) if isinstance(network, Embedder) else found.learned).cpu())
+            parts["features"].append(nn.functional.normalize(found.features, dim=1).cpu())
             bar.update(task, advance=1)
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def leave_one_out_recall(vectors: NDArray[np.float32], labels: NDArray[np.int64], rows: Sequence[ManifestRow]) -> float:
+def leave_one_out_recall(vectors: NDArray[np.float32], labels: NDArray[np.int64], patients: Sequence[str]) -> float:
     """Recall@1 of each image among the others of the set, images of the same patient left out: a watch on training,
     macro-averaged over classes. The reported figures come from `cxr evaluate`.
     """
-    patients = np.array([row.patient for row in rows])
     similarity = vectors @ vectors.T
-    similarity[patients[:, None] == patients[None, :]] = -np.inf
+    similarity[np.equal.outer(np.array(patients), np.array(patients))] = -np.inf
     hits = labels[similarity.argmax(axis=1)] == labels
     return float(np.mean([hits[labels == c].mean() for c in np.unique(labels)]))
