@@ -59,11 +59,11 @@ class EmbeddingAugment(nn.Module):
             aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.8),
         )
         self.exposure = nn.Sequential(
-            aug.RandomGamma(gamma=(0.5, 2.0), p=0.7),
-            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 2.0), p=0.3),
-            aug.RandomGaussianNoise(std=0.03, p=0.2),
+            aug.RandomGamma(gamma=(0.6, 1.6), p=0.5),
+            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 1.5), p=0.2),
+            aug.RandomGaussianNoise(std=0.03, p=0.1),
         )
-        self.erasing = aug.RandomErasing(scale=(0.01, 0.08), ratio=(0.4, 2.5), p=0.25)
+        self.erasing = aug.RandomErasing(scale=(0.01, 0.06), ratio=(0.4, 2.5), p=0.15)
 
     @torch.no_grad()
     def forward(
