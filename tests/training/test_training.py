@@ -37,7 +37,7 @@ from cxr_retrieval_training.embedder import EmbedderMember
 from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
-from cxr_retrieval_training.report import Run, adult_pneumonia
+from cxr_retrieval_training.report import Run, adult_pneumonia, blanked, shuffled
 from cxr_retrieval_training.summary import write_report
 from cxr_retrieval_training.train_embedder import balanced_batch, left_out, load_embedder, load_resnet50, load_training_set, train_embedder
 from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation
@@ -545,6 +545,19 @@ def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path:
     with np.load(path.parent / "vectors-val.npz") as stored:
         assert stored[config.retrieve_with].shape == (6, 2048 if config.retrieve_with == "features" else 64)
         assert np.isfinite(stored[config.retrieve_with]).all()
+
+
+def test_lungs_without_anatomy() -> None:
+    """The outline stays; blanked, nothing else does; shuffled, the distribution of grey values of each image."""
+    lungs = np.zeros((2, 1, 11, 13), np.uint8)
+    lungs[:, :, 2:9, 3:10] = np.random.default_rng(0).integers(1, 256, (2, 1, 7, 7))
+    assert set(blanked(lungs)[lungs > 0].tolist()) == {128}
+    found = shuffled(lungs)
+    assert (found != lungs).any()
+    assert (found == shuffled(lungs)).all()
+    for image, other in zip(lungs, found, strict=True):
+        assert ((image > 0) == (other > 0)).all()
+        assert sorted(image[image > 0].tolist()) == sorted(other[other > 0].tolist())
 
 
 def test_report_of_two_runs(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:

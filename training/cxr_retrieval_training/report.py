@@ -7,7 +7,7 @@ left out) are measured alike; the first is the one under report and is looked at
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -211,18 +211,42 @@ def k_sweep(run: Run) -> dict[str, list[float]]:
 def style_only(
     network: Embedder, run: Run, manifest: Manifest, segmenter: Path, device: torch.device, source: str = "radiography"
 ) -> dict[str, Any] | None:
-    """The same pipeline within one source, with every lung pixel set to one grey: what the outline and style alone give."""
-    sets: dict[str, LabelledSet] = {}
+    """The same pipeline within one source on lungs without anatomy: every lung pixel set to one grey, which leaves the outline,
+    and lung pixels in random order, which leaves the distribution of grey values, too.
+    """
+    sets: dict[str, dict[str, LabelledSet]] = {name: {} for name in _WITHOUT_ANATOMY}
     for split in ("train", "val"):
         rows = manifest.select(split=split, labels=LABELS)
         mine = np.array([row.source == source for row in rows])
         if not mine.any():
             return None
-        blank = np.where(find_lungs(segmenter, rows, split, device)[mine] > 0, np.uint8(_STYLE_GREY), np.uint8(0))
-        vectors = embed_all(network, blank, device, f"{split} lungs blanked")[run.config.retrieve_with]
-        sets[split] = labelled([row for row, keep in zip(rows, mine, strict=True) if keep], vectors)
-    overall = evaluate(sets["train"], sets["val"], k=DEFAULT_K, model_version=run.name)["overall"]
-    return {key: overall[key] for key in ("n", "balanced_accuracy", "balanced_accuracy_ci")} | {"source": source}
+        lungs = np.asarray(find_lungs(segmenter, rows, split, device)[mine])
+        of_source = [row for row, keep in zip(rows, mine, strict=True) if keep]
+        for name, change in _WITHOUT_ANATOMY.items():
+            vectors = embed_all(network, change(lungs), device, f"{split} lungs {name}")[run.config.retrieve_with]
+            sets[name][split] = labelled(of_source, vectors)
+    out: dict[str, Any] = {"source": source}
+    for name, both in sets.items():
+        overall = evaluate(both["train"], both["val"], k=DEFAULT_K, model_version=run.name)["overall"]
+        out[name] = {key: overall[key] for key in ("n", "balanced_accuracy", "balanced_accuracy_ci")}
+    return out
+
+
+def blanked(lungs: Images) -> Images:
+    """Every lung pixel of one grey."""
+    return np.where(lungs > 0, np.uint8(_STYLE_GREY), np.uint8(0))
+
+
+def shuffled(lungs: Images) -> Images:
+    """Lung pixels in random order, each image's among themselves; the same order every time."""
+    random = np.random.default_rng(0)
+    out = np.zeros_like(lungs)
+    for image, target in zip(lungs, out, strict=True):
+        target[image > 0] = random.permutation(image[image > 0])
+    return out
+
+
+_WITHOUT_ANATOMY: Final[Mapping[str, Callable[[Images], Images]]] = {"blanked": blanked, "shuffled": shuffled}
 
 
 def attention_on_lesions(

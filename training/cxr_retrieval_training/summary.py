@@ -150,9 +150,9 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         ["accuracy without the least confident tenth", _figure(calibration["selective"], "accuracy")],
     ]
     if closer["style_only"]:
-        lines.append(
-            [f"{closer['style_only']['source']}, lungs blanked: balanced accuracy", _figure(closer["style_only"], "balanced_accuracy")]
-        )
+        for name in ("blanked", "shuffled"):
+            figure = _figure(closer["style_only"][name], "balanced_accuracy")
+            lines.append([f"{closer['style_only']['source']}, lung pixels {name}: balanced accuracy", figure])
     if closer["attention"]:
         for name in ("trained", "untrained", "centre_prior"):
             part = closer["attention"][name]
