@@ -36,6 +36,7 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     # what each of our own parts gives
     "no-appearance": {"appearance_size": 0},
     "not-mirrored": {"mirrored": False},
+    "two-members": {"members": 2},
     "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
     "no-source-balance": {"source_power": 1.0, "across_sources": False},
     "attention-unsupervised": {"lesion_weight": 0.0},

@@ -180,8 +180,9 @@ class EmbedderMember(nn.Module):
         seen = standardised_lungs(pixels, lung_box(pixels) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
         if self.training or not self.mirrored:
             return self._described(*self._look(seen))
-        both = zip(*(torch.chunk(part, 2) for part in self._look(torch.cat([seen, seen.flip(3)]))), strict=True)
-        (learned, features, quarters, mask), (learned_back, features_back, quarters_back, mask_back) = both
+        # unflatten, for chunk would fix the batch size in the exported graph
+        both = [part.unflatten(0, (2, -1)) for part in self._look(torch.cat([seen, seen.flip(3)]))]
+        (learned, features, quarters, mask), (learned_back, features_back, quarters_back, mask_back) = zip(*both, strict=True)
         return self._described(
             learned + learned_back, (features + features_back) / 2, quarters + quarters_back.flip(3), (mask + mask_back.flip(3)) / 2
         )
