@@ -203,8 +203,8 @@ class EmbedderMember(nn.Module):
 class Embedder(nn.Module):
     """The exported graph `embedder`: what one or several members find, side by side, and `Appearance`.
 
-    The paper has one network; as it does for lungs (section 2.3), we let several, trained alike but for their seed, look at
-    the same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance the others outvote.
+    The paper has one network, and so have the shipped weights. As the paper does for lungs (section 2.3), several trained alike
+    but for their seed may look at the same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote.
 
     Args:
         embedding_size: Of EMBEDDING, in all; what appearance leaves of it is shared evenly among the members.
