@@ -59,8 +59,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         with torch.no_grad():
             head.bias += 0.5
     save_checkpoint(folder / "segmenter.pt", {"model": segmenter.state_dict(), "config": {"members": list(ARCHITECTURES)}})
-    assert embedder.appearance is not None
-    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 896)).astype(np.float32))
+    random = np.random.default_rng(1)
+    embedder.fit(random.normal(size=(64, 96)).astype(np.float32), random.normal(size=(64, 896)).astype(np.float32))
     members = [{"image_size": member.size} for member in embedder.each()]
     save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "members": members, "config": config.model_dump(mode="json")})
     return folder / "segmenter.pt", folder / "embedder.pt"

@@ -91,18 +91,24 @@ def test_mirrored_lungs_are_found_the_same() -> None:
     assert network(lungs).learned.shape == (3, 12), "once"
 
 
-def test_members_stand_side_by_side() -> None:
-    """The similarity of two embeddings is the mean of the members' similarities; attention and features are their means."""
+def test_members_share_the_embedding() -> None:
+    """In as many numbers as one member's, the similarity of two embeddings is the mean of the members' similarities as far as
+    so many principal axes hold it; attention and features are means.
+    """
     torch.manual_seed(5)
-    network = Embedder(21, sizes=(64, 96, 128)).eval()
+    network = Embedder(7, sizes=(64, 96, 128)).eval()
     lungs = torch.randint(1, 256, (5, 1, 72, 88), dtype=torch.uint8)
     with torch.inference_mode():
+        found = network.describe(lungs)
+        assert network.embed(found).abs().max() == 0, "not fitted yet"
+        network.fit(found.learned.repeat(2, 1).numpy(), found.layout.numpy())
         embedding, features, attention = network(lungs)
         parts = [member(lungs) for member in network.each()]
     assert [part.learned.shape for part in parts] == [(5, 7)] * 3
     assert [part.attention.shape[2] for part in parts] == [4, 6, 8]
+    assert embedding.shape == (5, 7)
     expected = torch.stack([part.learned @ part.learned.T for part in parts]).mean(dim=0)
-    torch.testing.assert_close(embedding @ embedding.T, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embedding @ embedding.T, expected, atol=1e-5, rtol=0)  # five images span five axes
     torch.testing.assert_close(features, (parts[0].features + parts[1].features + parts[2].features) / 3)
     assert attention.shape == (5, 1, 16, 16)
     assert 0 < attention.min() < attention.max() < 1

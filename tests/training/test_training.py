@@ -231,7 +231,10 @@ def test_published_numbers() -> None:
         ("stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]", "multiple of 32"),
         ("stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]", "losses.hinge"),
         ("stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]", "greater than 0"),
-        ("members = 3\nstages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]", "64 must be a multiple of members = 3"),
+        (
+            "appearance_size = 64\nstages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]",
+            "64 must be below embedding_size = 64",
+        ),
         ("", "stages is wrong"),
     ],
 )
@@ -362,6 +365,7 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 
 EMBEDDER = EmbedderConfig(
+    embedding_size=18,
     members=2,
     mirrored=True,
     images_per_class=2,
@@ -431,7 +435,17 @@ def test_the_states_that_did_best_on_val_are_kept(finished: Path) -> None:
     weights = [next(member.head.parameters()) for member in (first, second)]
     assert not torch.equal(*weights), "another seed"
     assert network.appearance is not None
-    assert network.appearance.projection.abs().sum() > 0, "fitted"
+    assert network.joint is not None
+    assert min(part.projection.abs().sum() for part in (network.appearance, network.joint)) > 0, "fitted"
+
+
+def test_members_can_be_added_to_a_finished_run(finished: Path, trained: Path, manifest: Manifest, tmp_path: Path) -> None:
+    out = tmp_path / "grown"
+    one = load_checkpoint(train_embedder(EMBEDDER.model_copy(update={"members": 1}), manifest, trained, out, CPU))
+    two = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, out, CPU))
+    assert two["members"][0] == one["members"][0], "the first was not trained again, even its seconds are the same"
+    for name, value in load_checkpoint(finished)["model"].items():
+        assert torch.equal(value, two["model"][name]), name
 
 
 def test_a_source_can_be_left_out(trained: Path, manifest: Manifest) -> None:

@@ -69,7 +69,7 @@ class EmbedderConfig(_Frozen):
     """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
     embedding_size: PositiveInt = EMBEDDING_SIZE
     members: PositiveInt = 1
-    """So many networks are trained alike but for their seed, and share the learned part of the embedding (`Embedder`)."""
+    """So many networks are trained alike but for their seed (`Embedder`)."""
     mirrored: bool = False
     """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
@@ -112,10 +112,9 @@ class EmbedderConfig(_Frozen):
     stages: tuple[EmbedderStage, ...]
 
     @model_validator(mode="after")
-    def _divisible(self) -> EmbedderConfig:
-        learned = self.embedding_size - self.appearance_size
-        if learned <= 0 or learned % self.members:
-            raise ValueError(f"embedding_size - appearance_size = {learned} must be a multiple of members = {self.members}")
+    def _something_learned(self) -> EmbedderConfig:
+        if self.appearance_size >= self.embedding_size:
+            raise ValueError(f"appearance_size = {self.appearance_size} must be below embedding_size = {self.embedding_size}")
         return self
 
     @model_validator(mode="after")

@@ -83,49 +83,50 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.gain * centred / deviation)
 
 
-class Appearance(nn.Module):
-    """What the lungs look like where, whatever the label: f2 averaged in each quarter of the box, PCA-whitened.
+class PrincipalAxes(nn.Module):
+    """Fewer numbers for many, of unit length: the leading principal axes, in closed form from the train rows after training.
 
-    A part of the embedding that is learnt from three labels knows only those: a fourth disease lands among them at random, and
-    within a label any neighbour is as good as another. These numbers keep like beside like. Whitening (Jégou & Chum 2012)
-    is fitted in closed form on the train rows after training; until then they are 0.
+    Args:
+        whitened: Centred, and each axis divided by its standard deviation (Jégou & Chum 2012), so that all count alike. Otherwise
+            neither, so that cosine similarities stay what they were but for the axes left out.
     """
 
-    def __init__(self, layout_size: int, size: int) -> None:
+    def __init__(self, size_in: int, size_out: int, *, whitened: bool) -> None:
         super().__init__()
+        self.whitened = whitened
         self.mean: Tensor
         self.projection: Tensor
-        self.register_buffer("mean", torch.zeros(layout_size))
-        self.register_buffer("projection", torch.zeros(layout_size, size))
+        self.register_buffer("mean", torch.zeros(size_in))
+        self.register_buffer("projection", torch.zeros(size_in, size_out))
 
-    def fit(self, layout: NDArray[np.float32]) -> None:
-        """Principal axes of `[n, layout]`, each divided by its standard deviation.
+    def fit(self, rows: NDArray[np.float32]) -> None:
+        """Takes `[n, size_in]`.
 
         Raises:
             UsageError: Fewer images than axes.
         """
-        if len(layout) <= self.projection.shape[1]:
-            raise UsageError(
-                "too few images to fit the appearance part",
-                expected=f"more than appearance_size = {self.projection.shape[1]} training images",
-                got=str(len(layout)),
-                next_step="train on more, or lower appearance_size in the config",
-            )
-        mean = layout.mean(axis=0)
-        _, singular, axes = np.linalg.svd((layout - mean).astype(np.float64), full_matrices=False)
         size = self.projection.shape[1]
-        scale = np.sqrt(len(layout)) / np.maximum(singular[:size], 1e-6)
+        if len(rows) <= size:
+            raise UsageError(
+                f"too few images to fit {size} principal axes",
+                expected=f"more than {size} training images",
+                got=str(len(rows)),
+                next_step="train on more, or lower appearance_size and embedding_size in the config",
+            )
+        mean = rows.mean(axis=0) if self.whitened else np.zeros(rows.shape[1], np.float32)
+        _, singular, axes = np.linalg.svd((rows - mean).astype(np.float64), full_matrices=False)
+        scale = np.sqrt(len(rows)) / np.maximum(singular[:size], 1e-6) if self.whitened else np.ones(size)
         self.mean.copy_(torch.from_numpy(mean))
         self.projection.copy_(torch.from_numpy((axes[:size].T * scale).astype(np.float32)))
 
-    def forward(self, layout: Float[Tensor, "batch layout"]) -> Float[Tensor, "batch size"]:
+    def forward(self, rows: Float[Tensor, "batch many"]) -> Float[Tensor, "batch few"]:
         """Unit length (0 while not fitted)."""
-        return functional.normalize((layout - self.mean) @ self.projection, dim=1)
+        return functional.normalize((rows - self.mean) @ self.projection, dim=1)
 
 
 class Description(NamedTuple):
-    """All that is found: `learned` `[n, d]` of unit length, `features` `[n, 2048]`, `layout` `[n, 4·channels]` for `Appearance`
-    (unit length), `attention` `[n, 1, rows, columns]` in (0, 1) over the lungs' box.
+    """All that is found: `learned` `[n, d]` (of several members side by side) and `layout` `[n, 4·channels]`, f2 averaged in each
+    quarter, both of unit length, `features` `[n, 2048]`, `attention` `[n, 1, rows, columns]` in (0, 1) over the lungs' box.
     """
 
     learned: Tensor
@@ -201,14 +202,19 @@ class EmbedderMember(nn.Module):
 
 
 class Embedder(nn.Module):
-    """The exported graph `embedder`: what one or several members find, side by side, and `Appearance`.
+    """The exported graph `embedder`: what its members have learned, and what lungs look like whatever the label.
 
-    The paper has one network, and so have the shipped weights. As the paper does for lungs (section 2.3), several trained alike
-    but for their seed may look at the same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote.
+    The paper has one network. As the paper does for lungs (section 2.3), several trained alike but for their seed look at the
+    same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote. Their numbers side by side are
+    brought back to the size of one member's by principal axes.
+
+    A part that is learnt from three labels knows only those: a fourth disease lands among them at random, and within a label any
+    neighbour is as good as another. So a share of the similarity is appearance, where lungs are light and dark: f2 averaged in each
+    quarter of the box, whitened, which keeps like beside like.
 
     Args:
-        embedding_size: Of EMBEDDING, in all; what appearance leaves of it is shared evenly among the members.
-        appearance_size: So many of them are `Appearance`; 0 as published.
+        embedding_size: Of EMBEDDING, in all.
+        appearance_size: So many of them are appearance; 0 as published.
         appearance_share: Its weight in the cosine similarity of two embeddings.
         sizes: For each member, the side of the square the lungs are brought to.
         mirrored: See `EmbedderMember`.
@@ -227,13 +233,14 @@ class Embedder(nn.Module):
         sizes: Sequence[int] = (IMAGE_SIZE,),
     ) -> None:
         super().__init__()
-        learned_size = (embedding_size - appearance_size) // len(sizes)
+        learned_size = embedding_size - appearance_size
         self.members = nn.ModuleList(
             EmbedderMember(learned_size, backbone=backbone, attention=attention, imagenet=imagenet, mirrored=mirrored, size=size)
             for size in sizes
         )
+        self.joint = PrincipalAxes(len(sizes) * learned_size, learned_size, whitened=False) if len(sizes) > 1 else None
         layout_size = sum(member.layout_size for member in self.each())
-        self.appearance = Appearance(layout_size, appearance_size) if appearance_size else None
+        self.appearance = PrincipalAxes(layout_size, appearance_size, whitened=True) if appearance_size else None
         self.appearance_share = appearance_share
 
     def each(self) -> list[EmbedderMember]:
@@ -268,10 +275,22 @@ class Embedder(nn.Module):
 
     def embed(self, found: Description) -> Float[Tensor, "batch embedding"]:
         """EMBEDDING: the learned part and, if there is one, appearance, each with its share."""
+        learned = found.learned if self.joint is None else self.joint(found.learned)
         if self.appearance is None:
-            return found.learned
+            return learned
         share = self.appearance_share
-        return torch.cat([(1.0 - share) ** 0.5 * found.learned, share**0.5 * self.appearance(found.layout)], dim=1)
+        return torch.cat([(1.0 - share) ** 0.5 * learned, share**0.5 * self.appearance(found.layout)], dim=1)
+
+    def fit(self, learned: NDArray[np.float32], layout: NDArray[np.float32]) -> None:
+        """What is not trained by gradients, from `describe` of the train rows.
+
+        Raises:
+            UsageError: Too few of them.
+        """
+        if self.joint is not None:
+            self.joint.fit(learned)
+        if self.appearance is not None:
+            self.appearance.fit(layout)
 
 
 class AttentionMapHead(nn.Module):

@@ -79,17 +79,18 @@ def train_embedder(
     """
     data = load_training_set(config, manifest, segmenter, device)
     watched = load_watched_set(config, manifest, segmenter, device)
-    identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
-    best = [_train_member(number, config, data, watched, out, device, identity, init) for number in range(config.members)]
+    best = [_train_member(number, config, data, watched, out, device, manifest.sha256, init) for number in range(config.members)]
     network = build_embedder(config, [state["image_size"] for state in best])
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
     on_device(network, device)
-    if network.appearance is not None:
-        network.appearance.fit(embed_all(network, data.lungs, device, "appearance of train")["layout"])
+    if config.members > 1 or config.appearance_size:
+        found = embed_all(network, data.lungs, device, "principal axes of train")
+        network.fit(found["learned"], found["layout"])
     path = out / "embedder.pt"
     members = [{key: state[key] for key in ("image_size", "iteration", "val_recall_at_1", "seconds")} for state in best]
-    save_checkpoint(path, {"model": network.state_dict(), "members": members, **identity})
+    about = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
+    save_checkpoint(path, {"model": network.state_dict(), "members": members, **about})
     write_vectors(path, manifest, segmenter, device)
     return path
 
@@ -101,14 +102,18 @@ def _train_member(
     watched: WatchedSet,
     out: Path,
     device: torch.device,
-    identity: Mapping[str, object],
+    data_sha256: str,
     init: Path | None,
 ) -> Checkpoint:
-    """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them."""
+    """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them.
+
+    It knows nothing of the other members, so that `members` may be raised later and those that are done stay.
+    """
+    identity = {"config": config.model_dump(mode="json", exclude={"members"}), "data_sha256": data_sha256}
     last, best = out / f"embedder-{number}-last.pt", out / f"embedder-{number}-best.pt"
     seed = config.seed * 1000 + number
     torch.manual_seed(seed)
-    model = build_embedder(config).each()[0]
+    model = build_embedder(config, (IMAGE_SIZE,)).each()[0]
     if init is not None:
         load_resnet50(model, init)
     on_device(model, device)
@@ -376,9 +381,9 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
 def embed_all(
     network: Embedder | EmbedderMember, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
 ) -> Mapping[str, NDArray[np.float32]]:
-    """`embedding` `[n, d]` (of one member: what it has learned) and `features` `[n, 2048]`, both of unit length, and `layout`."""
+    """`embedding` `[n, d]` (of one member: what it has learned), `features` `[n, 2048]`, `learned` and `layout`, all of unit length."""
     network.eval()
-    parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "layout": []}
+    parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "learned": [], "layout": []}
     starts = range(0, len(lungs), batch_size)
     with progress_bar() as bar:
         task = bar.add_task(what, total=len(starts), visible=bool(what))
@@ -386,6 +391,7 @@ def embed_all(
             batch = torch.from_numpy(lungs[start : start + batch_size]).to(device)
             with mixed_precision(device):
                 found = network.describe(batch) if isinstance(network, Embedder) else network(batch)
+            parts["learned"].append(found.learned.cpu())
             parts["layout"].append(found.layout.cpu())
             parts["embedding"].append((network.embed(found) if isinstance(network, Embedder) else found.learned).cpu())
             parts["features"].append(nn.functional.normalize(found.features, dim=1).cpu())
