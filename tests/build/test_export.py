@@ -25,7 +25,7 @@ from cxr_retrieval_build.onnx_export import announce_version, load_networks, sto
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import save_checkpoint
-from cxr_retrieval_training.config import EmbedderConfig, EmbedderStage
+from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
 from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter
 from cxr_retrieval_training.train_embedder import build_embedder
@@ -37,11 +37,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(4)
     config = EmbedderConfig(
-        members=2,
         mirrored=True,
         appearance_size=16,
         appearance_share=0.25,
-        stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),),
+        members=(EmbedderMemberConfig(stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)),) * 2,
     )
     segmenter, embedder = LungSegmenter(), build_embedder(config, (128, 96))
     noise = torch.randint(0, 256, (4, 1, 128, 128), dtype=torch.uint8)
@@ -99,7 +98,7 @@ def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path]) -
     images = parity_inputs(per_class=1)
     networks = load_networks(*checkpoints).modules
     with torch.inference_mode():
-        mask, lungs = networks["lung_segmentation"](torch.from_numpy(images))
+        mask, lungs, agreement = networks["lung_segmentation"](torch.from_numpy(images))
         embedding, features, attention = networks["embedder"](lungs)
         attention_map, _ = networks["attention_map"](attention, mask)
     with (
@@ -113,6 +112,7 @@ def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path]) -
     assert cosine(served["EMBEDDING"], embedding.numpy()) > 0.99
     assert cosine(served["FEATURES"], features.numpy()) > 0.99
     assert (served["LUNG_MASK"] != mask.numpy()).mean() < 5e-3
+    assert np.abs(served["LUNG_AGREEMENT"] - agreement.numpy()).max() < 0.01
     same = (served["LUNG_MASK"] == mask.numpy()).astype(float)
     assert np.abs((served["ATTENTION_MAP"] - attention_map.numpy()) * same).max() < 0.05
 

@@ -11,12 +11,21 @@ import pytest
 import timm
 import torch
 from jaxtyping import TypeCheckError
+from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from torch import nn
 
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval_training.embedder import AttentionMapHead, BackboneName, Embedder, EmbedderMember, SpatialAttention
+from cxr_retrieval_training.embedder import (
+    AttentionMapHead,
+    BackboneName,
+    Embedder,
+    EmbedderMember,
+    PrincipalAxes,
+    SpatialAttention,
+    Strata,
+)
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands
@@ -147,6 +156,29 @@ def test_appearance_is_whitened() -> None:
     assert torch.allclose(white.T @ white / len(layout), torch.eye(8), atol=1e-2)
     with pytest.raises(UsageError, match="too few images"):
         part.fit(layout[:8])
+
+
+def test_appearance_forgets_the_source() -> None:
+    """Sources whose rows are shifted have one mean within a label afterwards; labels stay apart, and too small a source is left alone."""
+    random = np.random.default_rng(7)
+    strata = Strata(labels=np.arange(603) % 2, sources=np.where(np.arange(603) < 600, np.arange(603) % 3, 3))
+    shift, distance = random.normal(size=(2, 4, 40)), random.normal(size=(2, 40))
+    rows = (random.normal(size=(603, 40)) + shift[strata.labels, strata.sources] + 3 * distance[strata.labels]).astype(np.float32)
+
+    def means(axes: PrincipalAxes) -> NDArray[np.float32]:
+        """By label and source."""
+        found = ((torch.from_numpy(rows) - axes.mean) @ axes.projection).numpy()
+        return np.array([[found[(strata.labels == y) & (strata.sources == s)].mean(axis=0) for s in range(4)] for y in range(2)])
+
+    plain, forgetting = PrincipalAxes(40, 11, whitened=True), PrincipalAxes(40, 11, whitened=True)
+    plain.fit(rows)
+    forgetting.fit(rows, strata)
+    before, after = means(plain), means(forgetting)
+    assert np.ptp(before[:, :3], axis=1).max() > 0.5
+    assert np.ptp(after[:, :3], axis=1).max() < 1e-4
+    assert np.linalg.norm(after[0, 0] - after[1, 0]) > 0.5
+    assert np.linalg.norm(after[0, 3] - after[0, 0]) > 0.1, "three films of source 3"
+    assert np.linalg.matrix_rank(forgetting.projection.numpy()) == 11 - 4
 
 
 def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:

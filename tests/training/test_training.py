@@ -26,6 +26,7 @@ from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, sav
 from cxr_retrieval_training.config import (
     CONFIGS,
     EmbedderConfig,
+    EmbedderMemberConfig,
     EmbedderStage,
     SegmentationConfig,
     SegmentationStage,
@@ -217,7 +218,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_published_numbers() -> None:
     published = load_config(config_path("embedder-published"), EmbedderConfig)
     assert (published.alpha, published.beta, published.base, published.images_per_class) == (2, 20, 0.5, 16)
-    assert [(stage.iterations, stage.learning_rate, stage.image_size) for stage in published.stages] == [(2000, 3e-5, 256)]
+    assert [(stage.iterations, stage.learning_rate, stage.image_size) for stage in published.members[0].stages] == [(2000, 3e-5, 256)]
     segmentation = load_config(config_path("segmentation-published"), SegmentationConfig)
     assert (segmentation.learning_rate, segmentation.batch_size, segmentation.stages[0].epochs) == (1e-4, 8, 200)
     assert len(segmentation.members) == 5
@@ -227,15 +228,16 @@ def test_published_numbers() -> None:
     ("text", "words"),
     [
         ("seed = ", "not TOML"),
-        ("stages = []\nspeed = 9", "speed is wrong"),
-        ("stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]", "multiple of 32"),
-        ("stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]", "losses.hinge"),
-        ("stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]", "greater than 0"),
+        ("members = [{stages = []}]\nspeed = 9", "members.0.stages is wrong"),
+        ("speed = 9\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]", "speed is wrong"),
+        ("members = [{stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]}]", "multiple of 32"),
+        ("members = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]}]", "losses.hinge"),
+        ("members = [{stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]}]", "greater than 0"),
         (
-            "appearance_size = 64\nstages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]",
+            "appearance_size = 64\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]",
             "64 must be below embedding_size = 64",
         ),
-        ("", "stages is wrong"),
+        ("", "members is wrong"),
     ],
 )
 def test_bad_config_is_explained(tmp_path: Path, text: str, words: str) -> None:
@@ -366,22 +368,27 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 EMBEDDER = EmbedderConfig(
     embedding_size=18,
-    members=2,
     mirrored=True,
     images_per_class=2,
     source_power=0.5,
     frozen_layers=2,
     appearance_size=8,
     appearance_share=0.2,
+    appearance_forgets_source=True,
     lesion_images=1,
     lesion_weight=0.1,
     ema_decay=0.5,
     schedule="cosine",
     validate_every=3,
     warm_up_iterations=2,
-    stages=(
-        EmbedderStage(losses={"normalized_softmax": 1.0, "source_adversary": 0.1}, image_size=64, iterations=3, learning_rate=1e-3),
-        EmbedderStage(losses={"multi_similarity": 1.0}, image_size=64, iterations=3, learning_rate=1e-3),
+    members=tuple(
+        EmbedderMemberConfig(
+            stages=(
+                EmbedderStage(losses={"normalized_softmax": 1.0, "source_adversary": 0.1}, image_size=64, iterations=3, learning_rate=1e-3),
+                EmbedderStage(losses={"multi_similarity": 1.0}, image_size=size, iterations=3, learning_rate=1e-3),
+            )
+        )
+        for size in (64, 96)
     ),
 )
 
@@ -431,7 +438,8 @@ def test_the_states_that_did_best_on_val_are_kept(finished: Path) -> None:
         }
     network = load_embedder(finished, CPU)
     first, second = network.each()
-    assert (first.size, second.size) == (64, 64)
+    assert first.size == 64
+    assert second.size == state["members"][1]["image_size"]
     weights = [next(member.head.parameters()) for member in (first, second)]
     assert not torch.equal(*weights), "another seed"
     assert network.appearance is not None
@@ -441,7 +449,7 @@ def test_the_states_that_did_best_on_val_are_kept(finished: Path) -> None:
 
 def test_members_can_be_added_to_a_finished_run(finished: Path, trained: Path, manifest: Manifest, tmp_path: Path) -> None:
     out = tmp_path / "grown"
-    one = load_checkpoint(train_embedder(EMBEDDER.model_copy(update={"members": 1}), manifest, trained, out, CPU))
+    one = load_checkpoint(train_embedder(EMBEDDER.model_copy(update={"members": EMBEDDER.members[:1]}), manifest, trained, out, CPU))
     two = load_checkpoint(train_embedder(EMBEDDER, manifest, trained, out, CPU))
     assert two["members"][0] == one["members"][0], "the first was not trained again, even its seconds are the same"
     for name, value in load_checkpoint(finished)["model"].items():
@@ -536,7 +544,7 @@ def test_ablations_change_what_they_are_named_for() -> None:
         changed = {key for key, value in ablation_config(name).model_dump().items() if value != base[key]}
         assert changed or name in ("shipped-recipe",), name
     assert ablation_config("size-128").embedding_size == 128
-    assert ablation_config("info-nce").stages[0].losses == {"info_nce": 1.0}
+    assert ablation_config("info-nce").members[0].stages[0].losses == {"info_nce": 1.0}
     assert ablation_config("cross-entropy-without-kermany").leave_out_source == "kermany"
     with pytest.raises(UsageError, match="no ablation nonsense"):
         ablation_config("nonsense")
@@ -549,11 +557,12 @@ def test_ablations_change_what_they_are_named_for() -> None:
 def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path: Path) -> None:
     """Two real iterations of each kind of comparison, down to its vectors."""
     config = ablation_config(name)
+    stages = tuple(stage.model_copy(update={"iterations": 2, "image_size": 64}) for stage in config.members[0].stages)
     small = {
         "images_per_class": 2,
         "lungs_from": None,
         "appearance_size": min(8, config.appearance_size),
-        "stages": tuple(stage.model_copy(update={"iterations": 2, "image_size": 64}) for stage in config.stages),
+        "members": (EmbedderMemberConfig(stages=stages),),
     }
     path = train_embedder(config.model_copy(update=small), manifest, trained, tmp_path, CPU)
     with np.load(path.parent / "vectors-val.npz") as stored:

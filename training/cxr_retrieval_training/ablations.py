@@ -36,7 +36,7 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     # what each of our own parts gives
     "no-appearance": {"appearance_size": 0},
     "not-mirrored": {"mirrored": False},
-    "two-members": {"members": 2},
+    "two-members": {"copies": 2},
     "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
     "no-source-balance": {"source_power": 1.0, "across_sources": False},
     "attention-unsupervised": {"lesion_weight": 0.0},
@@ -55,7 +55,7 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def ablation_config(name: str, base: str = "short") -> EmbedderConfig:
-    """The config of one comparison; `losses` replaces those of every stage.
+    """The config of one comparison; `losses` replaces those of every stage, `copies` trains each member so many times.
 
     Raises:
         UsageError: No such comparison.
@@ -65,6 +65,8 @@ def ablation_config(name: str, base: str = "short") -> EmbedderConfig:
     settings = load_config(config_path(base), EmbedderConfig).model_dump()
     changes = dict(ABLATIONS[name])
     losses = changes.pop("losses", None)
+    members = settings["members"] * changes.pop("copies", 1)
     if losses is not None:
-        settings["stages"] = [{**stage, "losses": losses} for stage in settings["stages"]]
+        members = [{"stages": [{**stage, "losses": losses} for stage in member["stages"]]} for member in members]
+    settings["members"] = members
     return EmbedderConfig.model_validate({**settings, **changes})

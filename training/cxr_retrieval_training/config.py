@@ -60,6 +60,12 @@ class EmbedderStage(_Frozen):
     learning_rate: PositiveFloat
 
 
+class EmbedderMemberConfig(_Frozen):
+    """How one of the networks is trained."""
+
+    stages: Annotated[tuple[EmbedderStage, ...], Field(min_length=1)]
+
+
 class EmbedderConfig(_Frozen):
     """`cxr train embedder`."""
 
@@ -68,8 +74,6 @@ class EmbedderConfig(_Frozen):
     init: Literal["imagenet", "random"] = "imagenet"
     """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
     embedding_size: PositiveInt = EMBEDDING_SIZE
-    members: PositiveInt = 1
-    """So many networks are trained alike but for their seed (`Embedder`)."""
     mirrored: bool = False
     """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
@@ -83,6 +87,8 @@ class EmbedderConfig(_Frozen):
     """Of the embedding's numbers, so many are not learnt from labels but describe what the lungs look like (`Embedder`)."""
     appearance_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Their share in the similarity."""
+    appearance_forgets_source: bool = False
+    """What tells sources apart within a label is taken out of them."""
     retrieve_with: Literal["embedding", "features"] = "embedding"
     """What is compared in retrieval; the baseline of Table 3 and 4 uses the pooled features."""
     leave_out_source: str | None = None
@@ -109,7 +115,8 @@ class EmbedderConfig(_Frozen):
     beta: PositiveFloat = 20.0
     base: float = 0.5
     miner_epsilon: PositiveFloat = 0.1
-    stages: tuple[EmbedderStage, ...]
+    members: Annotated[tuple[EmbedderMemberConfig, ...], Field(min_length=1)]
+    """The networks of an `Embedder`, each with its own seed and schedule."""
 
     @model_validator(mode="after")
     def _something_learned(self) -> EmbedderConfig:

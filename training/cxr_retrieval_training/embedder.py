@@ -83,6 +83,13 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.gain * centred / deviation)
 
 
+class Strata(NamedTuple):
+    """Label and source of each row, as numbers `[n]`."""
+
+    labels: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+
 class PrincipalAxes(nn.Module):
     """Fewer numbers for many, of unit length: the leading principal axes, in closed form from the train rows after training.
 
@@ -99,8 +106,11 @@ class PrincipalAxes(nn.Module):
         self.register_buffer("mean", torch.zeros(size_in))
         self.register_buffer("projection", torch.zeros(size_in, size_out))
 
-    def fit(self, rows: NDArray[np.float32]) -> None:
+    def fit(self, rows: NDArray[np.float32], strata: Strata | None = None) -> None:
         """Takes `[n, size_in]`.
+
+        Args:
+            strata: If given, what tells sources apart within a label is taken out of the axes (`source_directions`).
 
         Raises:
             UsageError: Fewer images than axes.
@@ -116,12 +126,33 @@ class PrincipalAxes(nn.Module):
         mean = rows.mean(axis=0) if self.whitened else np.zeros(rows.shape[1], np.float32)
         _, singular, axes = np.linalg.svd((rows - mean).astype(np.float64), full_matrices=False)
         scale = np.sqrt(len(rows)) / np.maximum(singular[:size], 1e-6) if self.whitened else np.ones(size)
+        projection = axes[:size].T * scale
+        if strata is not None:
+            nuisance = source_directions((rows - mean) @ projection, strata)
+            projection = projection - projection @ nuisance @ nuisance.T
         self.mean.copy_(torch.from_numpy(mean))
-        self.projection.copy_(torch.from_numpy((axes[:size].T * scale).astype(np.float32)))
+        self.projection.copy_(torch.from_numpy(projection.astype(np.float32)))
 
     def forward(self, rows: Float[Tensor, "batch many"]) -> Float[Tensor, "batch few"]:
         """Unit length (0 while not fitted)."""
         return functional.normalize((rows - self.mean) @ self.projection, dim=1)
+
+
+def source_directions(rows: NDArray[np.float64], strata: Strata) -> NDArray[np.float64]:
+    """Orthonormal `[size, d]` that span the differences between sources' mean rows `[n, size]` within a label.
+
+    Without them the means are one (Haghighatkhah et al. 2022). A source counts where it holds at least as many films of the label
+    as there are axes: the mean of fewer is mostly chance.
+    """
+    size = rows.shape[1]
+    apart: list[NDArray[np.float64]] = []
+    for label in np.unique(strata.labels):
+        of_label = [(strata.labels == label) & (strata.sources == source) for source in np.unique(strata.sources)]
+        means = [rows[mine].mean(axis=0) for mine in of_label if mine.sum() >= size]
+        apart += [mean - means[0] for mean in means[1:]]
+    if not apart:
+        return np.zeros((size, 0))
+    return np.linalg.qr(np.stack(apart, axis=1))[0]
 
 
 class Description(NamedTuple):
@@ -281,8 +312,8 @@ class Embedder(nn.Module):
         share = self.appearance_share
         return torch.cat([(1.0 - share) ** 0.5 * learned, share**0.5 * self.appearance(found.layout)], dim=1)
 
-    def fit(self, learned: NDArray[np.float32], layout: NDArray[np.float32]) -> None:
-        """What is not trained by gradients, from `describe` of the train rows.
+    def fit(self, learned: NDArray[np.float32], layout: NDArray[np.float32], strata: Strata | None = None) -> None:
+        """What is not trained by gradients, from `describe` of the train rows; with `strata`, appearance forgets the source.
 
         Raises:
             UsageError: Too few of them.
@@ -290,7 +321,7 @@ class Embedder(nn.Module):
         if self.joint is not None:
             self.joint.fit(learned)
         if self.appearance is not None:
-            self.appearance.fit(layout)
+            self.appearance.fit(layout, strata)
 
 
 class AttentionMapHead(nn.Module):

@@ -31,7 +31,7 @@ from cxr_retrieval_training.augment import EmbeddingAugment
 from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.datasets import Images, load_images, load_lesion_masks
-from cxr_retrieval_training.embedder import Embedder, EmbedderMember
+from cxr_retrieval_training.embedder import Embedder, EmbedderMember, Strata
 from cxr_retrieval_training.losses import Criterion, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs
 from cxr_retrieval_training.normalisation import from_box, lung_box
@@ -79,14 +79,14 @@ def train_embedder(
     """
     data = load_training_set(config, manifest, segmenter, device)
     watched = load_watched_set(config, manifest, segmenter, device)
-    best = [_train_member(number, config, data, watched, out, device, manifest.sha256, init) for number in range(config.members)]
+    best = [_train_member(number, config, data, watched, out, device, manifest.sha256, init) for number in range(len(config.members))]
     network = build_embedder(config, [state["image_size"] for state in best])
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
     on_device(network, device)
-    if config.members > 1 or config.appearance_size:
+    if len(config.members) > 1 or config.appearance_size:
         found = embed_all(network, data.lungs, device, "principal axes of train")
-        network.fit(found["learned"], found["layout"])
+        network.fit(found["learned"], found["layout"], Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
     path = out / "embedder.pt"
     members = [{key: state[key] for key in ("image_size", "iteration", "val_recall_at_1", "seconds")} for state in best]
     about = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
@@ -107,19 +107,21 @@ def _train_member(
 ) -> Checkpoint:
     """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them.
 
-    It knows nothing of the other members, so that `members` may be raised later and those that are done stay.
+    It knows nothing of the other members, so that more can be added later and those that are done stay.
     """
-    identity = {"config": config.model_dump(mode="json", exclude={"members"}), "data_sha256": data_sha256}
+    stages = config.members[number].stages
+    alone = config.model_copy(update={"members": (config.members[number],)})
+    identity = {"config": alone.model_dump(mode="json"), "data_sha256": data_sha256}
     last, best = out / f"embedder-{number}-last.pt", out / f"embedder-{number}-best.pt"
     seed = config.seed * 1000 + number
     torch.manual_seed(seed)
-    model = build_embedder(config, (IMAGE_SIZE,)).each()[0]
+    model = build_embedder(alone).each()[0]
     if init is not None:
         load_resnet50(model, init)
     on_device(model, device)
     model.keep_frozen(config.frozen_layers)
     criterion = Criterion(
-        frozenset(name for stage in config.stages for name in stage.losses),
+        frozenset(name for stage in stages for name in stage.losses),
         classes=len(LABELS),
         sources=int(data.sources.max()) + 1,
         embedding_size=model.learned_size,
@@ -143,7 +145,7 @@ def _train_member(
         optimizer.load_state_dict(state["optimizer"])
         done, seconds, best_recall = state["iteration"], state["seconds"], state["best_recall"]
 
-    plan = [stage for stage in config.stages for _ in range(stage.iterations)]
+    plan = [stage for stage in stages for _ in range(stage.iterations)]
     augment = EmbeddingAugment(mirrored=config.mirrored).to(device)
     with progress_bar() as bar:
         task = bar.add_task("embedder", total=len(plan), completed=done)
@@ -172,7 +174,7 @@ def _train_member(
             optimizer.step()
             average.update_parameters(model)
             seconds += time.monotonic() - started
-            bar.update(task, advance=1, description=f"embedder {number + 1}/{config.members} loss {loss.item():.3f}")
+            bar.update(task, advance=1, description=f"embedder {number + 1}/{len(config.members)} loss {loss.item():.3f}")
             finished = iteration + 1
             record: dict[str, object] = {
                 "member": number,
@@ -228,7 +230,7 @@ def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -
         mirrored=config.mirrored,
         appearance_size=config.appearance_size,
         appearance_share=config.appearance_share,
-        sizes=sizes or (IMAGE_SIZE,) * config.members,
+        sizes=sizes or (IMAGE_SIZE,) * len(config.members),
     )
 
 
