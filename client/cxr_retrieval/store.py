@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -183,7 +185,8 @@ class Store:
         """Points the alias `cxr` at this collection."""
         with _translated(self._settings):
             try:
-                self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
+                with _refusal_is_an_answer():
+                    self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
             except MilvusException:
                 self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
 
@@ -414,6 +417,17 @@ class _translated:  # noqa: N801 (read as a verb at its uses)
             got=reason,
             next_step="check that it runs (`cxr serve` starts one) and your credentials",
         ) from error
+
+
+@contextmanager
+def _refusal_is_an_answer() -> Generator[None]:
+    """Pymilvus logs the stack of every refused call, also of one that is made to see whether it is refused. Not in here."""
+    logger = logging.getLogger("pymilvus.decorators")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _is_expression_error(error: MilvusException) -> bool:

@@ -171,7 +171,7 @@ def test_many_rows_cross_the_write_and_read_batches(settings: MilvusSettings, tm
         assert {hit.case.image_id for hit in store.search(query, 10)} == exact
 
 
-def test_alias_follows_the_newest_ingest(settings: MilvusSettings, entries: list[Entry]) -> None:
+def test_alias_follows_the_newest_ingest(settings: MilvusSettings, entries: list[Entry], caplog: pytest.LogCaptureFixture) -> None:
     for version in ("alias_one", "alias_two"):
         with Store(settings, version, create=True) as store:
             store.upsert(entries, vectors(5))
@@ -179,6 +179,9 @@ def test_alias_follows_the_newest_ingest(settings: MilvusSettings, entries: list
             store.publish()
     client = MilvusClient(settings.uri)
     assert client.describe_alias(ALIAS)["collection_name"] == "cxr_alias_two"
+    assert not [record for record in caplog.records if record.name.startswith("pymilvus") and record.levelname == "ERROR"], (
+        "no stack on the user's terminal"
+    )
     client.close()
 
 
