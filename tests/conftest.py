@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
 from cxr_retrieval.image import letterbox
@@ -18,6 +19,7 @@ from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_trit
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient
 
+install_import_hook("cxr_retrieval_training", "beartype.beartype")  # shapes in signatures are checked, wherever it is imported from first
 settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("cxr")
 

@@ -585,7 +585,7 @@ def test_lungs_without_anatomy() -> None:
 
 def test_report_of_two_runs(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:
     """Real vectors of two real, hardly trained runs: every figure is there and lies in its range; the page shows its pictures."""
-    smaller = EMBEDDER.model_copy(update={"embedding_size": 32})
+    smaller = EMBEDDER.model_copy(update={"embedding_size": 14})
     other = train_embedder(smaller, manifest, trained, finished.parent.parent / "smaller", CPU)
     page = write_report(manifest, trained, [finished.parent, other.parent], tmp_path, CPU).read_text()
     found = json.loads((tmp_path / "report.json").read_text())
