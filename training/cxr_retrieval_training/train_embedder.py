@@ -3,8 +3,8 @@
 Sections 2.4.1 and 2.4.3: multi-similarity loss with α = 2, β = 20, λ = 0.5 and hard mining (Wang et al. 2019), batches of 16
 images of each class, Adam, learning rate 3e-5, ImageNet weights: `configs/embedder-published.toml`. The shipped recipe,
 `configs/embedder.toml`, adds a proxy loss, draws sources evenly, takes positives across sources, sets an adversary on the
-source, supervises attention where a radiologist has drawn lesions, averages weights, and looks at the lungs and their mirror image;
-`docs/results.md` says what was tried.
+source, supervises attention where a radiologist has drawn lesions, averages weights, and lets two networks look at the lungs and
+their mirror image, at two sizes; `docs/results.md` says what was tried.
 """
 
 from __future__ import annotations
