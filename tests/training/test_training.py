@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,10 @@ def test_published_numbers() -> None:
             "appearance_size = 64\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]",
             "64 must be below embedding_size = 64",
         ),
+        (
+            "learned_size = 40\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]",
+            "40 of 1 members must reach the 64",
+        ),
         ("", "members is wrong"),
     ],
 )
@@ -368,6 +373,7 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 EMBEDDER = EmbedderConfig(
     embedding_size=18,
+    learned_size=11,
     mirrored=True,
     images_per_class=2,
     source_power=0.5,
@@ -548,6 +554,26 @@ def test_ablations_change_what_they_are_named_for() -> None:
     assert ablation_config("cross-entropy-without-kermany").leave_out_source == "kermany"
     with pytest.raises(UsageError, match="no ablation nonsense"):
         ablation_config("nonsense")
+
+
+def test_numbers_of_the_embedding_are_shared_out_anew_without_training(
+    trained: Path, finished: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shared"
+    shutil.copytree(finished.parent, folder)
+    anew = EMBEDDER.model_copy(update={"embedding_size": 14, "appearance_size": 11, "appearance_share": 0.4})
+    path = train_embedder(anew, manifest, trained, folder, CPU)
+    assert (folder / "log.jsonl").read_bytes() == (finished.parent / "log.jsonl").read_bytes(), "no iteration more"
+    members = [
+        {name: value for name, value in load_checkpoint(at)["model"].items() if name.startswith("members.")} for at in (path, finished)
+    ]
+    assert members[0].keys() == members[1].keys()
+    assert all(torch.equal(value, members[1][name]) for name, value in members[0].items())
+    with np.load(folder / "vectors-val.npz") as stored:
+        assert stored["embedding"].shape == (6, 14)
+        assert np.square(stored["embedding"][:, 3:]).sum(axis=1) == pytest.approx(np.full(6, 0.4), abs=1e-3)
+    with pytest.raises(UsageError, match="belongs to another run"):
+        train_embedder(anew.model_copy(update={"learned_size": 12}), manifest, trained, folder, CPU)
 
 
 @pytest.mark.parametrize(

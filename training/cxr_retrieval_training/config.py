@@ -74,6 +74,9 @@ class EmbedderConfig(_Frozen):
     init: Literal["imagenet", "random"] = "imagenet"
     """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
     embedding_size: PositiveInt = EMBEDDING_SIZE
+    learned_size: PositiveInt | None = None
+    """So many numbers each member learns; None: as many as the embedding has for what is learnt. If the members have more of them
+    together, principal axes bring them down to that."""
     mirrored: bool = False
     """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
@@ -120,8 +123,13 @@ class EmbedderConfig(_Frozen):
 
     @model_validator(mode="after")
     def _something_learned(self) -> EmbedderConfig:
-        if self.appearance_size >= self.embedding_size:
+        left = self.embedding_size - self.appearance_size
+        if left <= 0:
             raise ValueError(f"appearance_size = {self.appearance_size} must be below embedding_size = {self.embedding_size}")
+        if self.learned_size is not None and self.learned_size * len(self.members) < left:
+            raise ValueError(
+                f"learned_size = {self.learned_size} of {len(self.members)} members must reach the {left} that appearance leaves"
+            )
         return self
 
     @model_validator(mode="after")

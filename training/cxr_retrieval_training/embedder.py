@@ -237,7 +237,7 @@ class Embedder(nn.Module):
 
     The paper has one network. As the paper does for lungs (section 2.3), several trained alike but for their seed look at the
     same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote. Their numbers side by side are
-    brought back to the size of one member's by principal axes.
+    brought to the size that the embedding has for them by principal axes.
 
     A part that is learnt from three labels knows only those: a fourth disease lands among them at random, and within a label any
     neighbour is as good as another. So a share of the similarity is appearance, where lungs are light and dark: f2 averaged in each
@@ -245,6 +245,7 @@ class Embedder(nn.Module):
 
     Args:
         embedding_size: Of EMBEDDING, in all.
+        learned_size: So many numbers each member learns; by default what appearance leaves of the embedding.
         appearance_size: So many of them are appearance; 0 as published.
         appearance_share: Its weight in the cosine similarity of two embeddings.
         sizes: For each member, the side of the square the lungs are brought to.
@@ -259,17 +260,19 @@ class Embedder(nn.Module):
         attention: bool = True,
         imagenet: bool = False,
         mirrored: bool = False,
+        learned_size: int | None = None,
         appearance_size: int = 0,
         appearance_share: float = 0.0,
         sizes: Sequence[int] = (IMAGE_SIZE,),
     ) -> None:
         super().__init__()
-        learned_size = embedding_size - appearance_size
+        left = embedding_size - appearance_size
+        learned_size = learned_size or left
         self.members = nn.ModuleList(
             EmbedderMember(learned_size, backbone=backbone, attention=attention, imagenet=imagenet, mirrored=mirrored, size=size)
             for size in sizes
         )
-        self.joint = PrincipalAxes(len(sizes) * learned_size, learned_size, whitened=False) if len(sizes) > 1 else None
+        self.joint = PrincipalAxes(len(sizes) * learned_size, left, whitened=False) if len(sizes) * learned_size != left else None
         layout_size = sum(member.layout_size for member in self.each())
         self.appearance = PrincipalAxes(layout_size, appearance_size, whitened=True) if appearance_size else None
         self.appearance_share = appearance_share

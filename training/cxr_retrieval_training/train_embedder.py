@@ -84,7 +84,7 @@ def train_embedder(
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
     on_device(network, device)
-    if len(config.members) > 1 or config.appearance_size:
+    if network.joint is not None or network.appearance is not None:
         found = embed_all(network, data.lungs, device, "principal axes of train")
         network.fit(found["learned"], found["layout"], Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
     path = out / "embedder.pt"
@@ -107,15 +107,18 @@ def _train_member(
 ) -> Checkpoint:
     """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them.
 
-    It knows nothing of the other members, so that more can be added later and those that are done stay.
+    It knows nothing of the other members, nor of what is fitted to them all, so that more can be added later, the embedding's
+    numbers shared out anew, and those that are done stay.
     """
     stages = config.members[number].stages
     alone = config.model_copy(update={"members": (config.members[number],)})
-    identity = {"config": alone.model_dump(mode="json"), "data_sha256": data_sha256}
     last, best = out / f"embedder-{number}-last.pt", out / f"embedder-{number}-best.pt"
     seed = config.seed * 1000 + number
     torch.manual_seed(seed)
     model = build_embedder(alone).each()[0]
+    fitted = {"embedding_size", "appearance_size", "appearance_share", "appearance_forgets_source"}
+    settings = {**alone.model_dump(mode="json", exclude=fitted), "learned_size": model.learned_size}
+    identity = {"config": settings, "data_sha256": data_sha256}
     if init is not None:
         load_resnet50(model, init)
     on_device(model, device)
@@ -228,6 +231,7 @@ def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -
         attention=config.attention,
         imagenet=config.init == "imagenet",
         mirrored=config.mirrored,
+        learned_size=config.learned_size,
         appearance_size=config.appearance_size,
         appearance_share=config.appearance_share,
         sizes=sizes or (IMAGE_SIZE,) * len(config.members),
