@@ -50,19 +50,23 @@ def draw_reliability(calibration: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_sizes(runs: Mapping[str, Any], path: Path) -> bool:
-    """Balanced accuracy over embedding size (section 3.3.4), of the runs that differ in nothing else; False if under two."""
-    groups: dict[str, list[tuple[int, float]]] = {}
+    """Balanced accuracy and its 95 % interval over embedding size (section 3.3.4), of the runs that differ in nothing else; False
+    if under two.
+    """
+    groups: dict[str, list[tuple[int, float, float, float]]] = {}
     for run in runs.values():
         size = run["config"]["embedding_size"]
         rest = json.dumps({**run["config"], "embedding_size": None}, sort_keys=True)
-        groups.setdefault(rest, []).append((size, run["evaluation"]["overall"]["balanced_accuracy"]))
+        overall = run["evaluation"]["overall"]
+        groups.setdefault(rest, []).append((size, overall["balanced_accuracy"], *overall["balanced_accuracy_ci"]))
     points = sorted(max(groups.values(), key=len))
     if len(points) < 2:
         return False
+    sizes, value, low, high = np.array(points).T
     figure, axes = _figure()
-    axes.plot([size for size, _ in points], [value for _, value in points], marker="o")
+    axes.errorbar(sizes, value, yerr=(value - low, high - value), marker="o", capsize=3)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
+    axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
     axes.set_xlabel("embedding size")
     axes.set_ylabel("val balanced accuracy, k = 10")
     _save(figure, path)
@@ -77,7 +81,7 @@ def draw_training(log: Path, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for member in sorted({record["member"] for record in records}):
         mine = [record for record in records if record["member"] == member]
-        left.plot([record[step] for record in mine], [record["loss"] for record in mine], label=f"{member}", linewidth=0.8)
+        left.plot([record[step] for record in mine], [record["loss"] for record in mine], label=f"member {member}", linewidth=0.8)
         seen = [record for record in mine if watched in record]
         right.plot([record[step] for record in seen], [record[watched] for record in seen], marker=".")
     for axes, name in ((left, "loss"), (right, watched.replace("_", " "))):
