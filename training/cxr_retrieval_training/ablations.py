@@ -34,7 +34,6 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "info-nce": {"losses": {"info_nce": 1.0}, "across_sources": False},
     **{f"size-{size}": {"embedding_size": size, "learned_size": None, "appearance_size": 0} for size in (32, 64, 128, 256, 512)},
     # what each of our own parts gives
-    "no-appearance": {"appearance_size": 0},
     "not-mirrored": {"mirrored": False},
     "two-members": {"copies": 2},
     "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
