@@ -28,7 +28,7 @@ from cxr_retrieval_training.embedder import (
 )
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
-from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands
+from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands, expected_dice
 
 
 @pytest.fixture(scope="module", params=["resnet50", "efficientnet_lite0"])
@@ -277,6 +277,13 @@ def test_imagenet_weights_know_imagenet() -> None:
     assert torch.allclose(first, nn.functional.conv2d(grey, imagenet_state(channels=1)["conv_stem.weight"]), atol=1e-4)
     member = build_member("unet", imagenet=True).state_dict()
     assert torch.equal(member["encoder.model.blocks.3.0.conv_pw.weight"], imagenet_state()["blocks.3.0.conv_pw.weight"])
+
+
+def test_expected_dice_falls_with_doubt() -> None:
+    inside = torch.zeros(3, 1, 8, 8)
+    inside[:2, :, 2:6] = 1.0
+    probability = torch.stack([inside[0], 0.6 * inside[1], inside[2]])
+    assert expected_dice(probability, inside)[:, 0].tolist() == pytest.approx([1.0, 2 * 0.6 / 1.6, 0.0])
 
 
 def test_agreement_is_the_mean_dice_with_the_ensemble() -> None:

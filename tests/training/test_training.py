@@ -37,12 +37,12 @@ from cxr_retrieval_training.config import (
 from cxr_retrieval_training.datasets import Images, load_images
 from cxr_retrieval_training.embedder import EmbedderMember
 from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
-from cxr_retrieval_training.lungs import find_lungs, load_segmenter
+from cxr_retrieval_training.lungs import find_lungs, find_probabilities, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
 from cxr_retrieval_training.report import Run, adult_pneumonia, blanked, shuffled
 from cxr_retrieval_training.summary import write_report
 from cxr_retrieval_training.train_embedder import balanced_batch, left_out, load_embedder, load_resnet50, load_training_set, train_embedder
-from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation
+from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation, train_student
 
 CPU = torch.device("cpu")
 
@@ -178,6 +178,16 @@ def test_dice() -> None:
     a[0, 0, :2], b[0, 0, 1:3] = True, True
     a[1, 0, 0, 0] = True
     assert [dice_coefficient(one.numpy(), other.numpy()) for one, other in zip(a, b, strict=True)] == [0.5, 0.0, 1.0]
+
+
+def test_soft_targets_stay_probabilities() -> None:
+    torch.manual_seed(0)
+    image = torch.full((4, 1, 64, 64), 100, dtype=torch.uint8)
+    mask = torch.full((4, 1, 64, 64), 102, dtype=torch.uint8)
+    _, soft = SegmentationAugment(soft=True)(image, mask)
+    _, hard = SegmentationAugment()(image, mask)
+    assert soft[:, :, 24:40, 24:40] == pytest.approx(torch.full((4, 1, 16, 16), 0.4), abs=0.02)
+    assert set(hard.unique().tolist()) == {0.0}
 
 
 def test_segmentation_augmentation_moves_mask_and_image_together() -> None:
@@ -333,6 +343,31 @@ def test_segmentation_keeps_the_best_epoch_and_reports_it(trained: Path) -> None
     assert ensemble["dice_least"] <= ensemble["dice_ci"][0] <= ensemble["dice"] <= ensemble["dice_ci"][1] <= 1
     assert ensemble["hausdorff_95"] > 0
     assert found["members_mean"] == found["members"]["linknet"], "of one member, the mean is itself"
+
+
+def test_student_learns_what_the_teacher_finds_from_where_it_stands(trained: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Targets are the teacher's probabilities, not the drawn masks; the first epoch starts from the teacher's own weights."""
+    config = SEGMENTATION.model_copy(update={"learning_rate": 1e-6, "stages": (SegmentationStage(image_size=64, epochs=1),)})
+    student = load_checkpoint(train_student(config, manifest, trained, tmp_path, CPU))
+    teacher = load_checkpoint(trained)
+    assert student["report"]["train_images"] == len(manifest.require(split="train"))
+    assert student["report"] == json.loads((tmp_path / "student.json").read_text())
+    for name, value in teacher["model"].items():
+        if name.endswith("weight"):
+            assert torch.allclose(student["model"][name], value, atol=1e-3)
+    rows = manifest.require(split="train")[:2]
+    found = find_probabilities(trained, manifest.require(split="train"), "train", CPU)[:2]
+    with torch.inference_mode():
+        expected = load_segmenter(trained).member_probabilities(torch.from_numpy(load_images(rows))).mean(dim=0).numpy()
+    assert np.abs(found / 255.0 - expected).max() < 0.01
+    assert ((found > 5) & (found < 250)).mean() > 0, "probabilities, not masks"
+
+
+def test_student_is_one_network_of_the_teacher(trained: Path, manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a student is one network"):
+        train_student(SEGMENTATION.model_copy(update={"members": ("unet", "fpn")}), manifest, trained, tmp_path, CPU)
+    with pytest.raises(UsageError, match="has no member fpn"):
+        train_student(SEGMENTATION.model_copy(update={"members": ("fpn",)}), manifest, trained, tmp_path, CPU)
 
 
 def test_early_stopping(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 
 class SegmentationAugment(nn.Module):
-    """Distorts radiographs and masks alike, in geometry; radiographs alone in exposure and sharpness."""
+    """Distorts radiographs and masks alike, in geometry; radiographs alone in exposure and sharpness.
 
-    def __init__(self) -> None:
+    Args:
+        soft: Masks are probabilities and stay so; otherwise they are cut at one half.
+    """
+
+    def __init__(self, *, soft: bool = False) -> None:
         super().__init__()
+        self._soft = soft
         self.geometry = nn.Sequential(
             aug.RandomHorizontalFlip(p=0.5),
             aug.RandomAffine(degrees=12.0, translate=(0.06, 0.06), scale=(0.8, 1.2), shear=(-4.0, 4.0), p=0.7),
@@ -40,10 +45,10 @@ class SegmentationAugment(nn.Module):
     def forward(
         self, image: UInt8[Tensor, "batch 1 height width"], mask: UInt8[Tensor, "batch 1 height width"]
     ) -> tuple[Float[Tensor, "batch 1 height width"], Float[Tensor, "batch 1 height width"]]:
-        """Returns pixels in 0…255 and masks in {0, 1}. Both ride through the geometry as two channels of one picture."""
-        moved = self.geometry(torch.cat([image.float() / 255.0, (mask > 127).float()], dim=1))
+        """Returns pixels in 0…255 and masks in {0, 1}, soft ones in [0, 1]. Both ride through the geometry as channels of one picture."""
+        moved = self.geometry(torch.cat([image.float() / 255.0, mask.float() / 255.0 if self._soft else (mask > 127).float()], dim=1))
         pixels = self.exposure(moved[:, :1].clamp(0.0, 1.0))
-        return pixels.clamp(0.0, 1.0) * 255.0, (moved[:, 1:] > 0.5).float()
+        return pixels.clamp(0.0, 1.0) * 255.0, moved[:, 1:].clamp(0.0, 1.0) if self._soft else (moved[:, 1:] > 0.5).float()
 
 
 class EmbeddingAugment(nn.Module):

@@ -78,6 +78,24 @@ def segmentation(
 
 
 @app.command()
+def student(
+    manifest: Manifest,
+    segmenter: Segmenter,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and log; an interrupted run goes on from there.")],
+    config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "segmentation-student",
+    device: Device = "auto",
+) -> None:
+    """Train one small network to find the lungs that the five find, for `cxr serve --segmentation student`."""
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.config import SegmentationConfig, config_path, load_config
+    from cxr_retrieval_training.train_segmenter import train_student
+
+    settings = load_config(config_path(config), SegmentationConfig)
+    typer.echo(train_student(settings, read_manifest(manifest), segmenter, out, pick_device(device)))
+
+
+@app.command()
 def embedder(
     manifest: Manifest,
     segmenter: Segmenter,

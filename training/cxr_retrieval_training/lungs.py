@@ -1,4 +1,6 @@
-"""The lungs of every radiograph of a split, found once by a trained segmenter and kept beside it for all embedder runs."""
+"""What a trained segmenter finds in every radiograph of a split, found once and kept beside it: lungs for the embedder,
+probabilities for the student.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+from jaxtyping import UInt8
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import UsageError
@@ -38,38 +42,66 @@ def load_segmenter(checkpoint: Path, member: str | None = None) -> LungSegmenter
 
 
 def find_lungs(checkpoint: Path, rows: Sequence[ManifestRow], split: str, device: torch.device, member: str | None = None) -> Images:
-    """LUNGS `[n, 1, 256, 256]` of the rows, from `<checkpoint's folder>/lungs-<split>-<hash>.npy` as far as they are there.
+    """LUNGS `[n, 1, 256, 256]` of the rows, from `<checkpoint's folder>/lungs-<split>-<hash>.npy` as far as they are there."""
+    return _find("lungs", _Lungs(load_segmenter(checkpoint, member)), checkpoint.parent, rows, split, device)
 
-    An interrupted run goes on after its last chunk. The hash is over the networks' weights and the rows' files.
-    """
-    segmenter = load_segmenter(checkpoint, member)
+
+def find_probabilities(checkpoint: Path, rows: Sequence[ManifestRow], split: str, device: torch.device) -> Images:
+    """The ensemble's mean probability of lung `[n, 1, 256, 256]`, 0…255 for 0…1, from `probabilities-<split>-<hash>.npy` likewise."""
+    return _find("probabilities", _Probability(load_segmenter(checkpoint)), checkpoint.parent, rows, split, device)
+
+
+class _Lungs(nn.Module):
+    """LUNGS alone."""
+
+    def __init__(self, segmenter: LungSegmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, image: UInt8[Tensor, "batch 1 height width"]) -> UInt8[Tensor, "batch 1 height width"]:
+        return self.segmenter(image)[1]
+
+
+class _Probability(nn.Module):
+    """Mean probability of the members, in 255ths."""
+
+    def __init__(self, segmenter: LungSegmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, image: UInt8[Tensor, "batch 1 height width"]) -> UInt8[Tensor, "batch 1 height width"]:
+        return (self.segmenter.member_probabilities(image).mean(dim=0) * 255.0).round().to(torch.uint8)
+
+
+def _find(what: str, network: nn.Module, folder: Path, rows: Sequence[ManifestRow], split: str, device: torch.device) -> Images:
+    """An interrupted run goes on after its last chunk. The hash is over the networks' weights and the rows' files."""
     digest = hashlib.sha256()
-    for tensor in segmenter.state_dict().values():
+    for tensor in network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     for row in rows:
         digest.update(f"{row.image_id}\0{row.fields.get('sha256', row.path)}\n".encode())
-    path = checkpoint.parent / f"lungs-{split}-{digest.hexdigest()[:12]}.npy"
+    path = folder / f"{what}-{split}-{digest.hexdigest()[:12]}.npy"
     counter = path.with_suffix(".done")
     done = int(counter.read_text()) if counter.exists() and path.exists() else 0
     shape = (len(rows), 1, IMAGE_SIZE, IMAGE_SIZE)
-    lungs = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
+    found = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
     if done < len(rows):
-        run = _on_cpu(segmenter) if device.type == "cpu" else _on_gpu(segmenter, device)
+        run = _on_cpu(network) if device.type == "cpu" else _on_gpu(network, device)
         with progress_bar() as bar:
-            task = bar.add_task(f"finding lungs ({split})", total=len(rows), completed=done)
+            task = bar.add_task(f"finding {what} ({split})", total=len(rows), completed=done)
             for start in range(done, len(rows), _CHUNK):
                 images = load_images(rows[start : start + _CHUNK])
-                lungs[start : start + len(images)] = run(images)
-                lungs.flush()
+                found[start : start + len(images)] = run(images)
+                found.flush()
                 counter.write_text(str(start + len(images)))
                 bar.update(task, advance=len(images))
-    return lungs
+    return found
 
 
-def _on_cpu(segmenter: LungSegmenter) -> Callable[[Images], NDArray[np.uint8]]:
+def _on_cpu(network: nn.Module) -> Callable[[Images], NDArray[np.uint8]]:
     """OpenVINO, the CPU engine that serves, is about three times as fast as PyTorch here."""
     example = torch.zeros((2, 1, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
-    model: Any = ov.convert_model(segmenter, example_input=example, input=[(-1, 1, IMAGE_SIZE, IMAGE_SIZE)])
+    model: Any = ov.convert_model(network, example_input=example, input=[(-1, 1, IMAGE_SIZE, IMAGE_SIZE)])
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"})
 
     def run(images: Images) -> NDArray[np.uint8]:
@@ -77,7 +109,7 @@ def _on_cpu(segmenter: LungSegmenter) -> Callable[[Images], NDArray[np.uint8]]:
         queue: Any = ov.AsyncInferQueue(compiled)
 
         def keep(request: Any, start: int) -> None:
-            found = request.get_output_tensor(1).data
+            found = request.get_output_tensor(0).data
             out[start : start + len(found)] = found
 
         queue.set_callback(keep)
@@ -89,12 +121,12 @@ def _on_cpu(segmenter: LungSegmenter) -> Callable[[Images], NDArray[np.uint8]]:
     return run
 
 
-def _on_gpu(segmenter: LungSegmenter, device: torch.device) -> Callable[[Images], NDArray[np.uint8]]:
-    on_device(segmenter, device)
+def _on_gpu(network: nn.Module, device: torch.device) -> Callable[[Images], NDArray[np.uint8]]:
+    on_device(network, device)
 
     @torch.inference_mode()
     def run(images: Images) -> NDArray[np.uint8]:
         with mixed_precision(device):
-            return segmenter(torch.from_numpy(images).to(device))[1].cpu().numpy()
+            return network(torch.from_numpy(images).to(device)).cpu().numpy()
 
     return run

@@ -1,8 +1,11 @@
-"""Trains the five members one after another: `cxr train segmentation`.
+"""Trains the five members one after another, `cxr train segmentation`, and one small network on what they find, `cxr train student`.
 
 Section 2.3: Adam, learning rate 1e-4, batch 8, the listed augmentations, early stopping on val. The shipped config trains for
 minutes rather than days: a larger learning rate that falls to nothing, and small images first. The loss is not published; we
 sum binary cross-entropy and soft Dice.
+
+The student is not in the paper. It learns the ensemble's mean probability (knowledge distillation: Hinton et al. 2015, section 2,
+at temperature 1) on every radiograph of the split, not on the few with drawn masks alone.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from segmentation_models_pytorch.losses import BINARY_MODE, DiceLoss, SoftBCEWit
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation import interval, patient_weights
 from cxr_retrieval.manifest import Manifest, ManifestRow
 from cxr_retrieval.progress import progress_bar
@@ -29,6 +34,7 @@ from cxr_retrieval_training.augment import SegmentationAugment
 from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
 from cxr_retrieval_training.config import SegmentationConfig
 from cxr_retrieval_training.datasets import Images, load_images, load_lung_masks, with_lung_masks
+from cxr_retrieval_training.lungs import find_probabilities, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient, hausdorff_95
 from cxr_retrieval_training.segmenter import LungSegmenter, NormalisedMember
 
@@ -48,6 +54,21 @@ def load_masked(manifest: Manifest, split: str) -> Masked:
     return Masked(load_images(rows, f"{len(rows)} {split} images"), load_lung_masks(rows), rows)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the members of one training run share. `start` is what they start from, `stem` what their files are called by."""
+
+    config: SegmentationConfig
+    train: Masked
+    val: Masked
+    out: Path
+    device: torch.device
+    identity: Mapping[str, object]
+    stem: str = "segmenter"
+    soft: bool = False
+    start: Mapping[str, Tensor] | None = None
+
+
 def train_segmentation(config: SegmentationConfig, manifest: Manifest, out: Path, device: torch.device) -> Path:
     """Trains what is missing and joins the members into `<out>/segmenter.pt`.
 
@@ -59,42 +80,71 @@ def train_segmentation(config: SegmentationConfig, manifest: Manifest, out: Path
     """
     train, val = load_masked(manifest, "train"), load_masked(manifest, "val")
     identity = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
-    joined = LungSegmenter(config.members)
+    return _train_members(_Run(config, train, val, out, device, identity), out / "segmentation.json")
+
+
+def train_student(config: SegmentationConfig, manifest: Manifest, teacher: Path, out: Path, device: torch.device) -> Path:
+    """Trains one network to find what the teacher's ensemble finds, starting from the ensemble's member of that architecture.
+
+    Returns:
+        `<out>/student.pt`, as `train_segmentation` writes it; the report also goes to `<out>/student.json`.
+
+    Raises:
+        UsageError: The config names several members, or one that the teacher lacks.
+    """
+    if len(config.members) != 1:
+        raise UsageError("a student is one network", expected="one name in members", got=", ".join(config.members), next_step="choose one")
+    rows = manifest.require(split="train")
+    start = load_segmenter(teacher, config.members[0]).members[config.members[0]].state_dict()
+    train = Masked(load_images(rows, f"{len(rows)} train images"), find_probabilities(teacher, rows, "train", device), rows)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "data_sha256": manifest.sha256,
+        "teacher_sha256": sha256(teacher.read_bytes()).hexdigest(),
+    }
+    val = load_masked(manifest, "val")
+    return _train_members(_Run(config, train, val, out, device, identity, "student", soft=True, start=start), out / "student.json")
+
+
+def _train_members(run: _Run, report_path: Path) -> Path:
+    """Trains each member, joins the best checkpoints, reports."""
+    joined = LungSegmenter(run.config.members)
     members: dict[str, object] = {}
-    for name in config.members:
-        checkpoint = _train_member(name, config, train, val, out, device, identity)
+    for name in run.config.members:
+        checkpoint = _train_member(name, run)
         joined.members[name].load_state_dict(checkpoint["model"])
         members[name] = {"dice": checkpoint["dice"], "epoch": checkpoint["epoch"], "seconds": checkpoint["seconds"]}
-    report = {"train_images": len(train.rows), "members": members, **segmentation_report(joined, val, device)}
-    (out / "segmentation.json").write_text(json.dumps(report, indent=2) + "\n")
-    path = out / "segmenter.pt"
-    save_checkpoint(path, {"model": joined.state_dict(), "report": report, **identity})
+    report = {"train_images": len(run.train.rows), "members": members, **segmentation_report(joined, run.val, run.device)}
+    report_path.write_text(json.dumps(report, indent=2) + "\n")
+    path = run.out / f"{run.stem}.pt"
+    save_checkpoint(path, {"model": joined.state_dict(), "report": report, **run.identity})
     return path
 
 
-def _train_member(
-    name: str, config: SegmentationConfig, train: Masked, val: Masked, out: Path, device: torch.device, identity: Mapping[str, object]
-) -> Checkpoint:
+def _train_member(name: str, run: _Run) -> Checkpoint:
     """Trains one member and returns its best checkpoint: {model, dice, epoch, seconds, …}."""
-    last, best = out / f"segmenter-{name}-last.pt", out / f"segmenter-{name}-best.pt"
+    config, train, val, out, device = run.config, run.train, run.val, run.out, run.device
+    last, best = out / f"{run.stem}-{name}-last.pt", out / f"{run.stem}-{name}-best.pt"
     sizes = [stage.image_size for stage in config.stages for _ in range(stage.epochs)]
     served = sizes[-1]
     seed = config.seed * 1000 + config.members.index(name)
     torch.manual_seed(seed)
     member = on_device(NormalisedMember(name, imagenet=config.init == "imagenet"), device)
+    if run.start is not None:
+        member.load_state_dict(run.start)
     learning_rate = config.member_learning_rates.get(name, config.learning_rate)
     optimizer = torch.optim.Adam(member.parameters(), lr=learning_rate)
     steps = len(sizes) * (len(train.images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 50)
     done, seconds, best_dice, best_epoch = 0, 0.0, -1.0, 0
     if last.exists():
-        checkpoint = load_checkpoint(last, expected=identity)
+        checkpoint = load_checkpoint(last, expected=run.identity)
         member.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         schedule.load_state_dict(checkpoint["schedule"])
         done, seconds = checkpoint["epoch"], checkpoint["seconds"]
         best_dice, best_epoch = checkpoint["best_dice"], checkpoint["best_epoch"]
-    augment = SegmentationAugment().to(device)
+    augment = SegmentationAugment(soft=run.soft).to(device)
     overlap, entropy = DiceLoss(BINARY_MODE), SoftBCEWithLogitsLoss()
     with progress_bar() as bar:
         task = bar.add_task(name, total=len(sizes), completed=done)
@@ -124,7 +174,7 @@ def _train_member(
                 "loss": float(np.mean(losses)),
                 "seconds": seconds,
             }
-            shared = {"model": member.state_dict(), "epoch": epoch, "seconds": seconds, **identity}
+            shared = {"model": member.state_dict(), "epoch": epoch, "seconds": seconds, **run.identity}
             if size == served:  # smaller images are a warm-up; how it would do on them is nobody's question
                 record["val_dice"] = dice = float(np.mean(member_dice(member, val, device)))
                 if dice > best_dice:
