@@ -1,4 +1,4 @@
-"""`cxr build …`: light to import; PyTorch and ONNX are loaded inside the commands."""
+"""`cxr build …`: light to import; PyTorch, ONNX and TensorRT are loaded inside the commands."""
 
 from __future__ import annotations
 
@@ -12,29 +12,104 @@ import typer
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import talk
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import EnginePrecision, Precision, Segmentation
 
-app = typer.Typer(help="Export the networks, derive the embedded model repository.", no_args_is_help=True)
+app = typer.Typer(help="Export the networks, lower their precision, build TensorRT engines.", no_args_is_help=True)
+
+Target = Annotated[Path, typer.Option("--repository", help="Production model repository to write into.")]
+Segmenter = Annotated[Path, typer.Option(help="segmenter.pt of `cxr train segmentation`.")]
+Embedder = Annotated[Path, typer.Option(help="embedder.pt of `cxr train embedder`.")]
+Student = Annotated[Path | None, typer.Option(help="student.pt of `cxr train student`.")]
+Manifest = Annotated[Path, typer.Option("--manifest", help="CSV with the splits train and val.")]
+
+DEFAULT_TARGET = Path("model_repository")
 
 
 @app.command()
 def onnx(
-    segmenter: Annotated[Path, typer.Option(help="segmenter.pt of `cxr train segmentation`.")],
-    embedder: Annotated[Path, typer.Option(help="embedder.pt of `cxr train embedder`.")],
-    repository: Annotated[Path, typer.Option(help="Production model repository to write into.")] = Path("model_repository"),
+    segmenter: Segmenter,
+    embedder: Embedder,
+    student: Student = None,
+    repository: Target = DEFAULT_TARGET,
 ) -> None:
-    """Write the three ONNX graphs (fp16 weights), check them against PyTorch, and announce the new model version.
+    """Write the ONNX graphs (fp16 weights), check them against PyTorch, and announce the new model version.
 
     Nothing in the repository changes unless every output passes its tolerance.
     """
-    for module in ("torch", "onnx", "onnxruntime"):
-        if importlib.util.find_spec(module) is None:
-            raise SetupError(
-                "`cxr build onnx` is not installed", expected="the extra 'build'", next_step="pip install 'cxr-retrieval[build]'"
-            )
+    _require("cxr build onnx", "build", "torch", "onnx", "onnxruntime")
     from cxr_retrieval_build.release import release
 
-    report = release(segmenter, embedder, repository, talk())
+    report = release(segmenter, embedder, student, repository, talk())
+    typer.echo(jsonlib.dumps(report, indent=2))
+
+
+@app.command()
+def parity(
+    manifest: Manifest,
+    segmenter: Segmenter,
+    embedder: Embedder,
+    student: Student = None,
+    repository: Target = DEFAULT_TARGET,
+) -> None:
+    """Measure on the val split how far each runtime and precision is from PyTorch in fp32, and record which passed their gates.
+
+    `cxr serve --precision auto` takes only what passed. Fails if fp32 itself misses, for then the export is wrong.
+    """
+    _require("cxr build parity", "build", "torch", "onnx", "onnxruntime")
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_build.gates import Checkpoints, measure_gates, record, require_passed, table
+
+    sets = [Checkpoints(Segmentation.ensemble, segmenter, embedder)]
+    if student is not None:
+        sets.append(Checkpoints(Segmentation.student, student, embedder))
+    rows = read_manifest(manifest)
+    gates = [gate for checkpoints in sets for gate in measure_gates(repository, rows, checkpoints)]
+    record(repository, gates)
+    talk().print(table(gates))
+    require_passed([gate for gate in gates if gate["precision"] == "fp32"])
+    typer.echo(repository / "parity.json")
+
+
+@app.command()
+def int8(
+    manifest: Manifest,
+    segmenter: Segmenter,
+    embedder: Embedder,
+    images: Annotated[int, typer.Option(min=1, help="Radiographs of the train split to calibrate on.")] = 300,
+    repository: Target = DEFAULT_TARGET,
+) -> None:
+    """Quantise the segmentation networks to int8 (NNCF), and keep the graph if it passes its parity gate on the val split.
+
+    Nothing of the radiographs calibrated on is kept but the scales.
+    """
+    _require("cxr build int8", "build", "torch", "onnx", "nncf")
+    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval_build.gates import Checkpoints, build_int8, table
+
+    gate = build_int8(repository, read_manifest(manifest), Checkpoints(Segmentation.ensemble, segmenter, embedder), images)
+    talk().print(table([gate]))
+    typer.echo(repository / "lung_segmentation" / "1" / "model.int8.onnx")
+
+
+@app.command()
+def engines(
+    out: Annotated[Path, typer.Argument(help="Folder for the repository with engines; engines that fit are kept.")],
+    source: options.Repository = None,
+    precision: Annotated[EnginePrecision, typer.Option(help="Arithmetic of the convolutions; all else is fp32.")] = EnginePrecision.fp16,
+    segmentation: Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")] = Segmentation.ensemble,
+    check: Annotated[bool, typer.Option("--check", help="Build nothing: fail unless the engines there fit this TensorRT and GPU.")] = False,
+) -> None:
+    """Build a TensorRT engine from each graph, into a model repository that Triton serves as it is."""
+    _require("cxr build engines", "engines", "onnx")
+    from cxr_retrieval.locations import default_repository
+    from cxr_retrieval_build.tensorrt_engine import build_engines, find_tensorrt, require_fitting
+
+    found = find_tensorrt()
+    if check:
+        require_fitting(out, found)
+        talk().print(f"all engines in {out} fit {found.name}")
+        return
+    report = build_engines(source or default_repository(), out, precision, segmentation, found, talk())
     typer.echo(jsonlib.dumps(report, indent=2))
 
 
@@ -42,14 +117,24 @@ def onnx(
 def repository(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     source: options.Repository = None,
-    precision: Annotated[Precision, typer.Option(help="Arithmetic of the engines.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the engines.")] = Precision.auto,
+    segmentation: Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")] = Segmentation.ensemble,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 2,
 ) -> None:
     """Derive the embedded model repository (Python backend, OpenVINO) from the production one, as `cxr serve` does."""
     from cxr_retrieval.locations import default_repository
+    from cxr_retrieval.serving.choices import resolve
     from cxr_retrieval.serving.repository import derive_embedded
 
     if out.exists():
         raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
-    derive_embedded(source or default_repository(), out, precision, threads)
+    models = source or default_repository()
+    derive_embedded(models, out, resolve(models, precision, segmentation), segmentation, threads)
     typer.echo(out)
+
+
+def _require(command: str, extra: str, *modules: str) -> None:
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise SetupError(
+            f"`{command}` is not installed", expected=f"the extra '{extra}'", next_step=f"pip install 'cxr-retrieval[{extra}]'"
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,9 +19,20 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, ENSEMBLE, LEAVES, LUNG_SEGMENTATION, LeafSpec, TensorSpec
+from cxr_retrieval.contract import (
+    ATTENTION_MAP_MODEL,
+    EMBEDDER,
+    ENSEMBLE,
+    LEAVES,
+    LUNG_SEGMENTATION,
+    MODEL_VERSION_PARAMETER,
+    STUDENT_VERSION_PARAMETER,
+    LeafSpec,
+    TensorSpec,
+)
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint
+from cxr_retrieval.serving.choices import Segmentation
+from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval_training.embedder import AttentionMapHead
 from cxr_retrieval_training.lungs import load_segmenter
 from cxr_retrieval_training.train_embedder import load_embedder
@@ -33,27 +43,38 @@ _SMALL: Final = 256
 _TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
 
 
+STUDENT: Final = "student"
+
+
 @dataclass(frozen=True)
-class Networks:
-    """The three graphs in evaluation mode, and the checkpoints they come from."""
+class Graph:
+    """One exported graph: the leaf whose tensors it has, and its file in the repository."""
 
-    modules: dict[str, nn.Module]
-    checkpoints: dict[str, Checkpoint]
+    name: str
+    leaf: LeafSpec
+    file: Path
 
 
-def load_networks(segmenter: Path, embedder: Path) -> Networks:
-    """Builds the graphs from the two checkpoints of `cxr train`.
+GRAPHS: Final = (
+    *(Graph(leaf.name, leaf, Path(leaf.name, "1", "model.onnx")) for leaf in LEAVES),
+    Graph(STUDENT, LEAVES[0], Path(LUNG_SEGMENTATION, "1", "student.onnx")),
+)
+
+
+def load_networks(segmenter: Path, embedder: Path, student: Path | None = None) -> dict[str, nn.Module]:
+    """Builds the graphs from the checkpoints of `cxr train`, in evaluation mode, by name.
 
     Raises:
         UsageError: A checkpoint is absent, damaged, or not of its kind.
     """
-    checkpoints = {LUNG_SEGMENTATION: load_checkpoint(segmenter), EMBEDDER: load_checkpoint(embedder)}
     modules: dict[str, nn.Module] = {
         LUNG_SEGMENTATION: load_segmenter(segmenter),
         EMBEDDER: load_embedder(embedder, torch.device("cpu")),
         ATTENTION_MAP_MODEL: AttentionMapHead(),
     }
-    return Networks({name: module.eval() for name, module in modules.items()}, checkpoints)
+    if student is not None:
+        modules[STUDENT] = load_segmenter(student)
+    return {name: module.eval() for name, module in modules.items()}
 
 
 def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
@@ -106,24 +127,29 @@ def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def weights_version(repository: Path, leaves: Sequence[LeafSpec] = LEAVES) -> str:
-    """The model version: first 12 hex digits of the SHA-256 over the ONNX files in contract order."""
+def weights_version(repository: Path, segmentation: Segmentation = Segmentation.ensemble) -> str:
+    """The model version: first 12 hex digits of the SHA-256 over the ONNX files served, in contract order."""
     digest = hashlib.sha256()
-    for leaf in leaves:
-        digest.update((repository / leaf.name / "1" / "model.onnx").read_bytes())
+    for leaf in LEAVES:
+        digest.update(graph_file(repository, leaf.name, segmentation).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def announce_version(repository: Path, version: str) -> None:
-    """Writes the version into the ensemble's config.pbtxt, leaving the rest of that hand-kept file as it is."""
+def announce_versions(repository: Path, version: str, student: str = "") -> None:
+    """Writes the versions into the ensemble's config.pbtxt, leaving the rest of that hand-kept file as it is.
+
+    Args:
+        student: With the segmentation student in the place of the five networks; empty where there is none.
+    """
     path = repository / ENSEMBLE / "config.pbtxt"
     text = path.read_text("utf-8")
-    changed, count = re.subn(r'(key: "model_version" value \{ string_value: ")[^"]*(")', rf"\g<1>{version}\g<2>", text)
-    if count != 1:
-        raise SetupError(
-            f"{path}: no single model_version parameter", expected='parameters { key: "model_version" … }', next_step="restore that line"
-        )
-    path.write_text(changed, "utf-8")
+    for key, value in {MODEL_VERSION_PARAMETER: version, STUDENT_VERSION_PARAMETER: student}.items():
+        text, count = re.subn(rf'(key: "{key}" value \{{ string_value: ")[^"]*(")', rf"\g<1>{value}\g<2>", text)
+        if count != 1:
+            raise SetupError(
+                f"{path}: no single {key} parameter", expected=f'parameters {{ key: "{key}" … }}', next_step="restore that line"
+            )
+    path.write_text(text, "utf-8")
 
 
 def _example(spec: TensorSpec) -> Tensor:

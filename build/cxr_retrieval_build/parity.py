@@ -12,6 +12,7 @@ import onnxruntime
 import openvino as ov
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from cxr_retrieval.contract import (
     ATTENTION,
@@ -19,7 +20,6 @@ from cxr_retrieval.contract import (
     EMBEDDING,
     FEATURES,
     IMAGE,
-    LEAVES,
     LUNG_AGREEMENT,
     LUNG_MASK,
     LUNGS,
@@ -29,7 +29,7 @@ from cxr_retrieval.contract import (
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
-from cxr_retrieval_build.onnx_export import Networks
+from cxr_retrieval_build.onnx_export import GRAPHS, STUDENT
 
 Arrays = dict[str, NDArray[np.generic]]
 Runtime = Callable[[Path, Mapping[str, NDArray[np.generic]], list[str]], Arrays]
@@ -73,18 +73,21 @@ def parity_inputs(per_class: int = 2) -> NDArray[np.uint8]:
     return np.stack([*pictures, noise])[:, None]
 
 
-def compare(networks: Networks, repository: Path, images: NDArray[np.uint8]) -> list[Parity]:
+def compare(networks: Mapping[str, nn.Module], repository: Path, images: NDArray[np.uint8]) -> list[Parity]:
     """Runs every graph in every runtime on the same inputs, each step fed with PyTorch's output of the step before."""
     results: list[Parity] = []
     known: Arrays = {IMAGE.name: images}
-    for leaf in LEAVES:
-        inputs = {spec.name: known[spec.name] for spec in leaf.inputs}
-        reference = _torch(networks, leaf, inputs)
+    for graph in GRAPHS:
+        if graph.name not in networks:
+            continue
+        inputs = {spec.name: known[spec.name] for spec in graph.leaf.inputs}
+        reference = _torch(networks[graph.name], graph.leaf, inputs)
         for runtime, run in RUNTIMES.items():
-            outputs = run(repository / leaf.name / "1" / "model.onnx", inputs, list(reference))
-            results += [measure(leaf.name, name, runtime, reference[name], outputs[name]) for name in reference]
-        known |= reference
-        known[MASK.name] = known[LUNG_MASK.name]
+            outputs = run(repository / graph.file, inputs, list(reference))
+            results += [measure(graph.name, name, runtime, reference[name], outputs[name]) for name in reference]
+        if graph.name != STUDENT:
+            known |= reference
+            known[MASK.name] = known[LUNG_MASK.name]
     return results
 
 
@@ -121,8 +124,8 @@ def as_report(results: list[Parity]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _torch(networks: Networks, leaf: LeafSpec, inputs: Arrays) -> Arrays:
-    outputs = networks.modules[leaf.name](*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in leaf.inputs))
+def _torch(network: nn.Module, leaf: LeafSpec, inputs: Arrays) -> Arrays:
+    outputs = network(*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in leaf.inputs))
     return {spec.name: value.numpy() for spec, value in zip(leaf.outputs, outputs, strict=True)}
 
 

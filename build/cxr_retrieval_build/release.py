@@ -12,37 +12,43 @@ import openvino
 import torch
 from rich.console import Console
 
-from cxr_retrieval.contract import LEAVES
-from cxr_retrieval_build.onnx_export import announce_version, export, load_networks, weights_version
+from cxr_retrieval.serving.choices import PARITY_REPORT, Segmentation
+from cxr_retrieval_build.onnx_export import GRAPHS, announce_versions, export, load_networks, weights_version
 from cxr_retrieval_build.parity import as_report, compare, parity_inputs, require_parity
 
 
-def release(segmenter: Path, embedder: Path, repository: Path, console: Console) -> dict[str, Any]:
-    """Writes `<model>/1/model.onnx`, `parity.json` and the ensemble's model version.
+def release(segmenter: Path, embedder: Path, student: Path | None, repository: Path, console: Console) -> dict[str, Any]:
+    """Writes the graphs, `parity.json` and the model versions; takes away what was derived from the graphs before.
 
     Raises:
         UsageError: A checkpoint cannot be used.
         SetupError: An output misses its tolerance; the repository is then unchanged.
     """
-    networks = load_networks(segmenter, embedder)
+    networks = load_networks(segmenter, embedder, student)
     with tempfile.TemporaryDirectory(dir=repository, prefix=".export-") as folder:
         fresh = Path(folder)
-        for leaf in LEAVES:
-            console.print(f"exporting {leaf.name}")
-            export(networks.modules[leaf.name], leaf, fresh / leaf.name / "1" / "model.onnx")
+        for graph in GRAPHS:
+            if graph.name in networks:
+                console.print(f"exporting {graph.name}")
+                export(networks[graph.name], graph.leaf, fresh / graph.file)
         console.print("comparing with PyTorch in ONNX Runtime and OpenVINO")
         results = compare(networks, fresh, parity_inputs())
         require_parity(results)
         version = weights_version(fresh)
-        for leaf in LEAVES:
-            target = repository / leaf.name / "1" / "model.onnx"
+        of_student = weights_version(fresh, Segmentation.student) if student is not None else ""
+        for graph in GRAPHS:
+            target = repository / graph.file
             target.parent.mkdir(parents=True, exist_ok=True)
-            (fresh / leaf.name / "1" / "model.onnx").replace(target)
-    announce_version(repository, version)
+            for old in (target, target.with_name(f"{target.stem}.int8.onnx")):
+                old.unlink(missing_ok=True)
+            if graph.name in networks:
+                (fresh / graph.file).replace(target)
+    announce_versions(repository, version, of_student)
     report = {
         "model_version": version,
+        "student_model_version": of_student,
         "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]},
         "parity": as_report(results),
     }
-    (repository / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    (repository / PARITY_REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return report

@@ -27,6 +27,9 @@ LEAF_MODELS: Final = (LUNG_SEGMENTATION, EMBEDDER, ATTENTION_MAP_MODEL)
 MODEL_VERSION_PARAMETER: Final = "model_version"
 """Key in the ensemble's `config.pbtxt` parameters under which the server announces its weights."""
 
+STUDENT_VERSION_PARAMETER: Final = "student_model_version"
+"""The same for the weights with the segmentation student in the place of the five networks."""
+
 Dtype = Literal["UINT8", "FP32"]
 
 

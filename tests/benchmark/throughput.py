@@ -24,7 +24,7 @@ from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LEAVES
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import Precision
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient

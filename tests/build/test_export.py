@@ -17,11 +17,12 @@ from torch import nn
 
 from cxr_retrieval.contract import EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
 from cxr_retrieval.errors import SetupError, UsageError
-from cxr_retrieval.serving.repository import model_version
+from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.repository import derive_embedded, graph_file, model_version, read_config
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient
-from cxr_retrieval_build.onnx_export import announce_version, load_networks, store_weights_as_fp16
+from cxr_retrieval_build.onnx_export import GRAPHS, announce_versions, load_networks, store_weights_as_fp16
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import save_checkpoint
@@ -32,7 +33,7 @@ from cxr_retrieval_training.train_embedder import build_embedder
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Random weights of all networks, batch-norm statistics taken from noise so that activations have a sane range."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(4)
@@ -58,15 +59,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         with torch.no_grad():
             head.bias += 0.5
     save_checkpoint(folder / "segmenter.pt", {"model": segmenter.state_dict(), "config": {"members": list(ARCHITECTURES)}})
+    student = LungSegmenter(("linknet",))
+    student.members["linknet"] = segmenter.members["linknet"]
+    save_checkpoint(folder / "student.pt", {"model": student.state_dict(), "config": {"members": ["linknet"]}})
     random = np.random.default_rng(1)
     embedder.fit(random.normal(size=(64, 96)).astype(np.float32), random.normal(size=(64, 896)).astype(np.float32))
     members = [{"image_size": member.size} for member in embedder.each()]
     save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "members": members, "config": config.model_dump(mode="json")})
-    return folder / "segmenter.pt", folder / "embedder.pt"
+    return folder / "segmenter.pt", folder / "embedder.pt", folder / "student.pt"
 
 
 @pytest.fixture(scope="session")
-def released(checkpoints: tuple[Path, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def released(checkpoints: tuple[Path, Path, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with these weights, written by the release step."""
     target = tmp_path_factory.mktemp("released") / "repository"
     shutil.copytree(repository, target, ignore=shutil.ignore_patterns("*.onnx"))
@@ -77,10 +81,11 @@ def released(checkpoints: tuple[Path, Path], repository: Path, tmp_path_factory:
 def test_report_holds_every_output_in_both_runtimes(released: Path) -> None:
     report = json.loads((released / "parity.json").read_text())
     measured = {(row["model"], row["output"], row["runtime"]) for row in report["parity"]}
-    expected = {(leaf.name, spec.name, runtime) for leaf in LEAVES for spec in leaf.outputs for runtime in ("ONNX Runtime", "OpenVINO")}
+    expected = {(one.name, spec.name, runtime) for one in GRAPHS for spec in one.leaf.outputs for runtime in ("ONNX Runtime", "OpenVINO")}
     assert measured == expected
     assert all(row["passed"] for row in report["parity"])
     assert report["model_version"] == model_version(released)
+    assert report["student_model_version"] == model_version(released, Segmentation.student) != model_version(released)
 
 
 def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Path) -> None:
@@ -93,10 +98,10 @@ def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Pat
         assert all(tensor.data_type != onnx.TensorProto.FLOAT for tensor in large)
 
 
-def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path]) -> None:
+def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path, Path]) -> None:
     """The whole chain: PyTorch originals against the ensemble in Triton."""
     images = parity_inputs(per_class=1)
-    networks = load_networks(*checkpoints).modules
+    networks = load_networks(*checkpoints)
     with torch.inference_mode():
         mask, lungs, agreement = networks["lung_segmentation"](torch.from_numpy(images))
         embedding, features, attention = networks["embedder"](lungs)
@@ -124,7 +129,7 @@ def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
 
 
 def test_other_weights_fail_the_gate_and_change_nothing(
-    released: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    released: Path, checkpoints: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the export computed something else than the network it came from."""
     import cxr_retrieval_build.release as module
@@ -133,11 +138,11 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     shutil.copytree(released, target)
     before = (target / "embedder" / "1" / "model.onnx").read_bytes()
     networks = load_networks(*checkpoints)
-    networks.modules["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, sizes=(128, 96)).eval()
+    networks["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, sizes=(128, 96)).eval()
 
     def copied(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
-        path.parent.mkdir(parents=True)
-        shutil.copy(released / leaf.name / "1" / "model.onnx", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(released / leaf.name / "1" / path.name, path)
 
     monkeypatch.setattr(module, "load_networks", lambda *paths: networks)
     monkeypatch.setattr(module, "export", copied)
@@ -146,6 +151,34 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     assert (target / "embedder" / "1" / "model.onnx").read_bytes() == before
     assert model_version(target) == model_version(released)
     assert not list(target.glob(".export-*"))
+
+
+def test_student_is_served_in_the_place_of_the_five(released: Path, checkpoints: tuple[Path, Path, Path]) -> None:
+    """Its mask, its agreement, and its own model version, so that its gallery is its own."""
+    images = parity_inputs(per_class=1)[:2]
+    with torch.inference_mode():
+        mask, _, agreement = load_networks(*checkpoints)["student"](torch.from_numpy(images))
+    options = ServerOptions(released, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+    with embedded_triton(options) as server, TritonClient(TritonSettings(server.grpc)) as client:
+        assert client.model_version == model_version(released, Segmentation.student)
+        served = client.infer(images)
+    assert (served["LUNG_MASK"] != mask.numpy()).mean() < 5e-3
+    assert served["LUNG_AGREEMENT"] == pytest.approx(agreement.numpy(), abs=0.01)
+
+
+def test_release_takes_away_what_came_of_older_weights(released: Path, checkpoints: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A student of other teachers, or an int8 graph of other weights, must not outlive them."""
+    target = tmp_path / "repository"
+    shutil.copytree(released, target)
+    (target / "lung_segmentation" / "1" / "model.int8.onnx").write_bytes(b"of older weights")
+    release(*checkpoints[:2], None, target, Console(stderr=True))
+    for missing, int8 in ((Segmentation.student, False), (Segmentation.ensemble, True)):
+        with pytest.raises(SetupError, match="lung_segmentation: no weights"):
+            graph_file(target, "lung_segmentation", missing, int8=int8)
+    with pytest.raises(SetupError, match="student"):
+        derive_embedded(target, tmp_path / "models", Precision.fp32, Segmentation.student, 1)
+    assert read_config(target / "cxr_retrieval").parameters["student_model_version"].string_value == ""
+    assert model_version(target) == model_version(released)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -180,11 +213,11 @@ def test_weights_that_fp16_cannot_hold_are_refused() -> None:
 def test_version_line_must_be_there(tmp_path: Path, repository: Path) -> None:
     shutil.copytree(repository, tmp_path / "r", ignore=shutil.ignore_patterns("*.onnx"))
     config = tmp_path / "r" / "cxr_retrieval" / "config.pbtxt"
-    announce_version(tmp_path / "r", "0123456789ab")
+    announce_versions(tmp_path / "r", "0123456789ab")
     assert model_version(tmp_path / "r") == "0123456789ab"
     config.write_text(config.read_text().replace('model_version"', 'other"'))
     with pytest.raises(SetupError, match="no single model_version"):
-        announce_version(tmp_path / "r", "x")
+        announce_versions(tmp_path / "r", "x")
 
 
 def test_absent_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from test_cli import COMMANDS  # noqa: E402
 
 from cxr_retrieval.contract import LEAF_MODELS  # noqa: E402
 from cxr_retrieval.locations import default_repository  # noqa: E402
-from cxr_retrieval.serving.precision import Precision  # noqa: E402
+from cxr_retrieval.serving.choices import Precision  # noqa: E402
 from cxr_retrieval.serving.repository import embedded_leaf, read_config  # noqa: E402
 from tests_support import run_cxr  # noqa: E402
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import InferenceError, SetupError, UnusableOutputError
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import Precision
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient

@@ -12,15 +12,18 @@ import typer
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import talk
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.settings import DEFAULT_STORE
 
 
 def serve(
     repository: options.Repository = None,
     precision: Annotated[
-        Precision, typer.Option(help="Arithmetic of the engines; bf16 wants a CPU with AVX-512 BF16 or AMX.")
-    ] = Precision.fp32,
+        Precision, typer.Option(help="Arithmetic of the engines; auto: the fastest that this CPU has and that passed its parity gates.")
+    ] = Precision.auto,
+    segmentation: Annotated[
+        Segmentation, typer.Option(help="The five published networks, or the small one that learnt from them, with a gallery of its own.")
+    ] = Segmentation.ensemble,
     store: Annotated[Path, typer.Option(help="Gallery to serve: a Milvus Lite folder ending in .db.")] = DEFAULT_STORE,
     no_store: Annotated[bool, typer.Option("--no-store", help="Serve no gallery; clients use another Milvus.")] = False,
     host: Annotated[
@@ -35,15 +38,21 @@ def serve(
 ) -> None:
     """Run the embedded Triton and Milvus until Ctrl-C."""
     from cxr_retrieval.locations import default_repository
+    from cxr_retrieval.serving.choices import cpu_flags, doubts
     from cxr_retrieval.serving.repository import model_version
     from cxr_retrieval.serving.server import ServerOptions, embedded_milvus, embedded_triton
 
     console = talk()
     models = repository or default_repository()
-    settings = ServerOptions(models, precision, host, grpc_port, http_port, metrics_port, threads, ready_timeout)
+    settings = ServerOptions(models, precision, segmentation, host, grpc_port, http_port, metrics_port, threads, ready_timeout)
+    chosen = settings.chosen_precision
     try:
         with ExitStack() as stack:
-            console.print(f"loading  model version {model_version(models)}, {precision.value}")
+            console.print(
+                f"loading  model version {model_version(models, segmentation)}, {chosen.value}, segmentation by {segmentation.value}"
+            )
+            if doubt := doubts(models, chosen, segmentation, cpu_flags()):
+                console.print(f"[yellow]warning[/yellow]  {doubt}", soft_wrap=True)
             triton = stack.enter_context(embedded_triton(settings))  # first: it forks, and Milvus Lite brings threads
             console.print(f"triton   grpc {triton.grpc}   http {triton.http}   metrics {triton.metrics}/metrics", soft_wrap=True)
             if not no_store:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, MODEL_VERSION_PARAMETER
+from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER, STUDENT_VERSION_PARAMETER
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import Precision, Segmentation
 
 _pb: Any = model_config_pb2  # generated code without type information
 ModelConfig = Any
 """Triton's `inference.ModelConfig` protobuf."""
 
+_INSTANCES: Final = {LUNG_SEGMENTATION: 2}
+"""Of the engines that have more than one."""
 _BACKEND_MODEL = Path(__file__).with_name("openvino_model.py")
 
 
@@ -42,43 +44,89 @@ def read_config(model: Path) -> ModelConfig:
         raise SetupError(f"{path}: not a Triton ModelConfig", got=str(error), next_step="correct that line") from error
 
 
-def model_version(repository: Path) -> str:
-    """The version of the weights that the ensemble announces."""
-    return read_config(repository / ENSEMBLE).parameters[MODEL_VERSION_PARAMETER].string_value
+def write_config(model: Path, config: ModelConfig) -> None:
+    """Writes `<model>/config.pbtxt`, beside an empty version folder if there is none yet."""
+    (model / "1").mkdir(parents=True, exist_ok=True)
+    (model / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")
 
 
-def derive_embedded(repository: Path, target: Path, precision: Precision, threads: int) -> None:
+def model_version(repository: Path, segmentation: Segmentation = Segmentation.ensemble) -> str:
+    """The version of the weights that the ensemble announces when it finds the lungs in this way."""
+    return announce(read_config(repository / ENSEMBLE), segmentation).parameters[MODEL_VERSION_PARAMETER].string_value
+
+
+def announce(ensemble: ModelConfig, segmentation: Segmentation) -> ModelConfig:
+    """The ensemble's configuration with the version of just what is served, so that galleries of two segmentations are never mixed."""
+    config = _pb.ModelConfig()
+    config.CopyFrom(ensemble)
+    if STUDENT_VERSION_PARAMETER in config.parameters:
+        if segmentation is Segmentation.student:
+            config.parameters[MODEL_VERSION_PARAMETER].string_value = config.parameters[STUDENT_VERSION_PARAMETER].string_value
+        del config.parameters[STUDENT_VERSION_PARAMETER]
+    return config
+
+
+def graph_file(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool = False) -> Path:
+    """The ONNX graph of one leaf.
+
+    Raises:
+        SetupError: It is not there.
+    """
+    path = _graph_path(repository, leaf, segmentation, int8=int8)
+    if path.is_file():
+        return path.resolve()
+    command = "cxr build int8" if int8 else "cxr build onnx"
+    raise SetupError(f"{leaf}: no weights", expected=str(path), next_step=f"check out the weights, or run `{command}`")
+
+
+def has_graph(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool = False) -> bool:
+    """Whether `graph_file` finds one."""
+    return _graph_path(repository, leaf, segmentation, int8=int8).is_file()
+
+
+def _graph_path(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool) -> Path:
+    stem = "student" if leaf == LUNG_SEGMENTATION and segmentation is Segmentation.student else "model"
+    return repository / leaf / "1" / f"{stem}{'.int8' if int8 else ''}.onnx"
+
+
+def derive_embedded(repository: Path, target: Path, precision: Precision, segmentation: Segmentation, threads: int) -> None:
     """Writes the four embedded models under `target`; the ONNX files are linked, not copied.
 
     Args:
-        threads: CPU threads for each engine.
+        precision: Of the segmentation networks, nine tenths of the work. The embedder computes in fp32 whatever it is: its whitened
+            axes magnify what bf16 loses (docs/performance.md).
+        threads: CPU threads of each engine.
 
     Raises:
         SetupError: A configuration or an ONNX file is missing.
     """
     for name in LEAF_MODELS:
-        onnx = repository / name / "1" / "model.onnx"
-        if not onnx.is_file():
-            raise SetupError(f"{name}: no weights", expected=str(onnx), next_step="check out the weights, or run `cxr build onnx`")
-        _write(target / name, embedded_leaf(read_config(repository / name), onnx.resolve(), precision, threads))
+        lowered = precision if name == LUNG_SEGMENTATION else Precision.fp32
+        onnx = graph_file(repository, name, segmentation, int8=lowered is Precision.int8)
+        write_config(target / name, embedded_leaf(read_config(repository / name), onnx, lowered, threads))
         shutil.copyfile(_BACKEND_MODEL, target / name / "1" / "model.py")
-    _write(target / ENSEMBLE, read_config(repository / ENSEMBLE))
+    ensemble = announce(read_config(repository / ENSEMBLE), segmentation)
+    ensemble.ensemble_scheduling.ClearField("max_inflight_requests")  # the embedded Triton 2.51 does not know it
+    write_config(target / ENSEMBLE, ensemble)
 
 
 def embedded_leaf(production: ModelConfig, onnx: Path, precision: Precision, threads: int) -> ModelConfig:
-    """The embedded form of one leaf: same tensors, batching and warm-up; other backend, CPU instance, OpenVINO settings."""
+    """The embedded form of one leaf: same tensors and warm-up; other backend, CPU instance, OpenVINO settings.
+
+    Whatever waits is handed over at once: on a CPU an image costs the same alone and in a batch, so waiting for more gains nothing.
+    Of two instances of the segmentation, most of the work, one is still busy when the other has dealt out the last image of its batch,
+    so no core falls idle in between.
+    """
     config = _pb.ModelConfig()
     config.CopyFrom(production)
     config.platform = ""
     config.backend = "python"
     config.default_model_filename = "model.py"
+    config.dynamic_batching.Clear()
+    config.dynamic_batching.SetInParent()
     del config.instance_group[:]
-    config.instance_group.add(count=1, kind=_pb.ModelInstanceGroup.KIND_CPU)
-    for key, value in {"onnx": str(onnx), "precision": precision.value, "threads": str(threads)}.items():
+    config.instance_group.add(count=_INSTANCES.get(production.name, 1), kind=_pb.ModelInstanceGroup.KIND_CPU)
+    hint = "bf16" if precision is Precision.bf16 else "f32"
+    for key, value in {"onnx": str(onnx), "inference_precision": hint, "threads": str(threads)}.items():
         config.parameters[key].string_value = value
     return config
-
-
-def _write(model: Path, config: ModelConfig) -> None:
-    (model / "1").mkdir(parents=True)
-    (model / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")

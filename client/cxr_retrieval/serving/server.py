@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.precision import Precision
+from cxr_retrieval.serving.choices import Precision, Segmentation, resolve
 from cxr_retrieval.serving.repository import derive_embedded
 
 _SHM: Final = Path("/dev/shm")  # noqa: S108 (where Linux shows POSIX shared memory)
@@ -38,13 +38,19 @@ class ServerOptions:
     """Where and how the embedded Triton runs. A port of 0 means any free one."""
 
     repository: Path
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
+    segmentation: Segmentation = Segmentation.ensemble
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8000
     metrics_port: int = 8002
     threads: int = 0
     ready_timeout_s: float = 120.0
+
+    @property
+    def chosen_precision(self) -> Precision:
+        """The precision itself: `auto` resolved for this CPU and these weights."""
+        return resolve(self.repository, self.precision, self.segmentation)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-serve-")))
         prefix = f"cxr_{uuid.uuid4().hex[:12]}_"
         stack.callback(_remove_shared_memory, prefix)
-        derive_embedded(options.repository, work / "models", options.precision, options.threads or os.cpu_count() or 1)
+        threads = options.threads or len(os.sched_getaffinity(0))
+        derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
         binary, environment = _install_backend(work)
         log = stack.enter_context((work / "triton.log").open("wb"))
         process = subprocess.Popen(

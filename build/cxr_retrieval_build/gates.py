@@ -1,0 +1,312 @@
+"""Parity gates: how far a runtime and precision may take the answers from PyTorch in fp32, on real validation images.
+
+Measured end to end, as a query is answered: the mask, the embedding made of what that mask leaves, the ten nearest of the train split and
+the vote. Only the queries change; the gallery stays as fp32 embedded it, so a passed gate also says that a gallery need not be embedded
+again when the precision changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino as ov
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from torch import nn
+
+from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_SEGMENTATION, LUNGS
+from cxr_retrieval.errors import SetupError
+from cxr_retrieval.manifest import Manifest
+from cxr_retrieval.progress import track
+from cxr_retrieval.serving.choices import PARITY_REPORT, Precision, Segmentation
+from cxr_retrieval.serving.repository import graph_file, has_graph
+from cxr_retrieval.voting import DEFAULT_K, weighted_vote
+from cxr_retrieval_build.lower_precision import to_fp16, to_int8
+from cxr_retrieval_training.datasets import load_images
+from cxr_retrieval_training.lungs import find_lungs, load_segmenter
+from cxr_retrieval_training.train_embedder import load_embedder
+
+Images = NDArray[np.uint8]
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """LUNG_MASK `[n, 1, 256, 256]` and EMBEDDING `[n, 64]` of the same images."""
+
+    masks: Images
+    embeddings: Vectors
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Embeddings `[m, 64]` with their labels."""
+
+    embeddings: Vectors
+    labels: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What was exported: the networks that find the lungs (five, or the student), and the embedder."""
+
+    segmentation: Segmentation
+    segmenter: Path
+    embedder: Path
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least that passes, or the most where `at_most`."""
+
+    value: float
+    at_most: bool = False
+
+    def passes(self, value: float) -> bool:
+        """Whether a measured value does."""
+        return value <= self.value if self.at_most else value >= self.value
+
+
+_LIMITS: Final = {
+    "mask_dice": Limit(0.995),
+    "embedding_cosine_p1": Limit(0.999),
+    "top10_overlap": Limit(0.98),
+    "vote_accuracy_change_points": Limit(0.3, at_most=True),
+}
+_INT8_LIMITS: Final = {
+    "mask_dice": Limit(0.99),
+    "embedding_cosine_p1": Limit(0.99),
+    "top10_overlap": Limit(0.95),
+    "vote_accuracy_change_points": Limit(1.0, at_most=True),
+}
+
+
+def limits(precision: str) -> dict[str, Limit]:
+    """Name of a figure → its limit."""
+    return _INT8_LIMITS if precision == "int8" else _LIMITS
+
+
+def measure_gate(reference: Answers, got: Answers, gallery: Gallery, labels: Sequence[str], precision: str) -> dict[str, Any]:
+    """The four figures of one precision, each with its limit and whether it passes.
+
+    Mean Dice coefficient of the masks; 1st percentile of the embeddings' cosine similarity; mean share of the reference's ten nearest that
+    are found; change of the vote's accuracy in points. Anything not finite passes nothing.
+    """
+    cosine = (reference.embeddings * got.embeddings).sum(axis=1)
+    nearest = [_nearest(answers.embeddings, gallery) for answers in (reference, got)]
+    overlap = [len(set(a) & set(b)) / DEFAULT_K for (a, _), (b, _) in zip(*nearest, strict=True)]
+    right = [
+        np.mean(
+            [
+                weighted_vote([(gallery.labels[i], s) for i, s in zip(*one, strict=True)]).label == label
+                for one, label in zip(each, labels, strict=True)
+            ]
+        )
+        for each in nearest
+    ]
+    values = {
+        "mask_dice": float(np.mean(_dice(reference.masks > 0, got.masks > 0))),
+        "embedding_cosine_p1": float(np.percentile(cosine, 1)),
+        "top10_overlap": float(np.mean(overlap)),
+        "vote_accuracy_change_points": float(100 * abs(right[1] - right[0])),
+    }
+    figures = {
+        name: {
+            "value": round(values[name], 5),
+            "limit": limit.value,
+            "passed": bool(np.isfinite(values[name]) and limit.passes(values[name])),
+        }
+        for name, limit in limits(precision).items()
+    }
+    return {"n": len(labels), "figures": figures, "passed": all(one["passed"] for one in figures.values())}
+
+
+def record(repository: Path, gates: Sequence[dict[str, Any]]) -> None:
+    """Puts the gates into `parity.json`, in the place of earlier ones of the same runtime, precision and segmentation."""
+    path = repository / PARITY_REPORT
+    report = json.loads(path.read_text("utf-8"))
+
+    def key(gate: dict[str, Any]) -> tuple[str, ...]:
+        return gate["segmentation"], gate["runtime"], gate["precision"]
+
+    kept = {key(gate): gate for gate in [*report.get("gates", []), *gates]}
+    report["gates"] = [kept[name] for name in sorted(kept)]
+    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def require_passed(gates: Sequence[dict[str, Any]]) -> None:
+    """Fails for a gate that was missed.
+
+    Raises:
+        SetupError: Which, by how much.
+    """
+    missed = [
+        f"{gate['segmentation']} in {gate['runtime']} {gate['precision']}: {name} {one['value']:g} (limit {one['limit']:g})"
+        for gate in gates
+        for name, one in gate["figures"].items()
+        if not one["passed"]
+    ]
+    if missed:
+        raise SetupError("a parity gate was missed", got="; ".join(missed), next_step="do not ship this precision with these weights")
+
+
+class Measure:
+    """What all gates of one set of weights share: the val images, PyTorch's answers to them, and the gallery of the train split."""
+
+    def __init__(self, repository: Path, manifest: Manifest, checkpoints: Checkpoints) -> None:
+        val, train = manifest.require(split="val"), manifest.require(split="train")
+        self.repository, self.segmentation = repository, checkpoints.segmentation
+        self.images = load_images(val, f"{len(val)} val images")
+        self.labels = [row.label for row in val]
+        lungs = find_lungs(checkpoints.segmenter, train, "train", torch.device("cpu"))
+        self.gallery = Gallery(embed(repository, lungs), [row.label for row in train])
+        segmenter, embedder = load_segmenter(checkpoints.segmenter), load_embedder(checkpoints.embedder, torch.device("cpu")).eval()
+        self.reference = pytorch_answers(segmenter, embedder, self.images)
+
+    def gate(self, runtime: str, precision: str, answers: Answers) -> dict[str, Any]:
+        """The entry of `parity.json`."""
+        about = {"segmentation": self.segmentation.value, "runtime": runtime, "precision": precision}
+        return {**about, **measure_gate(self.reference, answers, self.gallery, self.labels, precision)}
+
+
+def measure_gates(repository: Path, manifest: Manifest, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    """All runtimes and precisions that there are graphs for."""
+    measure = Measure(repository, manifest, checkpoints)
+    precisions = [Precision.fp32, Precision.bf16]
+    if has_graph(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=True):
+        precisions.append(Precision.int8)
+    gates = [
+        measure.gate("OpenVINO", precision.value, openvino_answers(repository, precision, checkpoints.segmentation, measure.images))
+        for precision in precisions
+    ]
+    return gates + [
+        measure.gate("ONNX Runtime", name, onnx_runtime_answers(repository, name, checkpoints.segmentation, measure.images))
+        for name in ("fp32", "fp16")
+    ]
+
+
+def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, images: int) -> dict[str, Any]:
+    """Quantises the segmentation graph on radiographs of the train split drawn at random, and keeps it if it passes its gate.
+
+    Returns:
+        The gate, also recorded in `parity.json`.
+
+    Raises:
+        SetupError: The gate was missed; the repository is then as before but for the record.
+    """
+    train = manifest.require(split="train")
+    drawn = [train[i] for i in np.random.default_rng(0).permutation(len(train))[:images]]
+    calibration = load_images(drawn, f"{len(drawn)} images to calibrate on")
+    source = graph_file(repository, LUNG_SEGMENTATION, checkpoints.segmentation)
+    target = source.with_name(f"{source.stem}.int8.onnx")
+    fresh = target.with_name(f".{target.name}")
+    measure = Measure(repository, manifest, checkpoints)
+    try:
+        onnx.save(to_int8(onnx.load(source), {IMAGE.name: calibration}), fresh)
+        found = run_openvino(fresh, "f32", {IMAGE.name: measure.images}, [LUNG_MASK.name, LUNGS.name], "OpenVINO int8")
+        answers = Answers(found[LUNG_MASK.name], embed(repository, found[LUNGS.name]))
+        gate = measure.gate("OpenVINO", "int8", answers)
+        record(repository, [gate])
+        require_passed([gate])
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return gate
+
+
+def table(gates: Sequence[dict[str, Any]]) -> Table:
+    """Figures beside their limits, for people."""
+    shown = Table("segmentation", "runtime", "precision", *(name.replace("_", " ") for name in _LIMITS), "")
+    for gate in gates:
+        figures = [f"{gate['figures'][name]['value']:.4f} ({gate['figures'][name]['limit']:g})" for name in _LIMITS]
+        verdict = "[green]passed[/green]" if gate["passed"] else "[yellow]missed[/yellow]"
+        shown.add_row(gate["segmentation"], gate["runtime"], gate["precision"], *figures, verdict)
+    return shown
+
+
+@torch.inference_mode()
+def pytorch_answers(segmenter: nn.Module, embedder: nn.Module, images: Images) -> Answers:
+    """The reference: fp32, one image at a time."""
+    masks, embeddings = np.empty_like(images), []
+    for i in track(range(len(images)), "PyTorch fp32"):
+        mask, lungs, _ = segmenter(torch.from_numpy(images[i : i + 1]))
+        masks[i] = mask[0].numpy()
+        embeddings.append(embedder(lungs)[0][0].numpy())
+    return Answers(masks, np.stack(embeddings))
+
+
+def openvino_answers(repository: Path, precision: Precision, segmentation: Segmentation, images: Images) -> Answers:
+    """As `cxr serve` computes it: segmentation in the precision, the embedder in fp32."""
+    int8 = precision is Precision.int8
+    found = run_openvino(
+        graph_file(repository, LUNG_SEGMENTATION, segmentation, int8=int8),
+        "bf16" if precision is Precision.bf16 else "f32",
+        {IMAGE.name: images},
+        [LUNG_MASK.name, LUNGS.name],
+        f"OpenVINO {precision.value}",
+    )
+    return Answers(found[LUNG_MASK.name], embed(repository, found[LUNGS.name]))
+
+
+def embed(repository: Path, lungs: Images) -> Vectors:
+    """EMBEDDING of LUNGS by the served embedder."""
+    path = graph_file(repository, EMBEDDER, Segmentation.ensemble)
+    return run_openvino(path, "f32", {LUNGS.name: lungs}, [EMBEDDING.name], "embedding")[EMBEDDING.name]
+
+
+def onnx_runtime_answers(repository: Path, precision: str, segmentation: Segmentation, images: Images) -> Answers:
+    """The graphs that TensorRT builds from, in fp32 or fp16, executed by ONNX Runtime on the CPU.
+
+    Says what the graph's own rounding does, not what TensorRT makes of it.
+    """
+    lower: Callable[[onnx.ModelProto], onnx.ModelProto] = to_fp16 if precision == "fp16" else lambda graph: graph
+    segment, embedder = (
+        onnxruntime.InferenceSession(lower(onnx.load(graph_file(repository, leaf, segmentation))).SerializeToString())
+        for leaf in (LUNG_SEGMENTATION, EMBEDDER)
+    )
+    masks, embeddings = np.empty_like(images), []
+    for i in track(range(len(images)), f"ONNX Runtime {precision}"):
+        found: Any = segment.run([LUNG_MASK.name, LUNGS.name], {IMAGE.name: images[i : i + 1]})
+        masks[i] = found[0][0]
+        vector: Any = embedder.run([EMBEDDING.name], {LUNGS.name: found[1]})
+        embeddings.append(vector[0][0])
+    return Answers(masks, np.stack(embeddings))
+
+
+def run_openvino(path: Path, hint: str, inputs: dict[str, Images], outputs: list[str], what: str) -> dict[str, Any]:
+    """One graph over many images, one image to a thread."""
+    core = ov.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "THROUGHPUT"})
+    queue: Any = ov.AsyncInferQueue(compiled)
+    count = len(next(iter(inputs.values())))
+    results: list[Any] = [None] * count
+
+    def keep(request: Any, i: int) -> None:
+        results[i] = [np.array(request.get_tensor(name).data[0]) for name in outputs]
+
+    queue.set_callback(keep)
+    for i in track(range(count), what):
+        queue.start_async({name: values[i : i + 1] for name, values in inputs.items()}, i)
+    queue.wait_all()
+    return {name: np.stack([result[j] for result in results]) for j, name in enumerate(outputs)}
+
+
+def _nearest(embeddings: Vectors, gallery: Gallery) -> list[tuple[list[int], list[float]]]:
+    similarity = embeddings @ gallery.embeddings.T
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :DEFAULT_K]
+    return [(one.tolist(), row[one].tolist()) for one, row in zip(order, similarity, strict=True)]
+
+
+def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
+    both = (a & b).sum(axis=(1, 2, 3))
+    return np.where(
+        a.sum(axis=(1, 2, 3)) + b.sum(axis=(1, 2, 3)) == 0, 1.0, 2 * both / np.maximum(a.sum(axis=(1, 2, 3)) + b.sum(axis=(1, 2, 3)), 1)
+    )

@@ -1,0 +1,88 @@
+"""What an embedded server lets its user choose (apart, so that `--help` need not load a protobuf runtime)."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+PARITY_REPORT: Final = "parity.json"
+"""In the model repository: how far each precision is from PyTorch, and which ones passed their gates (`cxr build parity`)."""
+
+_NEEDS: Final = {"int8": {"avx512_vnni", "avx_vnni", "amx_int8"}, "bf16": {"avx512_bf16", "amx_bf16"}}
+
+
+class Precision(str, Enum):
+    """Arithmetic of the embedded engines."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+class EnginePrecision(str, Enum):
+    """Arithmetic of the convolutions in a TensorRT engine; all else is fp32."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+class Segmentation(str, Enum):
+    """Which networks find the lungs: the five published ones, or one small network that has learnt from them."""
+
+    ensemble = "ensemble"
+    student = "student"
+
+
+def cpu_flags() -> frozenset[str]:
+    """Features of this CPU as Linux names them; none where it does not tell."""
+    try:
+        found = re.search(r"^flags\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return frozenset()
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def supported(precision: Precision, flags: frozenset[str]) -> bool:
+    """Whether the CPU multiplies in this precision; elsewhere it would be emulated, and slow."""
+    return precision is Precision.fp32 or bool(_NEEDS.get(precision.value, set()) & flags)
+
+
+def gate(repository: Path, precision: Precision, segmentation: Segmentation) -> dict[str, Any] | None:
+    """The gate of this precision in OpenVINO as `cxr build parity` measured it for the weights at hand; None where it was not."""
+    try:
+        report = json.loads((repository / PARITY_REPORT).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = {"runtime": "OpenVINO", "precision": precision.value, "segmentation": segmentation.value}
+    return next((dict(one) for one in report.get("gates", []) if all(one.get(key) == value for key, value in wanted.items())), None)
+
+
+def resolve(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str] | None = None) -> Precision:
+    """The precision itself. `auto`: the fastest that the CPU (or `flags`) has and that passed its gates with these weights, else fp32."""
+    if precision is not Precision.auto:
+        return precision
+    for fast in (Precision.int8, Precision.bf16):
+        measured = gate(repository, fast, segmentation)
+        if supported(fast, cpu_flags() if flags is None else flags) and measured is not None and measured["passed"]:
+            return fast
+    return Precision.fp32
+
+
+def doubts(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str]) -> str:
+    """What speaks against a precision that was asked for; empty where nothing does."""
+    if not supported(precision, flags):
+        return f"this CPU has no {precision.value} arithmetic; it is emulated, and slower than fp32"
+    measured = gate(repository, precision, segmentation)
+    if measured is None:
+        return "" if precision is Precision.fp32 else f"{precision.value} was not measured with these weights (`cxr build parity`)"
+    if measured["passed"]:
+        return ""
+    missed = ", ".join(
+        f"{name} {one['value']:.4f} (limit {one['limit']:g})" for name, one in measured["figures"].items() if not one["passed"]
+    )
+    return f"{precision.value} missed its parity gate with these weights: {missed}. Neighbours may differ from those that fp32 finds"

@@ -1,0 +1,160 @@
+"""Engines built for real with TensorRT-RTX, without a GPU, and inspected; none is executed here, and no test pretends so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from rich.console import Console
+
+from cxr_retrieval.contract import LEAVES
+from cxr_retrieval.errors import SetupError
+from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
+from cxr_retrieval.serving.repository import model_version, read_config
+from cxr_retrieval_build import tensorrt_engine
+from cxr_retrieval_build.tensorrt_engine import (
+    PLAN,
+    STAMP,
+    batch_range,
+    build_engines,
+    find_tensorrt,
+    gpu_compute_capability,
+    require_fitting,
+)
+
+QUIET = Console(quiet=True)
+
+
+def build(repository: Path, out: Path, precision: EnginePrecision = EnginePrecision.fp16) -> dict[str, Any]:
+    return build_engines(repository, out, precision, Segmentation.ensemble, find_tensorrt(), QUIET)
+
+
+@pytest.fixture(scope="module")
+def engines(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines")
+    build(repository, out)
+    return out
+
+
+def test_every_leaf_has_an_engine_of_this_tensorrt(engines: Path) -> None:
+    """The plan's own header: magic, a size that is the file's, and the version of TensorRT-RTX."""
+    for leaf in LEAVES:
+        plan = (engines / leaf.name / "1" / PLAN).read_bytes()
+        assert plan[:4] == b"vtrt"
+        assert int.from_bytes(plan[16:24], "little") == len(plan)
+        assert ".".join(map(str, plan[24:28])) == find_tensorrt().api.__version__
+
+
+def test_report_tells_what_was_built(engines: Path, repository: Path) -> None:
+    report = json.loads((engines / "engines.json").read_text())
+    assert report["tensorrt"] == find_tensorrt().name
+    assert (report["compute_capability"], report["precision"]) == ("any", "fp16")
+    for leaf in LEAVES:
+        engine = report["engines"][leaf.name]
+        types = {"UINT8": "UINT8", "FP32": "FLOAT"}
+        expected = {spec.name: f"{types[spec.dtype]} {[-1, *spec.shape]}" for spec in (*leaf.inputs, *leaf.outputs)}
+        assert engine["tensors"] == expected
+        assert engine["plan_bytes"] == (engines / leaf.name / "1" / PLAN).stat().st_size
+        assert engine["batch"]["max"] == read_config(repository / leaf.name).max_batch_size
+
+
+def test_it_is_a_repository_as_triton_serves_it(engines: Path, repository: Path) -> None:
+    assert model_version(engines) == model_version(repository)
+    for leaf in LEAVES:
+        config = read_config(engines / leaf.name)
+        assert (config.platform, config.default_model_filename) == ("tensorrt_plan", PLAN)
+        assert config == read_config(repository / leaf.name)
+
+
+def test_fp16_engines_are_smaller_than_fp32_ones(engines: Path, repository: Path, tmp_path: Path) -> None:
+    report = build(repository, tmp_path, EnginePrecision.fp32)
+    half = json.loads((engines / "engines.json").read_text())
+    assert half["engines"]["lung_segmentation"]["plan_bytes"] < 0.7 * report["engines"]["lung_segmentation"]["plan_bytes"]
+
+
+def test_engines_that_fit_are_kept_and_others_built_anew(engines: Path, repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    before = {leaf.name: (out / leaf.name / "1" / PLAN).stat().st_mtime_ns for leaf in LEAVES}
+    damaged = out / "attention_map" / "1" / PLAN
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    build(repository, out)
+    after = {leaf.name: (out / leaf.name / "1" / PLAN).stat().st_mtime_ns for leaf in LEAVES}
+    assert {name for name in before if before[name] != after[name]} == {"attention_map"}
+    require_fitting(out, find_tensorrt())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tensorrt": "tensorrt 10.0.0"},
+            r"another TensorRT; expected tensorrt_rtx .*; got tensorrt 10\.0\.0\. Next: run `cxr build engines`",
+        ),
+        ({"compute_capability": "8.6"}, "another GPU; expected any; got 8.6"),
+        ({"plan_sha256": "0"}, "is not the engine that"),
+    ],
+)
+def test_engines_of_another_tensorrt_or_gpu_are_refused(engines: Path, tmp_path: Path, change: dict[str, str], message: str) -> None:
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    stamp = out / "embedder" / "1" / STAMP
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | change))
+    with pytest.raises(SetupError, match=message):
+        require_fitting(out, find_tensorrt())
+
+
+def test_engines_without_a_stamp_are_refused(engines: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    (out / "lung_segmentation" / "1" / STAMP).unlink()
+    with pytest.raises(SetupError, match="lung_segmentation: no stamped engine"):
+        require_fitting(out, find_tensorrt())
+
+
+def test_int8_wants_its_graph(repository: Path, tmp_path: Path) -> None:
+    if (repository / "lung_segmentation" / "1" / "model.int8.onnx").is_file():
+        pytest.skip("the repository holds an int8 graph")
+    with pytest.raises(SetupError, match=r"lung_segmentation: no weights.*cxr build int8"):
+        build(repository, tmp_path, EnginePrecision.int8)
+
+
+def test_tensorrt_says_why_it_refuses_a_graph(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nonsense(model: onnx.ModelProto) -> onnx.ModelProto:
+        model.graph.node[-1].op_type = "NoSuchOperator"
+        return model
+
+    monkeypatch.setattr(tensorrt_engine, "to_fp16", nonsense)
+    with pytest.raises(SetupError, match=r"lung_segmentation: TensorRT refused the graph.*NoSuchOperator"):
+        build(repository, tmp_path)
+
+
+def test_batches_come_from_the_configuration(repository: Path) -> None:
+    assert batch_range(read_config(repository / "lung_segmentation")) == (1, 32, 64)
+    assert batch_range(read_config(repository / "attention_map")) == (1, 64, 64)
+
+
+def test_no_gpu_is_seen_where_none_is() -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    assert gpu_compute_capability() is None
+
+
+def test_container_engines_belong_to_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_engine, "gpu_compute_capability", lambda: "9.0")
+    assert replace(find_tensorrt(), flavour="tensorrt").compute_capability() == "9.0"
+    assert find_tensorrt().compute_capability() == "any"
+
+
+def test_missing_tensorrt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(tensorrt_engine.importlib, "import_module", absent)
+    with pytest.raises(SetupError, match="TensorRT is not installed"):
+        find_tensorrt()
