@@ -16,6 +16,7 @@ from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
 from cxr_retrieval.cli.info import info
 from cxr_retrieval.cli.ingest import ingest
+from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.query import query
 from cxr_retrieval.cli.serve import serve
 from cxr_retrieval.errors import CxrError
@@ -28,12 +29,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, ingest, query, evaluate, info):
+for command in (demo, serve, ingest, query, evaluate, loadtest, info):
     app.command()(command)
 
-_HAS_TORCH = importlib.util.find_spec("torch") is not None
-app.add_typer(train_app, name="train", hidden=not _HAS_TORCH)
-app.add_typer(build_app, name="build", hidden=not _HAS_TORCH)
+app.add_typer(train_app, name="train", hidden=importlib.util.find_spec("torch") is None)
+app.add_typer(build_app, name="build", hidden=importlib.util.find_spec("onnx") is None)
 
 
 def main() -> None:
