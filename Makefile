@@ -2,12 +2,12 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
-.PHONY: demo test lint bench clean prerequisites browser
+.PHONY: demo test lint bench clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
-test: .venv-dev/.installed browser ## every test
+test: .venv-dev/.installed browser compose ## every test
 	@CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest
 
 lint: .venv-dev/.installed      ## style and types
@@ -45,6 +45,9 @@ prerequisites:
 
 browser:
 	@command -v chromium > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=chromium
+
+compose:                        ## what checks compose.yaml: Docker's plugin if it is there, else Debian's docker-compose
+	@docker compose version > /dev/null 2>&1 || command -v docker-compose > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=docker-compose
 
 .PHONY: debian
 debian:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +29,10 @@ def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = Non
 def leftovers() -> set[str]:
     """Temporary folders and shared memory of embedded servers."""
     return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}
+
+
+def dashboard_metrics(prefix: str) -> set[str]:
+    """Names of the metrics with this prefix that the Grafana dashboard asks for."""
+    board = json.loads((Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "cxr-retrieval.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return {name for expression in expressions for name in re.findall(rf"{prefix}\w+", expression)}

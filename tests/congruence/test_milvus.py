@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from cxr_retrieval.errors import StoreError, UsageError
 from cxr_retrieval.manifest import Manifest, read_manifest
 from cxr_retrieval.settings import MilvusSettings
 from cxr_retrieval.store import ALIAS, Entry, Store, list_collections, make_entry
+from tests_support import dashboard_metrics
 
 pytestmark = pytest.mark.server
 
@@ -35,7 +38,7 @@ e,e.png,covid19,p5,south,val,50,F,N,91,ünïcödé,,
 
 
 @pytest.fixture(scope="module")
-def milvus_server() -> Iterator[str]:
+def milvus_process() -> Iterator[Any]:
     """A real Milvus 2.3.5 standalone (older than nullable fields)."""
     from milvus import MilvusServer
 
@@ -46,9 +49,14 @@ def milvus_server() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         server.listen_port = probe.getsockname()[1]
     server.start()
-    yield f"http://127.0.0.1:{server.listen_port}"
+    yield server
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def milvus_server(milvus_process: Any) -> str:
+    return f"http://127.0.0.1:{milvus_process.listen_port}"
 
 
 @pytest.fixture(params=["lite", "server"])
@@ -262,3 +270,17 @@ def test_lite_path_that_is_a_file(tmp_path: Path) -> None:
     path.write_text("not a gallery")
     with pytest.raises(StoreError, match="not a usable Milvus Lite folder"):
         Store(MilvusSettings(str(path)), "v", create=True)
+
+
+def test_dashboard_asks_milvus_for_what_it_exports(milvus_process: Any, milvus_server: str) -> None:
+    client = MilvusClient(milvus_server)
+    client.create_collection("watched", dimension=EMBEDDING_SIZE)
+    client.search("watched", [[0.1] * EMBEDDING_SIZE], limit=1)
+    client.drop_collection("watched")
+    client.close()
+    exported = urllib.request.urlopen(f"http://127.0.0.1:{milvus_process.webservice_port}/metrics", timeout=30).read().decode()
+    asked = {name.removesuffix("_bucket") for name in dashboard_metrics("milvus_")}
+    assert asked == {"milvus_proxy_sq_latency", "milvus_proxy_req_count"}
+    for name in asked:
+        assert f"# TYPE {name} " in exported, name
+    assert 'query_type="search"' in exported

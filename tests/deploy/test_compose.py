@@ -1,0 +1,93 @@
+"""What can be known of the production stack without a GPU and without its images: it is valid, pinned, and asks for what exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cxr_retrieval.contract import LEAF_MODELS
+from cxr_retrieval.serving.server import Endpoints
+from cxr_retrieval.triton import TritonClient
+from tests_support import dashboard_metrics
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "cxr-retrieval.json"
+
+
+def compose(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`docker compose` where it is installed, else the `docker-compose` of Debian 12."""
+    plugin = ["docker", "compose"]
+    has_plugin = shutil.which("docker") and subprocess.run([*plugin, "version"], capture_output=True, check=False).returncode == 0
+    command = [*(plugin if has_plugin else ["docker-compose"]), *arguments]
+    values = {key: value for key, value in os.environ.items() if not key.startswith(("CXR_", "GRAFANA_"))} | environment
+    return subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    result = compose("config", GRAFANA_PASSWORD="of-the-test")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_compose_file_is_valid_and_names_its_services() -> None:
+    result = compose("config", "--services", GRAFANA_PASSWORD="of-the-test")
+    assert result.returncode == 0, result.stderr
+    assert {"engines", "triton", "milvus", "prometheus", "grafana"} <= set(result.stdout.split())
+
+
+def test_grafana_has_no_default_password() -> None:
+    result = compose("config")
+    assert result.returncode != 0
+    assert "set GRAFANA_PASSWORD" in result.stderr
+
+
+def test_every_image_is_pinned_to_a_version(text: str) -> None:
+    images = re.findall(r"^\s+(?:image|TRITON): (\S+)$", text, re.MULTILINE)
+    assert len(images) >= 5
+    for image in images:
+        assert re.search(r":v?\d+\.\d+", image), image
+    major, minor = map(int, re.search(r"tritonserver:(\d+)\.(\d+)", text).groups())  # pyright: ignore[reportOptionalMemberAccess]
+    assert (major, minor) >= (26, 3)
+
+
+def test_nothing_is_published_beyond_this_machine() -> None:
+    source = (ROOT / "compose.yaml").read_text()
+    for ports in re.findall(r"ports: \[(.*)\]", source):
+        assert all(port.strip().startswith('"127.0.0.1:') for port in ports.split(","))
+
+
+def test_triton_loads_the_contracts_models_explicitly_from_a_read_only_folder(text: str) -> None:
+    assert "--model-control-mode=explicit" in text
+    for name in (*LEAF_MODELS, "cxr_retrieval"):
+        assert f"--load-model={name}" in text
+    source = (ROOT / "compose.yaml").read_text()
+    assert '"engines:/engines:ro"' in source
+    assert "cxr build engines /engines --check &&" in re.sub(r"\s+", " ", source)
+
+
+def test_dashboard_asks_triton_for_what_it_exports(server: Endpoints, triton: TritonClient, squares: Any) -> None:
+    """GPU figures apart: no GPU is here to be asked."""
+    triton.infer(squares[:1])
+    exported = urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10).read().decode()
+    asked = dashboard_metrics("nv_")
+    assert {"nv_inference_count", "nv_inference_exec_count", "nv_inference_queue_duration_us"} <= asked
+    for name in asked:
+        assert name.startswith("nv_gpu_") or f"# TYPE {name} " in exported, name
+
+
+def test_prometheus_and_grafana_find_each_other() -> None:
+    targets = (ROOT / "deploy" / "prometheus.yaml").read_text()
+    services = set(compose("config", "--services", GRAFANA_PASSWORD="x").stdout.split())
+    assert set(re.findall(r'targets: \["(\w+):', targets)) <= services
+    source = (ROOT / "deploy" / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text()
+    used = {panel["datasource"]["uid"] for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    assert used == set(re.findall(r"uid: (\w+)", source))
