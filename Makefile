@@ -15,8 +15,8 @@ lint: .venv-dev/.installed      ## style and types
 	@.venv-dev/bin/ruff format --check .
 	@.venv-dev/bin/basedpyright
 
-bench: .venv-dev/.installed     ## throughput through Triton as a ratio to the bare engines, in one run
-	@.venv-dev/bin/python tests/benchmark/throughput.py
+bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
+	@.venv-dev/bin/python tests/benchmark/bench.py
 
 clean:                          ## remove environments and everything made by demo and tests
 	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis

@@ -95,9 +95,27 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
         )
     if program is None:
         raise SetupError(f"{leaf.name}: PyTorch exported nothing", next_step="check the installed torch and onnxscript")
-    model = store_weights_as_fp16(program.model_proto)
+    model = store_weights_as_fp16(without_traces(program.model_proto))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Takes away the exporter's notes on where in the source each node comes from: paths and line numbers of one machine, which would
+    make another file, and another model version, of the same network.
+    """
+    for part in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return model
 
 
 def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -98,6 +98,14 @@ def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Pat
         assert all(tensor.data_type != onnx.TensorProto.FLOAT for tensor in large)
 
 
+def test_graphs_tell_nothing_of_the_machine_they_were_made_on(released: Path, repository: Path) -> None:
+    for graph in GRAPHS:
+        for path in (released / graph.file, repository / graph.file):
+            data = path.read_bytes()
+            assert b"site-packages" not in data
+            assert b"/cxr_retrieval_training/" not in data
+
+
 def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path, Path]) -> None:
     """The whole chain: PyTorch originals against the ensemble in Triton."""
     images = parity_inputs(per_class=1)

@@ -74,12 +74,14 @@ def resolve(repository: Path, precision: Precision, segmentation: Segmentation, 
 
 
 def doubts(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str]) -> str:
-    """What speaks against a precision that was asked for; empty where nothing does."""
+    """What speaks against a precision that was asked for; empty where nothing does, and for fp32, there being nothing more exact."""
+    if precision is Precision.fp32:
+        return ""
     if not supported(precision, flags):
         return f"this CPU has no {precision.value} arithmetic; it is emulated, and slower than fp32"
     measured = gate(repository, precision, segmentation)
     if measured is None:
-        return "" if precision is Precision.fp32 else f"{precision.value} was not measured with these weights (`cxr build parity`)"
+        return f"{precision.value} was not measured with these weights (`cxr build parity`)"
     if measured["passed"]:
         return ""
     missed = ", ".join(

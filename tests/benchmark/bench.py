@@ -1,0 +1,372 @@
+"""`make bench`: everything that is said about speed, measured in one run on one machine, as ratios.
+
+Rounds alternate between what is compared, so that all see the same machine; medians are kept. The service is measured through gRPC as
+users reach it. Writes docs/performance.json and docs/performance.png; the words around them are in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
+from retrieval import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
+from rich.console import Console
+from rich.table import Table
+
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, EMBEDDING, LUNG_SEGMENTATION
+from cxr_retrieval.image import letterbox
+from cxr_retrieval.locations import default_repository
+from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
+from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
+from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
+from cxr_retrieval.serving.server import ServerOptions, embedded_triton
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.store import Store
+from cxr_retrieval.triton import TritonClient
+
+ROUNDS: Final = 3
+ROUND_S: Final = 6.0
+"""About how long one measurement of throughput lasts."""
+IN_FLIGHT: Final = 8
+PEER_GALLERY: Final = 5000
+LITE_SIZES: Final = (1_000, 10_000, 100_000)
+SERVER_SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
+DOCS: Final = Path(__file__).parents[2] / "docs"
+HALF_BUSY: Final = """
+import time
+while True:
+    until = time.perf_counter() + 0.05
+    while time.perf_counter() < until: pass
+    time.sleep(0.05)
+"""
+
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic."""
+    parts: dict[str, Callable[[], Any]] = {"services": services, "peer": peer, "retrieval": retrieval, "arithmetic": arithmetic}
+    chosen = sys.argv[1:] or list(parts)
+    report_file = DOCS / "performance.json"
+    report: dict[str, Any] = json.loads(report_file.read_text()) if report_file.is_file() and sys.argv[1:] else {}
+    report["machine"] = machine()
+    for name in chosen:
+        started = time.monotonic()
+        report[name] = parts[name]()
+        report.setdefault("seconds", {})[name] = round(time.monotonic() - started)
+    report_file.write_text(json.dumps(report, indent=2) + "\n")
+    show(report)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": CORES,
+        "features": sorted(cpu_flags() & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}),
+        "model_version": model_version(default_repository()),
+    }
+
+
+def pictures() -> Images:
+    """Phantoms `[9, 1, 256, 256]`."""
+    return np.stack([letterbox(make_phantom(seed, label).pixels)[0] for label in PHANTOM_LABELS for seed in range(3)])[:, None]
+
+
+def variants() -> list[tuple[Precision, Segmentation]]:
+    """What can be served here: each segmentation in each precision that this CPU multiplies in and that has a graph."""
+    return [
+        (precision, segmentation)
+        for segmentation in Segmentation
+        for precision in (Precision.fp32, Precision.bf16, Precision.int8)
+        if supported(precision, cpu_flags())
+        and has_graph(default_repository(), LUNG_SEGMENTATION, segmentation, int8=precision is Precision.int8)
+    ]
+
+
+def services() -> list[dict[str, Any]]:
+    """Each variant: the bare engines beside the service, on an idle machine and with one core half busy."""
+    return [_service(precision, segmentation) for precision, segmentation in variants()]
+
+
+def _service(precision: Precision, segmentation: Segmentation) -> dict[str, Any]:
+    images = pictures()
+    bare = BareEngines(precision, segmentation)
+    with serving(precision, segmentation) as (client, process), ThreadPoolExecutor(IN_FLIGHT) as pool:
+
+        def ask(batch: Images) -> None:
+            client.infer(batch, (EMBEDDING, ATTENTION_MAP))
+
+        def served(size: int, count: int) -> float:
+            requests = [images[i % 2 : i % 2 + size] for i in range(max(1, count // size))]
+            started = time.perf_counter()
+            list(pool.map(ask, requests))
+            return size * len(requests) / (time.perf_counter() - started)
+
+        for _ in range(2):
+            bare.one(images[:1])
+            ask(images[:1])
+            ask(images[:8])
+        count = 8 * max(3, round(ROUND_S * bare.rate(images, 8) / 8))
+        row: dict[str, Any] = {"precision": precision.value, "segmentation": segmentation.value}
+        for state in ("idle", "half_busy"):
+            with busy(state == "half_busy"):
+                row[state] = alternating(
+                    {
+                        "bare": lambda: bare.rate(images, count),
+                        "served_batches_of_8": lambda: served(8, count),
+                        "served_single_images": lambda: served(1, count),
+                        "bare_latency_ms": lambda: latency(lambda: bare.one(images[:1])),
+                        "latency_ms": lambda: latency(lambda: ask(images[:1])),
+                    }
+                )
+        row["memory_mb"] = resident_mb(process)
+    console.print(f"{segmentation.value} {precision.value}: {row['idle']}")
+    return row
+
+
+def alternating(measures: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Medians over rounds in which each measure has its turn."""
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(ROUNDS):
+        for name, measure in measures.items():
+            values[name].append(measure())
+    return {name: round(statistics.median(found), 3) for name, found in values.items()}
+
+
+def latency(call: Callable[[], None], times: int = 7) -> float:
+    """Median of a call's duration, ms."""
+    durations = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        durations.append(1000 * (time.perf_counter() - started))
+    return statistics.median(durations)
+
+
+@contextmanager
+def busy(wanted: bool) -> Generator[None]:
+    """Another process that computes half of the time, where wanted."""
+    process = subprocess.Popen([sys.executable, "-c", HALF_BUSY]) if wanted else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def serving(precision: Precision, segmentation: Segmentation) -> Generator[tuple[TritonClient, int]]:
+    """The embedded server on free ports: its client and process number."""
+    options = ServerOptions(default_repository(), precision, segmentation, grpc_port=0, http_port=0, metrics_port=0)
+    with embedded_triton(options) as server, TritonClient(TritonSettings(server.grpc)) as client:
+        yield client, server.process.pid
+
+
+def peer() -> dict[str, Any]:
+    """Whole queries per second, single images, some in flight: PyTorch eager, FastAPI and FAISS against each variant with Milvus Lite."""
+    images = pictures()
+    found: dict[str, Any] = {"gallery": PEER_GALLERY, "in_flight": IN_FLIGHT, "pytorch": {}}
+    for at_once, threads in ((1, CORES), (CORES, 1)):
+        with uvicorn(at_once, threads) as url:
+
+            def ask(i: int, url: str = url) -> None:
+                request = urllib.request.Request(url, images[i % len(images)].tobytes(), method="POST")
+                json.loads(urllib.request.urlopen(request, timeout=120).read())
+
+            found["pytorch"][f"{at_once} at once, {threads} threads each"] = in_flight(ask, seconds=15.0)
+    best = max(found["pytorch"].values())
+    found["ours"] = {}
+    with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
+        milvus = MilvusSettings(str(Path(folder) / "gallery.db"))
+        with Store(milvus, "benchmark", create=True) as store:
+            store.upsert(synthetic_entries(0, PEER_GALLERY), synthetic_embeddings(PEER_GALLERY, seed=1))
+            for precision, segmentation in variants():
+                with serving(precision, segmentation) as (client, _):
+
+                    def query(i: int, client: TritonClient = client) -> None:
+                        outputs = client.infer(images[i % len(images)][None], (EMBEDDING, ATTENTION_MAP))
+                        store.search(np.asarray(outputs[EMBEDDING.name][0], np.float32), 10)
+
+                    rate = in_flight(query, seconds=8.0)
+                found["ours"][f"{segmentation.value} {precision.value}"] = {
+                    "queries_per_second": rate,
+                    "times_pytorch": round(rate / best, 2),
+                }
+    console.print(found)
+    return found
+
+
+def in_flight(ask: Callable[[int], None], seconds: float) -> float:
+    """Calls per second with `IN_FLIGHT` of them open."""
+    for i in range(2):
+        ask(i)
+    started = time.perf_counter()
+
+    def work(lane: int) -> int:
+        done = 0
+        while time.perf_counter() - started < seconds:
+            ask(lane + done)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        done = sum(pool.map(work, range(IN_FLIGHT)))
+    return round(done / (time.perf_counter() - started), 3)
+
+
+@contextmanager
+def uvicorn(at_once: int, threads: int) -> Generator[str]:
+    """The peer in a process of its own: the URL to post to."""
+    port = 18432
+    environment = {
+        **os.environ,
+        "CXR_PEER_AT_ONCE": str(at_once),
+        "CXR_PEER_THREADS": str(threads),
+        "CXR_PEER_GALLERY": str(PEER_GALLERY),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "peer:app",
+        "--app-dir",
+        str(Path(__file__).parent),
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
+    process = subprocess.Popen(command, env=environment)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/query"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def retrieval() -> dict[str, Any]:
+    """Latency, recall and memory by size of the gallery, in Milvus Lite and in a Milvus server."""
+    with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
+        lite = measure_gallery(MilvusSettings(str(Path(folder) / "gallery.db")), LITE_SIZES, None)
+    with milvus_server() as (uri, process):
+        server = measure_gallery(MilvusSettings(uri, timeout_s=600), SERVER_SIZES, process)
+    return {"Milvus Lite 3.2.2, FLAT": lite, "Milvus 2.3.5, HNSW": server}
+
+
+def arithmetic() -> dict[str, Any]:
+    """GFLOP of each graph, GFLOP/s reached by the bare engines, and by a large matrix product in the same precision."""
+    images, repository = pictures(), default_repository()
+    embedder = gigaflop(graph_file(repository, EMBEDDER, Segmentation.ensemble))
+    rows: list[dict[str, Any]] = []
+    peaks = {precision: peak_gigaflops(precision) for precision in dict.fromkeys(precision for precision, _ in variants())}
+    for precision, segmentation in variants():
+        work = gigaflop(graph_file(repository, LUNG_SEGMENTATION, segmentation)) + embedder
+        bare = BareEngines(precision, segmentation)
+        bare.rate(images, 4)
+        reached = work * bare.rate(images, max(16, round(400 / work)))
+        rows.append(
+            {
+                "precision": precision.value,
+                "segmentation": segmentation.value,
+                "gflop_per_image": round(work, 2),
+                "gflops": round(reached, 1),
+                "peak_gflops": round(peaks[precision], 1),
+                "share": round(reached / peaks[precision], 3),
+            }
+        )
+    return {"embedder_gflop": round(embedder, 2), "engines": rows}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Ratios as tables on stdout, and the plot."""
+    out = Console()
+    if found := report.get("services"):
+        table = Table("segmentation", "precision", "machine", "bare images/s", "served / bare, 8s", "singles", "latency / bare", "MB")
+        for row in found:
+            for state in ("idle", "half_busy"):
+                one = row[state]
+                ratios = (
+                    one["served_batches_of_8"] / one["bare"],
+                    one["served_single_images"] / one["bare"],
+                    one["latency_ms"] / one["bare_latency_ms"],
+                )
+                rate, memory = f"{one['bare']:.2f}", f"{row['memory_mb']:.0f}"
+                table.add_row(row["segmentation"], row["precision"], state, rate, *(f"{value:.2f}" for value in ratios), memory)
+        out.print(table)
+    if found := report.get("peer"):
+        table = Table("whole queries", "per second", "times PyTorch + FastAPI + FAISS")
+        for name, rate in found["pytorch"].items():
+            table.add_row(f"PyTorch, {name}", f"{rate:.2f}", "")
+        for name, one in found["ours"].items():
+            table.add_row(name, f"{one['queries_per_second']:.2f}", f"{one['times_pytorch']:.2f}")
+        out.print(table)
+    if found := report.get("retrieval"):
+        table = Table("gallery", "cases", "p50 ms", "p95 ms", "recall@10", "upserts/s", "MB")
+        for name, rows in found.items():
+            for row in rows:
+                figures = (row["p50_ms"], row["p95_ms"])
+                table.add_row(
+                    name,
+                    f"{row['cases']:,}",
+                    *(f"{value:.1f}" for value in figures),
+                    f"{row['recall_at_10']:.3f}",
+                    f"{row['upserts_per_second']:.0f}",
+                    f"{row['memory_mb']:.0f}",
+                )
+        out.print(table)
+    if found := report.get("arithmetic"):
+        table = Table("segmentation", "precision", "GFLOP/image", "GFLOP/s", "matrix product GFLOP/s", "share")
+        for row in found["engines"]:
+            table.add_row(*(str(row[key]) for key in ("segmentation", "precision", "gflop_per_image", "gflops", "peak_gflops", "share")))
+        out.print(table)
+    if {"peer", "retrieval"} <= report.keys():
+        plot(report, DOCS / "performance.png")
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Queries per second beside the peer's, and latency by size of the gallery."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes: Any = figure.subplots(1, 2, width_ratios=(3, 2))
+    rates: Sequence[tuple[str, float]] = [
+        ("PyTorch + FastAPI + FAISS", max(report["peer"]["pytorch"].values())),
+        *((name, one["queries_per_second"]) for name, one in report["peer"]["ours"].items()),
+    ]
+    axes[0].barh([name for name, _ in rates][::-1], [rate for _, rate in rates][::-1], color=["#2a6f97"] * (len(rates) - 1) + ["#999999"])
+    axes[0].set(title="whole queries per second", xlabel=f"{report['machine']['cores']} cores, {report['machine']['cpu']}")
+    for name, rows in report["retrieval"].items():
+        axes[1].plot([row["cases"] for row in rows], [row["p50_ms"] for row in rows], "-o", label=name)
+    axes[1].set(title="search, p50 ms", xlabel="cases in the gallery", xscale="log", yscale="log")
+    axes[1].grid(visible=True, which="both", alpha=0.25)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
