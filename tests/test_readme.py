@@ -48,7 +48,7 @@ def test_every_make_target_named_exists() -> None:
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/results.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/results.md", "docs/performance.md"])
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text("utf-8")):

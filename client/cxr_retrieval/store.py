@@ -182,8 +182,12 @@ class Store:
                 self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS], timeout=self._settings.timeout_s)
 
     def publish(self) -> None:
-        """Points the alias `cxr` at this collection."""
+        """Ends an ingest: seals what was written, and points the alias `cxr` at this collection.
+
+        Unsealed rows are found as well, but Milvus Lite looks at them one by one: 181 ms a query over 5,000 of them, 8 ms once sealed.
+        """
         with _translated(self._settings):
+            self._client.flush(self.collection, timeout=self._settings.timeout_s)
             try:
                 with _refusal_is_an_answer():
                     self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)

@@ -198,6 +198,7 @@ def peer() -> dict[str, Any]:
         milvus = MilvusSettings(str(Path(folder) / "gallery.db"))
         with Store(milvus, "benchmark", create=True) as store:
             store.upsert(synthetic_entries(0, PEER_GALLERY), synthetic_embeddings(PEER_GALLERY, seed=1))
+            store.publish()
             for precision, segmentation in variants():
                 with serving(precision, segmentation) as (client, _):
 

@@ -60,6 +60,7 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
             for at in track(range(0, len(fresh), 5000), f"{'Milvus Lite' if settings.is_lite else 'Milvus server'}: {size} cases"):
                 part = fresh[at : at + 5000]
                 store.upsert(synthetic_entries(len(gallery) + at, len(part)), part)
+            store.publish()
             seconds = time.perf_counter() - started
             gallery = np.concatenate([gallery, fresh])
             exact = np.argsort(-(queries @ gallery.T), axis=1)[:, :K]

@@ -21,7 +21,7 @@ from pymilvus import MilvusClient
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import StoreError, UsageError
-from cxr_retrieval.manifest import Manifest, read_manifest
+from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.settings import MilvusSettings
 from cxr_retrieval.store import ALIAS, Entry, Store, list_collections, make_entry
 from tests_support import dashboard_metrics
@@ -284,3 +284,24 @@ def test_dashboard_asks_milvus_for_what_it_exports(milvus_process: Any, milvus_s
     for name in asked:
         assert f"# TYPE {name} " in exported, name
     assert 'query_type="search"' in exported
+
+
+def test_a_published_gallery_is_sealed(tmp_path: Path) -> None:
+    """Unsealed rows are searched one by one in Milvus Lite; an ingest must not leave a gallery like that to those who query it."""
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(2000, EMBEDDING_SIZE)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [ManifestRow(tmp_path, f"case-{i}", tmp_path / f"{i}.png", "control", None, None, None, {}) for i in range(len(vectors))]
+
+    def seconds(store: Store) -> float:
+        started = time.perf_counter()
+        for vector in vectors[:10]:
+            assert store.search(vector, 1)[0].similarity == pytest.approx(1.0, abs=1e-4)
+        return time.perf_counter() - started
+
+    with Store(MilvusSettings(str(tmp_path / "gallery.db")), "sealed", create=True) as store:
+        store.upsert([make_entry(row, b"") for row in rows], vectors)
+        before = seconds(store)
+        store.publish()
+        store.search(vectors[0], 1)
+        assert seconds(store) < before / 2
