@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval.serving.choices import cpu_flags
 from cxr_retrieval_training.depthwise import with_fast_depthwise
 
 Checkpoint = dict[str, Any]
@@ -75,7 +76,7 @@ def append_log(out: Path, record: Mapping[str, object]) -> None:
 
 def mixed_precision(device: torch.device) -> torch.autocast:
     """bf16 where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16); elsewhere it would be slower than fp32."""
-    native = device.type != "cpu" or bool(_CPU_BF16 & _cpu_flags())
+    native = device.type != "cpu" or bool(_CPU_BF16 & cpu_flags())
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
 
 
@@ -85,14 +86,6 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         with_fast_depthwise(network)
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing from torch's stub)
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def pick_device(name: str) -> torch.device:

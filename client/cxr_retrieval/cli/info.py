@@ -15,6 +15,7 @@ import typer
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
+from cxr_retrieval.serving.choices import Precision, cpu_flags, supported
 from cxr_retrieval.settings import MilvusSettings
 
 _PACKAGES = ("cxr-retrieval", "nvidia-pytriton", "tritonclient", "openvino", "pymilvus", "milvus-lite", "pydicom", "torch")
@@ -92,10 +93,8 @@ def _answers(address: str) -> bool:
 def _devices() -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*:\s*(.+)", cpu)
-    flags = re.search(r"flags\s*:\s*(.+)", cpu)
-    present = set(flags[1].split()) if flags else set()
     return {
         "cpu": model[1] if model else platform.machine(),
-        "bf16": bool(present & {"avx512_bf16", "amx_bf16"}),
+        "bf16": supported(Precision.bf16, cpu_flags()),
         "nvidia driver": "nvidia-smi found" if shutil.which("nvidia-smi") else "none",
     }
