@@ -197,6 +197,9 @@ class Store:
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
         """The `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
 
+        A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
+        for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
+
         Args:
             embedding: `[64]`, unit length.
             where: Milvus boolean expression over the stored fields.
@@ -216,7 +219,7 @@ class Store:
                 filter=where,
                 output_fields=["*"],
                 search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
-                consistency_level="Strong",
+                consistency_level="Session",
                 timeout=self._settings.timeout_s,
             )[0]
         found = [Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits]

@@ -40,7 +40,7 @@ from cxr_retrieval.store import Store
 from cxr_retrieval.triton import TritonClient
 
 ROUNDS: Final = 3
-ROUND_S: Final = 6.0
+ROUND_S: Final = 5.0
 """About how long one measurement of throughput lasts."""
 IN_FLIGHT: Final = 8
 PEER_GALLERY: Final = 5000
