@@ -26,12 +26,13 @@ from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_S
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.manifest import Manifest
 from cxr_retrieval.progress import track
-from cxr_retrieval.serving.choices import PARITY_REPORT, Precision, Segmentation
+from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, PARITY_REPORT, Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file, has_graph
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_build.lower_precision import to_fp16, to_int8
 from cxr_retrieval_training.datasets import load_images
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
+from cxr_retrieval_training.metrics import dice_coefficient
 from cxr_retrieval_training.train_embedder import load_embedder
 
 Images = NDArray[np.uint8]
@@ -113,7 +114,7 @@ def measure_gate(reference: Answers, got: Answers, gallery: Gallery, labels: Seq
         for each in nearest
     ]
     values = {
-        "mask_dice": float(np.mean(_dice(reference.masks > 0, got.masks > 0))),
+        "mask_dice": float(np.mean([dice_coefficient(b > 0, a > 0) for a, b in zip(reference.masks, got.masks, strict=True)])),
         "embedding_cosine_p1": float(np.percentile(cosine, 1)),
         "top10_overlap": float(np.mean(overlap)),
         "vote_accuracy_change_points": float(100 * abs(right[1] - right[0])),
@@ -183,12 +184,13 @@ def measure_gates(repository: Path, manifest: Manifest, checkpoints: Checkpoints
     precisions = [Precision.fp32, Precision.bf16]
     if has_graph(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=True):
         precisions.append(Precision.int8)
-    gates = [
-        measure.gate("OpenVINO", precision.value, openvino_answers(repository, precision, checkpoints.segmentation, measure.images))
-        for precision in precisions
-    ]
+    gates = []
+    for precision in precisions:
+        graph = graph_file(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=precision is Precision.int8)
+        answers = openvino_answers(repository, graph, precision, measure.images)
+        gates.append(measure.gate(EMBEDDED_RUNTIME, precision.value, answers))
     return gates + [
-        measure.gate("ONNX Runtime", name, onnx_runtime_answers(repository, name, checkpoints.segmentation, measure.images))
+        measure.gate(ENGINE_GRAPHS_RUNTIME, name, onnx_runtime_answers(repository, name, checkpoints.segmentation, measure.images))
         for name in ("fp32", "fp16")
     ]
 
@@ -211,9 +213,7 @@ def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, i
     measure = Measure(repository, manifest, checkpoints)
     try:
         onnx.save(to_int8(onnx.load(source), {IMAGE.name: calibration}), fresh)
-        found = run_openvino(fresh, "f32", {IMAGE.name: measure.images}, [LUNG_MASK.name, LUNGS.name], "OpenVINO int8")
-        answers = Answers(found[LUNG_MASK.name], embed(repository, found[LUNGS.name]))
-        gate = measure.gate("OpenVINO", "int8", answers)
+        gate = measure.gate(EMBEDDED_RUNTIME, "int8", openvino_answers(repository, fresh, Precision.int8, measure.images))
         record(repository, [gate])
         require_passed([gate])
         fresh.replace(target)
@@ -243,16 +243,10 @@ def pytorch_answers(segmenter: nn.Module, embedder: nn.Module, images: Images) -
     return Answers(masks, np.stack(embeddings))
 
 
-def openvino_answers(repository: Path, precision: Precision, segmentation: Segmentation, images: Images) -> Answers:
-    """As `cxr serve` computes it: segmentation in the precision, the embedder in fp32."""
-    int8 = precision is Precision.int8
-    found = run_openvino(
-        graph_file(repository, LUNG_SEGMENTATION, segmentation, int8=int8),
-        "bf16" if precision is Precision.bf16 else "f32",
-        {IMAGE.name: images},
-        [LUNG_MASK.name, LUNGS.name],
-        f"OpenVINO {precision.value}",
-    )
+def openvino_answers(repository: Path, graph: Path, precision: Precision, images: Images) -> Answers:
+    """As `cxr serve` computes it: the segmentation graph in the precision, the embedder in fp32."""
+    hint = "bf16" if precision is Precision.bf16 else "f32"
+    found = run_openvino(graph, hint, {IMAGE.name: images}, [LUNG_MASK.name, LUNGS.name], f"OpenVINO {precision.value}")
     return Answers(found[LUNG_MASK.name], embed(repository, found[LUNGS.name]))
 
 
@@ -303,10 +297,3 @@ def _nearest(embeddings: Vectors, gallery: Gallery) -> list[tuple[list[int], lis
     similarity = embeddings @ gallery.embeddings.T
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :DEFAULT_K]
     return [(one.tolist(), row[one].tolist()) for one, row in zip(order, similarity, strict=True)]
-
-
-def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
-    both = (a & b).sum(axis=(1, 2, 3))
-    return np.where(
-        a.sum(axis=(1, 2, 3)) + b.sum(axis=(1, 2, 3)) == 0, 1.0, 2 * both / np.maximum(a.sum(axis=(1, 2, 3)) + b.sum(axis=(1, 2, 3)), 1)
-    )

@@ -1,7 +1,7 @@
 """Writes the three graphs as ONNX with fp16 weights: `cxr build onnx`.
 
 Weights are stored as fp16 initialisers behind a Cast, so the graph computes in fp32 and any runtime may lower it further;
-that halves the files and differs from fp32 by less than the parity tolerances (`parity.py` checks each export).
+that halves the files and changes nothing, for the networks compute with weights that fp16 holds (`shipped.py`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval_training.embedder import AttentionMapHead
 from cxr_retrieval_training.lungs import load_segmenter
+from cxr_retrieval_training.shipped import HALVED_FROM
 from cxr_retrieval_training.train_embedder import load_embedder
 
 OPSET: Final = 18
-_SMALL: Final = 256
-"""Initialisers below this many elements (biases, batch norm, axes) stay as they are."""
 _TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
 
 
@@ -122,19 +121,23 @@ def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Turns large fp32 initialisers into fp16 ones, each behind a Cast back to fp32.
 
     Raises:
-        SetupError: A weight that fp16 cannot hold.
+        SetupError: A weight that fp16 does not hold exactly: too large, or the network did not come through `as_shipped`.
     """
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
         values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < _SMALL:
+        if values.dtype != np.float32 or values.size < HALVED_FROM:
             continue
         with np.errstate(over="ignore"):
             halved = values.astype(np.float16)
-        if not np.isfinite(halved).all():
+        held = np.isfinite(halved) & (halved == values)
+        if not held.all():
             raise SetupError(
-                f"weight {tensor.name} does not fit fp16", expected="finite values below 65504", next_step="check the training run"
+                f"weight {tensor.name} does not fit fp16",
+                expected="finite values that fp16 holds exactly",
+                got=f"{1 - held.mean():.0%} that it does not",
+                next_step="load the network with as_shipped, and check the training run",
             )
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(halved, f"{name}_fp16"))

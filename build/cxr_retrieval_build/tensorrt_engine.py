@@ -24,7 +24,7 @@ from rich.console import Console
 from cxr_retrieval.contract import ENSEMBLE, LEAVES, LUNG_SEGMENTATION, LeafSpec
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
+from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, EnginePrecision, Segmentation, gate, missed
 from cxr_retrieval.serving.repository import ModelConfig, announce, graph_file, read_config, write_config
 from cxr_retrieval_build.lower_precision import signed, to_fp16
 
@@ -111,8 +111,9 @@ def build_engines(
         What `engines.json` holds: versions, GPU, and per engine sizes in bytes, seconds, tensors and TensorRT's warnings.
 
     Raises:
-        SetupError: A graph is missing or TensorRT refused it (its own words).
+        SetupError: The precision missed its parity gate, a graph is missing, or TensorRT refused it (its own words).
     """
+    parity = _parity(repository, precision, segmentation)
     engines: dict[str, Any] = {}
     out.mkdir(parents=True, exist_ok=True)
     for leaf in LEAVES:
@@ -146,10 +147,29 @@ def build_engines(
         "gpu_here": gpu_compute_capability(),
         "precision": precision.value,
         "segmentation": segmentation.value,
+        "parity": parity,
         "engines": engines,
     }
     (out / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _parity(repository: Path, precision: EnginePrecision, segmentation: Segmentation) -> dict[str, Any] | None:
+    """The parity gate of the graphs to build from, measured where they can be executed without a GPU; None if it was not.
+
+    Raises:
+        SetupError: It was missed.
+    """
+    runtime = EMBEDDED_RUNTIME if precision is EnginePrecision.int8 else ENGINE_GRAPHS_RUNTIME
+    measured = gate(repository, runtime, precision.value, segmentation)
+    if measured is not None and not measured["passed"]:
+        raise SetupError(
+            f"{precision.value} missed its parity gate with these weights",
+            expected="neighbours as fp32 finds them",
+            got=missed(measured),
+            next_step="build with --precision fp32",
+        )
+    return measured
 
 
 def require_fitting(repository: Path, trt: TensorRT) -> None:

@@ -117,6 +117,17 @@ def test_engines_without_a_stamp_are_refused(engines: Path, tmp_path: Path) -> N
         require_fitting(out, find_tensorrt())
 
 
+def test_a_precision_that_missed_its_gate_is_not_built(repository: Path, tmp_path: Path) -> None:
+    figures = {"top10_overlap": {"value": 0.9, "limit": 0.98, "passed": False}, "mask_dice": {"value": 1.0, "limit": 0.995, "passed": True}}
+    about = {"segmentation": "ensemble", "runtime": "ONNX Runtime", "precision": "fp16"}
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "parity.json").write_text(json.dumps({"gates": [{**about, "figures": figures, "passed": False}]}))
+    with pytest.raises(SetupError, match=r"fp16 missed its parity gate.*got top10_overlap 0\.9000 \(limit 0\.98\)\. Next: .*fp32"):
+        build(models, tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
+
+
 def test_int8_wants_its_graph(repository: Path, tmp_path: Path) -> None:
     if (repository / "lung_segmentation" / "1" / "model.int8.onnx").is_file():
         pytest.skip("the repository holds an int8 graph")

@@ -27,7 +27,7 @@ from cxr_retrieval_training.embedder import (
     Strata,
 )
 from cxr_retrieval_training.imagenet import imagenet_state
-from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
+from cxr_retrieval_training.normalisation import TAIL, WIDENED, from_box, lung_box, standardised_lungs
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands, expected_dice
 
 
@@ -195,7 +195,7 @@ def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:
 
 
 def test_attention_map_head_puts_the_box_back_into_the_frame() -> None:
-    """The lungs' box is rows 64…192, columns 96…224: cell (3, 11) of 16 lies at 3.5/16 and 11.5/16 of it."""
+    """Cell (3, 11) of 16 lies at 3.5/16 and 11.5/16 of the lungs' box."""
     attention = torch.zeros((2, 1, 16, 16))
     attention[0, 0, 3, 11] = 1.0
     mask = torch.zeros((2, 1, 256, 256), dtype=torch.uint8)
@@ -204,7 +204,9 @@ def test_attention_map_head_puts_the_box_back_into_the_frame() -> None:
     assert (passed == mask).all()
     assert (upsampled[:, :, mask[0, 0] == 0] == 0).all()
     row, column = divmod(int(upsampled[0, 0].argmax()), 256)
-    assert (row, column) == (pytest.approx(64 + 128 * 3.5 / 16, abs=4), pytest.approx(96 + 128 * 11.5 / 16, abs=4))
+    top, bottom, left, right = lung_box(mask.float())[0].tolist()
+    assert row == pytest.approx(top + (bottom - top) * 3.5 / 16, abs=1)
+    assert column == pytest.approx(left + (right - left) * 11.5 / 16, abs=1)
     assert 0 <= upsampled.min() <= upsampled.max() <= 1
 
 
@@ -212,11 +214,33 @@ def test_attention_map_head_puts_the_box_back_into_the_frame() -> None:
 
 
 def test_box_of_the_lungs() -> None:
+    """Of an even rectangle a quantile is a share of its side."""
     inside = torch.zeros((2, 1, 60, 100))
     inside[0, 0, 10:50, 20:70] = 1
-    margin = torch.tensor([0.03 * 40, 0.03 * 40, 0.03 * 50, 0.03 * 50]) * torch.tensor([-1, 1, -1, 1])
-    assert torch.allclose(lung_box(inside)[0], torch.tensor([10.0, 50.0, 20.0, 70.0]) + margin)
-    assert lung_box(inside)[1].tolist() == pytest.approx([-1.8, 61.8, -3.0, 103.0]), "no lung: the whole frame"
+    between = 1 - 2 * TAIL
+    above, below, left, right = (share * between - TAIL for share in WIDENED)
+    expected = [10 - 40 * above, 50 + 40 * below, 20 - 50 * left, 70 + 50 * right]
+    assert lung_box(inside)[0].tolist() == pytest.approx(expected, abs=1e-3)
+    whole = [-60 * above, 60 + 60 * below, -100 * left, 100 + 100 * right]
+    assert lung_box(inside)[1].tolist() == pytest.approx(whole, abs=1e-3), "no lung: the whole frame"
+
+
+def test_box_of_two_lungs_apart_reaches_around_both() -> None:
+    inside = torch.zeros((1, 1, 100, 100))
+    inside[..., 20:80, 10:40] = 1
+    inside[..., 20:80, 60:90] = 1
+    _, _, left, right = lung_box(inside)[0].tolist()
+    assert left < 10
+    assert right > 90
+
+
+def test_a_pixel_more_or_less_hardly_moves_the_box() -> None:
+    """At the tip of a lung it would move the outermost row by ten; the box minds its share of all pixels."""
+    inside = torch.zeros((1, 1, 256, 256))
+    inside[..., 60:200, 40:210] = 1
+    more = inside.clone()
+    more[..., 50, 100] = 1
+    assert (lung_box(more) - lung_box(inside)).abs().max() < 0.05
 
 
 def test_position_size_and_exposure_are_forgotten() -> None:

@@ -23,22 +23,26 @@ from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.checkpoints import load_checkpoint, mixed_precision, on_device
 from cxr_retrieval_training.datasets import Images, load_images
 from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.shipped import as_shipped
 
 _CHUNK = 64
 
 
-def load_segmenter(checkpoint: Path, member: str | None = None) -> LungSegmenter:
-    """The ensemble of `cxr train segmentation`, or one of its members by itself, in evaluation mode."""
+def load_segmenter(checkpoint: Path, member: str | None = None, *, shipped: bool = True) -> LungSegmenter:
+    """The ensemble of `cxr train segmentation`, or one of its members by itself, in evaluation mode.
+
+    Args:
+        shipped: With the numbers that ship; otherwise as trained, which training can go on from.
+    """
     state = load_checkpoint(checkpoint)
     segmenter = LungSegmenter(state["config"]["members"])
     segmenter.load_state_dict(state["model"])
-    if member is None:
-        return segmenter.eval()
-    if member not in segmenter.members:
-        raise UsageError(f"{checkpoint.name} has no member {member}", expected=", ".join(segmenter.members), next_step="correct lungs_from")
-    alone = LungSegmenter((member,))
-    alone.members[member] = segmenter.members[member]
-    return alone.eval()
+    if member is not None:
+        if member not in segmenter.members:
+            expected = ", ".join(segmenter.members)
+            raise UsageError(f"{checkpoint.name} has no member {member}", expected=expected, next_step="correct lungs_from")
+        segmenter.members = nn.ModuleDict({member: segmenter.members[member]})
+    return as_shipped(segmenter) if shipped else segmenter.eval()
 
 
 def find_lungs(checkpoint: Path, rows: Sequence[ManifestRow], split: str, device: torch.device, member: str | None = None) -> Images:

@@ -1,4 +1,4 @@
-"""What the embedder sees of the lungs: cut to their bounding box, stretched to a square, grey values standardised inside.
+"""What the embedder sees of the lungs: cut to a box around them, stretched to a square, grey values standardised inside.
 
 Ours, not the paper's, and part of the exported graph. Position, size and aspect ratio of the lungs in the frame, and the
 exposure of the film, tell hospitals (and children from adults) apart before any disease does; the sources at hand differ in
@@ -15,8 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MARGIN: Final = 0.03
-"""Of the box's height or width, on each side."""
+TAIL: Final = 0.005
+"""Share of the lungs' pixels that may lie beyond an edge before the box is widened: one of them more or less hardly moves it."""
+WIDENED: Final = (0.063, 0.099, 0.0535, 0.0535)
+"""Above, below, left and right, of the height or width between the tails: what reaches on average (train split) 3 % beyond the outermost
+pixels, the box that the shipped weights were trained on, give or take a jitter of 8 %."""
 _NOISE: Final = 2.0
 """Grey levels; keeps an even area from being stretched into structure."""
 _CLIP: Final = 4.0
@@ -24,22 +27,28 @@ _CLIP: Final = 4.0
 
 
 def lung_box(inside: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 4"]:
-    """Edges (t, b, l, r) in pixels of the smallest box around everything above 0, with a margin; the whole frame if empty."""
-    height, width = inside.shape[2:]
-    top, bottom = _extent(inside.amax(dim=(1, 3)), height)
-    left, right = _extent(inside.amax(dim=(1, 2)), width)
+    """Edges (t, b, l, r) in pixels of a box around everything above 0, with a margin; the whole frame if empty.
+
+    From quantiles of rows and columns, not from the outermost pixels: one pixel at the tip of a lung, which a rounding may flip, would
+    move all that the network sees.
+    """
+    here = (inside > 0).to(inside.dtype)
+    top, bottom = _extent(here.sum(dim=(1, 3)), *WIDENED[:2])
+    left, right = _extent(here.sum(dim=(1, 2)), *WIDENED[2:])
     return torch.stack([top, bottom, left, right], dim=1)
 
 
-def _extent(occupied: Float[Tensor, "batch length"], length: int) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    position = torch.arange(length, device=occupied.device, dtype=occupied.dtype)
-    here = occupied > 0
-    first = torch.where(here, position, float(length)).amin(dim=1)
-    last = torch.where(here, position + 1.0, 0.0).amax(dim=1)
-    empty = last <= first
-    first, last = torch.where(empty, 0.0, first), torch.where(empty, float(length), last)
-    margin = MARGIN * (last - first)
-    return first - margin, last + margin
+def _extent(count: Float[Tensor, "batch length"], before: float, behind: float) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Both edges along one axis, given the lungs' pixels in each row (or column)."""
+    length = count.shape[1]
+    total = count.sum(dim=1, keepdim=True)
+    share = torch.where(total > 0, count / total.clamp(min=1.0), 1.0 / length)
+    pixel = torch.arange(length, device=count.device)
+    lower = (pixel[:, None] < pixel[None, :]).to(share.dtype)
+    first, rest = (((TAIL - share @ beyond) / share.clamp(min=1e-9)).clamp(0.0, 1.0).sum(dim=1) for beyond in (lower, lower.T))
+    last = length - rest
+    extent = last - first
+    return first - before * extent, last + behind * extent
 
 
 def standardised_lungs(

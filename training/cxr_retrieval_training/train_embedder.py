@@ -35,6 +35,7 @@ from cxr_retrieval_training.embedder import Embedder, EmbedderMember, Strata
 from cxr_retrieval_training.losses import Criterion, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs
 from cxr_retrieval_training.normalisation import from_box, lung_box
+from cxr_retrieval_training.shipped import as_shipped
 
 SAVE_EVERY = 25
 """Iterations; what a kill can lose."""
@@ -214,12 +215,12 @@ def _train_member(
 
 
 def load_embedder(path: Path, device: torch.device) -> Embedder:
-    """The network of an `embedder.pt`, in evaluation mode; each member's `size` is the one it was watched at."""
+    """The network of an `embedder.pt` as it ships, in evaluation mode; each member's `size` is the one it was watched at."""
     state = load_checkpoint(path)
     config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
     network = build_embedder(config, [member["image_size"] for member in state["members"]])
     network.load_state_dict(state["model"])
-    on_device(network, device).eval()
+    on_device(as_shipped(network), device)
     return network
 
 
@@ -387,7 +388,10 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
 def embed_all(
     network: Embedder | EmbedderMember, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
 ) -> Mapping[str, NDArray[np.float32]]:
-    """`embedding` `[n, d]` (of one member: what it has learned), `features` `[n, 2048]`, `learned` and `layout`, all of unit length."""
+    """`embedding` `[n, d]` (of one member: what it has learned), `features` `[n, 2048]`, `learned` and `layout`, all of unit length.
+
+    A member, watched while it trains, looks in the precision it trains in; the whole embedder in fp32, as it is served.
+    """
     network.eval()
     parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "learned": [], "layout": []}
     starts = range(0, len(lungs), batch_size)
@@ -395,8 +399,11 @@ def embed_all(
         task = bar.add_task(what, total=len(starts), visible=bool(what))
         for start in starts:
             batch = torch.from_numpy(lungs[start : start + batch_size]).to(device)
-            with mixed_precision(device):
-                found = network.describe(batch) if isinstance(network, Embedder) else network(batch)
+            if isinstance(network, Embedder):
+                found = network.describe(batch)
+            else:
+                with mixed_precision(device):
+                    found = network(batch)
             parts["learned"].append(found.learned.cpu())
             parts["layout"].append(found.layout.cpu())
             parts["embedding"].append((network.embed(found) if isinstance(network, Embedder) else found.learned).cpu())

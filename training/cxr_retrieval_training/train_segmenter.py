@@ -95,7 +95,7 @@ def train_student(config: SegmentationConfig, manifest: Manifest, teacher: Path,
     if len(config.members) != 1:
         raise UsageError("a student is one network", expected="one name in members", got=", ".join(config.members), next_step="choose one")
     rows = manifest.require(split="train")
-    start = load_segmenter(teacher, config.members[0]).members[config.members[0]].state_dict()
+    start = load_segmenter(teacher, config.members[0], shipped=False).members[config.members[0]].state_dict()
     train = Masked(load_images(rows, f"{len(rows)} train images"), find_probabilities(teacher, rows, "train", device), rows)
     identity = {
         "config": config.model_dump(mode="json"),

@@ -11,6 +11,10 @@ from typing import Any, Final
 PARITY_REPORT: Final = "parity.json"
 """In the model repository: how far each precision is from PyTorch, and which ones passed their gates (`cxr build parity`)."""
 
+EMBEDDED_RUNTIME: Final = "OpenVINO"
+ENGINE_GRAPHS_RUNTIME: Final = "ONNX Runtime"
+"""Executes on a CPU, in the parity gates, the very graphs that TensorRT engines are built from."""
+
 _NEEDS: Final = {"int8": {"avx512_vnni", "avx_vnni", "amx_int8"}, "bf16": {"avx512_bf16", "amx_bf16"}}
 
 
@@ -52,13 +56,13 @@ def supported(precision: Precision, flags: frozenset[str]) -> bool:
     return precision is Precision.fp32 or bool(_NEEDS.get(precision.value, set()) & flags)
 
 
-def gate(repository: Path, precision: Precision, segmentation: Segmentation) -> dict[str, Any] | None:
-    """The gate of this precision in OpenVINO as `cxr build parity` measured it for the weights at hand; None where it was not."""
+def gate(repository: Path, runtime: str, precision: str, segmentation: Segmentation) -> dict[str, Any] | None:
+    """The gate as `cxr build parity` measured it for the weights at hand; None where it did not."""
     try:
         report = json.loads((repository / PARITY_REPORT).read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    wanted = {"runtime": "OpenVINO", "precision": precision.value, "segmentation": segmentation.value}
+    wanted = {"runtime": runtime, "precision": precision, "segmentation": segmentation.value}
     return next((dict(one) for one in report.get("gates", []) if all(one.get(key) == value for key, value in wanted.items())), None)
 
 
@@ -67,7 +71,7 @@ def resolve(repository: Path, precision: Precision, segmentation: Segmentation, 
     if precision is not Precision.auto:
         return precision
     for fast in (Precision.int8, Precision.bf16):
-        measured = gate(repository, fast, segmentation)
+        measured = gate(repository, EMBEDDED_RUNTIME, fast.value, segmentation)
         if supported(fast, cpu_flags() if flags is None else flags) and measured is not None and measured["passed"]:
             return fast
     return Precision.fp32
@@ -79,12 +83,16 @@ def doubts(repository: Path, precision: Precision, segmentation: Segmentation, f
         return ""
     if not supported(precision, flags):
         return f"this CPU has no {precision.value} arithmetic; it is emulated, and slower than fp32"
-    measured = gate(repository, precision, segmentation)
+    measured = gate(repository, EMBEDDED_RUNTIME, precision.value, segmentation)
     if measured is None:
         return f"{precision.value} was not measured with these weights (`cxr build parity`)"
     if measured["passed"]:
         return ""
-    missed = ", ".join(
-        f"{name} {one['value']:.4f} (limit {one['limit']:g})" for name, one in measured["figures"].items() if not one["passed"]
-    )
-    return f"{precision.value} missed its parity gate with these weights: {missed}. Neighbours may differ from those that fp32 finds"
+    by = missed(measured)
+    return f"{precision.value} missed its parity gate with these weights: {by}. Neighbours may differ from those that fp32 finds"
+
+
+def missed(measured: dict[str, Any]) -> str:
+    """The figures of a gate that are beyond their limits, for people."""
+    beyond = {name: one for name, one in measured["figures"].items() if not one["passed"]}
+    return ", ".join(f"{name} {one['value']:.4f} (limit {one['limit']:g})" for name, one in beyond.items())

@@ -1,0 +1,56 @@
+"""The networks that ship: batch norms folded, weights as fp16 holds them, and still what was trained."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cxr_retrieval_training.embedder import BackboneName, Embedder
+from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.shipped import HALVED_FROM, as_shipped
+
+
+def look_at_noise(network: nn.Module) -> None:
+    """Leaves batch norms that do something."""
+    with torch.no_grad():
+        network.train()(torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8))
+    network.eval()
+
+
+def rounded_only_as(network: nn.Module) -> bool:
+    """Whether fp16 holds every large tensor."""
+    large = [tensor for tensor in network.state_dict().values() if tensor.dtype == torch.float32 and tensor.numel() >= HALVED_FROM]
+    return len(large) > 0 and all(torch.equal(tensor, tensor.half().float()) for tensor in large)
+
+
+@pytest.mark.parametrize("architecture", ["linknet", "deeplabv3plus"])
+def test_segmentation_finds_the_same_with_folded_and_rounded_weights(architecture: str) -> None:
+    torch.manual_seed(0)
+    trained = LungSegmenter((architecture,))
+    look_at_noise(trained)
+    shipped = as_shipped(copy.deepcopy(trained))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in shipped.modules())
+    assert rounded_only_as(shipped)
+    assert not rounded_only_as(trained)
+    image = torch.randint(0, 256, (2, 1, 128, 128), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected, got = (network.member_probabilities(image) for network in (trained, shipped))
+    assert np.corrcoef(expected.flatten(), got.flatten())[0, 1] > 0.99, "an untrained map is nearly even: what varies must vary alike"
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet50"])
+def test_embedder_finds_the_same_with_folded_and_rounded_weights(backbone: BackboneName) -> None:
+    torch.manual_seed(0)
+    trained = Embedder(backbone=backbone, mirrored=True, sizes=(64,))
+    look_at_noise(trained)
+    shipped = as_shipped(copy.deepcopy(trained))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in shipped.modules())
+    assert rounded_only_as(shipped)
+    lungs = torch.randint(0, 256, (2, 1, 128, 128), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected, got = (network(lungs)[0] for network in (trained, shipped))
+    assert (got * expected).sum(dim=1).min() > 0.999
