@@ -10,7 +10,7 @@ package registry and which is what the shipped weights use; a 1×1 convolution b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -28,6 +28,9 @@ from cxr_retrieval.errors import UsageError
 from cxr_retrieval_training.imagenet import BACKBONE as LITE0
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
+
+_HELD: Final = 2.0**15
+"""Well within what fp16, in which weights ship, can hold."""
 
 BackboneName = Literal["resnet50", "efficientnet_lite0"]
 
@@ -130,6 +133,9 @@ class PrincipalAxes(nn.Module):
         if strata is not None:
             nuisance = source_directions((rows - mean) @ projection, strata)
             projection = projection - projection @ nuisance @ nuisance.T
+        beyond = np.abs(projection).max() / _HELD
+        if beyond > 1.0:  # a few films that hardly differ: unit length follows, so the scale is free
+            projection = projection / beyond
         self.mean.copy_(torch.from_numpy(mean))
         self.projection.copy_(torch.from_numpy(projection.astype(np.float32)))
 
