@@ -59,19 +59,29 @@ def milvus_server(milvus_process: Any) -> str:
     return f"http://127.0.0.1:{milvus_process.listen_port}"
 
 
-@pytest.fixture(params=["lite", "server"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> MilvusSettings:
-    return MilvusSettings(str(tmp_path / "gallery.db") if request.param == "lite" else request.getfixturevalue("milvus_server"))
+@pytest.fixture(scope="module", params=["lite", "server"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def settings_of(kind: str, folder: Path, request: pytest.FixtureRequest) -> MilvusSettings:
+    return MilvusSettings(str(folder / "gallery.db") if kind == "lite" else request.getfixturevalue("milvus_server"))
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
-    path = tmp_path / "manifest.csv"
+def settings(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> MilvusSettings:
+    """To write to: a file of its own, or the server."""
+    return settings_of(kind, tmp_path, request)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    path = tmp_path_factory.mktemp("manifest") / "manifest.csv"
     path.write_text(CSV, "utf-8")
     return read_manifest(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def entries(manifest: Manifest) -> list[Entry]:
     return [make_entry(row, row.image_id.encode()) for row in manifest.rows]
 
@@ -81,10 +91,10 @@ def vectors(n: int, seed: int = 0) -> NDArray[np.float32]:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.fixture
-def store(settings: MilvusSettings, entries: list[Entry], request: pytest.FixtureRequest) -> Iterator[Store]:
-    """Five cases under a model version of this test's own."""
-    with Store(settings, f"v_{abs(hash(request.node.nodeid)):x}", create=True) as opened:
+@pytest.fixture(scope="module")
+def store(kind: str, entries: list[Entry], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Store]:
+    """Five cases, to be read only."""
+    with Store(settings_of(kind, tmp_path_factory.mktemp("five"), request), "five_cases", create=True) as opened:
         opened.upsert(entries, vectors(len(entries)))
         yield opened
 
@@ -122,12 +132,10 @@ def test_filters(store: Store, where: str, expected: str) -> None:
     assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, where)) == list(expected)
 
 
-def test_known_difference_a_server_without_nullable_fields_lets_unknown_values_through_inequality(
-    store: Store, settings: MilvusSettings
-) -> None:
+def test_known_difference_a_server_without_nullable_fields_lets_unknown_values_through_inequality(store: Store, kind: str) -> None:
     """`sex != "F"`: SQL's null on Milvus Lite and servers from 2.5; absent dynamic fields match on 2.3.5."""
     found = sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, 'sex != "F"'))
-    assert found == (["b"] if settings.is_lite else ["b", "d"])
+    assert found == (["b"] if kind == "lite" else ["b", "d"])
 
 
 @pytest.mark.parametrize("where", ["age >", "agee > 5", 'patient == "p1"', "((age > 5)"])
@@ -138,14 +146,16 @@ def test_bad_filters_are_the_users_error(store: Store, where: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_upsert_replaces_the_whole_row(store: Store, entries: list[Entry], manifest: Manifest) -> None:
+def test_upsert_replaces_the_whole_row(settings: MilvusSettings, entries: list[Entry], manifest: Manifest) -> None:
     """Facts that the new row omits are gone, typed and own columns alike."""
     row = manifest.rows[0]
     bare = make_entry(type(row)(row.folder, row.image_id, row.path, "control", row.patient_id, row.source, row.split, {}), b"new")
     assert bare.key == entries[0].key
-    store.upsert([bare], vectors(5)[:1])
-    assert store.count() == 5
-    case = store.search(vectors(5)[0], 1)[0].case
+    with Store(settings, "replaced", create=True) as store:
+        store.upsert(entries, vectors(5))
+        store.upsert([bare], vectors(5)[:1])
+        assert store.count() == 5
+        case = store.search(vectors(5)[0], 1)[0].case
     assert (case.label, dict(case.metadata)) == ("control", {})
 
 
