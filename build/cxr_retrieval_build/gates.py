@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import onnxruntime
-import openvino as ov
 import torch
 from numpy.typing import NDArray
 from rich.table import Table
@@ -30,6 +29,7 @@ from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIM
 from cxr_retrieval.serving.repository import graph_file, has_graph
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_build.lower_precision import to_fp16, to_int8
+from cxr_retrieval_training.cpu_engine import CpuEngine
 from cxr_retrieval_training.datasets import load_images
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
@@ -246,14 +246,14 @@ def pytorch_answers(segmenter: nn.Module, embedder: nn.Module, images: Images) -
 def openvino_answers(repository: Path, graph: Path, precision: Precision, images: Images) -> Answers:
     """As `cxr serve` computes it: the segmentation graph in the precision, the embedder in fp32."""
     hint = "bf16" if precision is Precision.bf16 else "f32"
-    found = run_openvino(graph, hint, {IMAGE.name: images}, [LUNG_MASK.name, LUNGS.name], f"OpenVINO {precision.value}")
-    return Answers(found[LUNG_MASK.name], embed(repository, found[LUNGS.name]))
+    masks, lungs, _ = CpuEngine(graph, hint)(images, f"OpenVINO {precision.value}")
+    return Answers(masks, embed(repository, lungs))
 
 
 def embed(repository: Path, lungs: Images) -> Vectors:
     """EMBEDDING of LUNGS by the served embedder."""
     path = graph_file(repository, EMBEDDER, Segmentation.ensemble)
-    return run_openvino(path, "f32", {LUNGS.name: lungs}, [EMBEDDING.name], "embedding")[EMBEDDING.name]
+    return CpuEngine(path)(lungs, "embedding")[0]
 
 
 def onnx_runtime_answers(repository: Path, precision: str, segmentation: Segmentation, images: Images) -> Answers:
@@ -273,24 +273,6 @@ def onnx_runtime_answers(repository: Path, precision: str, segmentation: Segment
         vector: Any = embedder.run([EMBEDDING.name], {LUNGS.name: found[1]})
         embeddings.append(vector[0][0])
     return Answers(masks, np.stack(embeddings))
-
-
-def run_openvino(path: Path, hint: str, inputs: dict[str, Images], outputs: list[str], what: str) -> dict[str, Any]:
-    """One graph over many images, one image to a thread."""
-    core = ov.Core()
-    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "THROUGHPUT"})
-    queue: Any = ov.AsyncInferQueue(compiled)
-    count = len(next(iter(inputs.values())))
-    results: list[Any] = [None] * count
-
-    def keep(request: Any, i: int) -> None:
-        results[i] = [np.array(request.get_tensor(name).data[0]) for name in outputs]
-
-    queue.set_callback(keep)
-    for i in track(range(count), what):
-        queue.start_async({name: values[i : i + 1] for name, values in inputs.items()}, i)
-    queue.wait_all()
-    return {name: np.stack([result[j] for result in results]) for j, name in enumerate(outputs)}
 
 
 def _nearest(embeddings: Vectors, gallery: Gallery) -> list[tuple[list[int], list[float]]]:
