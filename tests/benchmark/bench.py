@@ -1,6 +1,6 @@
 """`make bench`: everything that is said about speed, measured in one run on one machine, as ratios.
 
-Rounds alternate between what is compared, so that all see the same machine; medians are kept. The service is measured through gRPC as
+What is compared takes turns, the busy core comes and goes, so that all see the same machine; medians are kept. The service is measured through gRPC as
 users reach it. Writes docs/performance.json and docs/performance.png; the words around them are in docs/performance.md.
 """
 
@@ -10,15 +10,17 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,8 +42,10 @@ from cxr_retrieval.store import Store
 from cxr_retrieval.triton import TritonClient
 
 ROUNDS: Final = 3
-ROUND_S: Final = 5.0
+ROUND_S: Final = 3.5
 """About how long one measurement of throughput lasts."""
+CALLS: Final = 8
+"""Calls in a row whose latency is taken, in every round, after one that is not: threads of whoever had his turn before still spin."""
 IN_FLIGHT: Final = 8
 PEER_GALLERY: Final = 5000
 LITE_SIZES: Final = (1_000, 10_000, 100_000)
@@ -124,52 +128,54 @@ def _service(precision: Precision, segmentation: Segmentation) -> dict[str, Any]
             ask(images[:1])
             ask(images[:8])
         count = 8 * max(3, round(ROUND_S * bare.rate(images, 8) / 8))
-        row: dict[str, Any] = {"precision": precision.value, "segmentation": segmentation.value}
-        for state in ("idle", "half_busy"):
-            with busy(state == "half_busy"):
-                row[state] = alternating(
-                    {
-                        "bare": lambda: bare.rate(images, count),
-                        "served_batches_of_8": lambda: served(8, count),
-                        "served_single_images": lambda: served(1, count),
-                        "bare_latency_ms": lambda: latency(lambda: bare.one(images[:1])),
-                        "latency_ms": lambda: latency(lambda: ask(images[:1])),
-                    }
-                )
+        rates: dict[str, Callable[[], float]] = {
+            "bare": lambda: bare.rate(images, count),
+            "served_batches_of_8": lambda: served(8, count),
+            "served_single_images": lambda: served(1, count),
+        }
+        calls = {"bare_latency_ms": lambda: bare.one(images[:1]), "latency_ms": lambda: ask(images[:1])}
+        found: dict[tuple[str, str], list[float]] = defaultdict(list)
+        with half_busy() as working:
+            for _ in range(ROUNDS):
+                for state in ("idle", "half_busy"):
+                    with working(state == "half_busy"):
+                        for name, rate in rates.items():
+                            found[state, name].append(rate())
+                        for name, call in calls.items():
+                            call()
+                            found[state, name] += [milliseconds(call) for _ in range(CALLS)]
+        row: dict[str, Any] = {"precision": precision.value, "segmentation": segmentation.value, "idle": {}, "half_busy": {}}
+        for (state, name), values in found.items():
+            row[state][name] = round(statistics.median(values), 3)
         row["memory_mb"] = resident_mb(process)
     console.print(f"{segmentation.value} {precision.value}: {row['idle']}")
     return row
 
 
-def alternating(measures: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Medians over rounds in which each measure has its turn."""
-    values: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(ROUNDS):
-        for name, measure in measures.items():
-            values[name].append(measure())
-    return {name: round(statistics.median(found), 3) for name, found in values.items()}
-
-
-def latency(call: Callable[[], None], times: int = 7) -> float:
-    """Median of a call's duration, ms."""
-    durations = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        durations.append(1000 * (time.perf_counter() - started))
-    return statistics.median(durations)
+def milliseconds(call: Callable[[], None]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)
 
 
 @contextmanager
-def busy(wanted: bool) -> Generator[None]:
-    """Another process that computes half of the time, where wanted."""
-    process = subprocess.Popen([sys.executable, "-c", HALF_BUSY]) if wanted else None
-    try:
+def half_busy() -> Generator[Callable[[bool], AbstractContextManager[None]]]:
+    """Another process that computes half of the time, while it is told to."""
+    process = subprocess.Popen([sys.executable, "-c", HALF_BUSY])
+    process.send_signal(signal.SIGSTOP)
+
+    @contextmanager
+    def working(wanted: bool) -> Generator[None]:
+        process.send_signal(signal.SIGCONT if wanted else signal.SIGSTOP)
         yield
+        process.send_signal(signal.SIGSTOP)
+
+    try:
+        yield working
     finally:
-        if process is not None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -191,7 +197,7 @@ def peer() -> dict[str, Any]:
                 request = urllib.request.Request(url, images[i % len(images)].tobytes(), method="POST")
                 json.loads(urllib.request.urlopen(request, timeout=120).read())
 
-            found["pytorch"][f"{at_once} at once, {threads} threads each"] = in_flight(ask, seconds=15.0)
+            found["pytorch"][f"{at_once} at once, {threads} threads each"] = in_flight(ask, seconds=12.0)
     best = max(found["pytorch"].values())
     found["ours"] = {}
     with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
