@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -17,9 +17,9 @@ from scipy import ndimage
 from torch import nn
 
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval_training.config import BackboneName, SegmenterName
 from cxr_retrieval_training.embedder import (
     AttentionMapHead,
-    BackboneName,
     Embedder,
     EmbedderMember,
     PrincipalAxes,
@@ -278,6 +278,10 @@ def test_there_and_back() -> None:
 def test_shapes_are_enforced() -> None:
     with pytest.raises(TypeCheckError):
         Embedder()(torch.zeros((2, 3, 64, 64), dtype=torch.uint8))
+
+
+def test_configs_know_the_networks_that_there_are() -> None:
+    assert tuple(ARCHITECTURES) == get_args(SegmenterName)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_retrieval_training.embedder import BackboneName, Embedder
+from cxr_retrieval_training.config import BackboneName
+from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.segmenter import LungSegmenter
 from cxr_retrieval_training.shipped import HALVED_FROM, as_shipped
 

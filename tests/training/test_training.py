@@ -29,6 +29,7 @@ from cxr_retrieval_training.config import (
     EmbedderConfig,
     EmbedderMemberConfig,
     EmbedderStage,
+    LossName,
     SegmentationConfig,
     SegmentationStage,
     config_path,
@@ -36,7 +37,7 @@ from cxr_retrieval_training.config import (
 )
 from cxr_retrieval_training.datasets import Images, load_images
 from cxr_retrieval_training.embedder import EmbedderMember
-from cxr_retrieval_training.losses import Criterion, LossName, attention_on_lesions
+from cxr_retrieval_training.losses import Criterion, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs, find_probabilities, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient
 from cxr_retrieval_training.report import Run, adult_pneumonia, blanked, shuffled
@@ -253,6 +254,10 @@ def test_published_numbers() -> None:
             "40 of 1 members must reach the 64",
         ),
         ("", "members is wrong"),
+        (
+            'lungs_from = "unnet"\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]',
+            "'unet', 'unetplusplus'",
+        ),
     ],
 )
 def test_bad_config_is_explained(tmp_path: Path, text: str, words: str) -> None:

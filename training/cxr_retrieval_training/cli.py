@@ -1,4 +1,4 @@
-"""`cxr train …`: light to import; PyTorch is loaded inside the commands."""
+"""`cxr train …`: light to import. A command reads its configuration and manifest first, then loads PyTorch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -69,12 +69,14 @@ def segmentation(
 ) -> None:
     """Train the five segmentation networks on rows that have a lung mask (column lung_mask_path)."""
     from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.config import SegmentationConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), SegmentationConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.train_segmenter import train_segmentation
 
-    settings = load_config(config_path(config), SegmentationConfig)
-    typer.echo(train_segmentation(settings, read_manifest(manifest), out, pick_device(device)))
+    typer.echo(train_segmentation(settings, rows, out, pick_device(device)))
 
 
 @app.command()
@@ -87,12 +89,14 @@ def student(
 ) -> None:
     """Train one small network to find the lungs that the five find, for `cxr serve --segmentation student`."""
     from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.config import SegmentationConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), SegmentationConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.train_segmenter import train_student
 
-    settings = load_config(config_path(config), SegmentationConfig)
-    typer.echo(train_student(settings, read_manifest(manifest), segmenter, out, pick_device(device)))
+    typer.echo(train_student(settings, rows, segmenter, out, pick_device(device)))
 
 
 @app.command()
@@ -106,12 +110,14 @@ def embedder(
 ) -> None:
     """Train the attention embedder on the lungs that the segmentation networks find."""
     from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), EmbedderConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.train_embedder import train_embedder
 
-    settings = load_config(config_path(config), EmbedderConfig)
-    typer.echo(train_embedder(settings, read_manifest(manifest), segmenter, out, pick_device(device), init))
+    typer.echo(train_embedder(settings, rows, segmenter, out, pick_device(device), init))
 
 
 @app.command()
@@ -126,10 +132,13 @@ def ablation(
     """Train one of the paper's comparisons or ours: the loss, attention, embedding size, baseline, a source left out."""
     from cxr_retrieval.manifest import read_manifest
     from cxr_retrieval_training.ablations import ablation_config
+
+    settings, rows = ablation_config(name, base), read_manifest(manifest)
+
     from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.train_embedder import train_embedder
 
-    typer.echo(train_embedder(ablation_config(name, base), read_manifest(manifest), segmenter, out / name, pick_device(device)))
+    typer.echo(train_embedder(settings, rows, segmenter, out / name, pick_device(device)))
 
 
 @app.command()
@@ -142,10 +151,13 @@ def report(
 ) -> None:
     """Measure finished runs side by side: retrieval, sources, attention, calibration. montage.png shows patients' images."""
     from cxr_retrieval.manifest import read_manifest
+
+    rows = read_manifest(manifest)
+
     from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.summary import write_report
 
-    typer.echo(write_report(read_manifest(manifest), segmenter, runs, out, pick_device(device)))
+    typer.echo(write_report(rows, segmenter, runs, out, pick_device(device)))
 
 
 @app.command(name="all")
@@ -156,13 +168,17 @@ def everything(
 ) -> None:
     """Reproduce the shipped weights from a manifest: segmentation, embedder, report. Then `cxr build onnx` exports them."""
     from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.config import EmbedderConfig, SegmentationConfig, config_path, load_config
+
+    rows = read_manifest(manifest)
+    lungs, embedding = load_config(config_path("segmentation"), SegmentationConfig), load_config(config_path("embedder"), EmbedderConfig)
+
+    from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.summary import write_report
     from cxr_retrieval_training.train_embedder import train_embedder
     from cxr_retrieval_training.train_segmenter import train_segmentation
 
-    rows, where = read_manifest(manifest), pick_device(device)
-    networks = train_segmentation(load_config(config_path("segmentation"), SegmentationConfig), rows, out / "segmentation", where)
-    train_embedder(load_config(config_path("embedder"), EmbedderConfig), rows, networks, out / "embedder", where)
+    where = pick_device(device)
+    networks = train_segmentation(lungs, rows, out / "segmentation", where)
+    train_embedder(embedding, rows, networks, out / "embedder", where)
     typer.echo(write_report(rows, networks, [out / "embedder"], out / "report", where))

@@ -1,18 +1,18 @@
-"""Training configuration: frozen, checked when made, read from TOML (`configs/` holds the ones that ship)."""
+"""Training configuration: frozen, checked when made, read from TOML (`configs/` holds the ones that ship).
+
+The names of networks and losses stand here, so that a wrong configuration is refused before PyTorch, seconds to load, is needed.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval_training.embedder import BackboneName
-from cxr_retrieval_training.losses import LossName
-from cxr_retrieval_training.segmenter import ARCHITECTURES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +20,10 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports] (installed on Python 3.10 only)
 
 CONFIGS = Path(__file__).parent / "configs"
+
+SegmenterName = Literal["unet", "unetplusplus", "fpn", "linknet", "deeplabv3plus"]
+BackboneName = Literal["resnet50", "efficientnet_lite0"]
+LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy", "source_adversary"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -41,10 +45,10 @@ class SegmentationConfig(_Frozen):
 
     seed: int = 1
     init: Literal["imagenet", "random"] = "imagenet"
-    members: tuple[str, ...] = tuple(ARCHITECTURES)
+    members: tuple[SegmenterName, ...] = get_args(SegmenterName)
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-4
-    member_learning_rates: dict[str, PositiveFloat] = {}
+    member_learning_rates: dict[SegmenterName, PositiveFloat] = {}
     """Where a member needs another one."""
     patience_epochs: PositiveInt = 20
     """A member stops when its val Dice at the served size has not risen for so many epochs; its best epoch is kept."""
@@ -82,7 +86,7 @@ class EmbedderConfig(_Frozen):
     attention: bool = True
     lungs_only: bool = True
     """False: the whole radiograph (ablation)."""
-    lungs_from: str | None = None
+    lungs_from: SegmenterName | None = None
     """Train on the lungs that this one member finds, for a fraction of the work; vectors and service use the ensemble's."""
     frozen_layers: Annotated[int, Field(ge=0)] = 0
     """So many of the first modules of f1 keep their initial weights and statistics."""

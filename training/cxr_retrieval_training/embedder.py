@@ -10,7 +10,7 @@ package registry and which is what the shipped weights use; a 1×1 convolution b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import timm
@@ -25,14 +25,13 @@ from torchvision.ops import SqueezeExcitation
 
 from cxr_retrieval.contract import ATTENTION_SIZE, EMBEDDING_SIZE, FEATURE_SIZE, IMAGE_SIZE
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval_training.config import BackboneName
 from cxr_retrieval_training.imagenet import BACKBONE as LITE0
 from cxr_retrieval_training.imagenet import imagenet_state
 from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
 
 _HELD: Final = 2.0**15
 """Well within what fp16, in which weights ship, can hold."""
-
-BackboneName = Literal["resnet50", "efficientnet_lite0"]
 
 
 class _Backbone(NamedTuple):

@@ -11,7 +11,6 @@ source_adversary    Ganin & Lempitsky 2015, conditioned on the label as Long et 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cxr_retrieval.contract import FEATURE_SIZE
-
-LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy", "source_adversary"]
+from cxr_retrieval_training.config import LossName
 
 
 class Criterion(nn.Module):

@@ -8,7 +8,7 @@ a CPU, and ImageNet weights for it can be had from a package registry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import segmentation_models_pytorch as smp
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cxr_retrieval_training.imagenet import BACKBONE, imagenet_state
 
-ARCHITECTURES: Final = {
+ARCHITECTURES: Final[Mapping[str, type[nn.Module]]] = {
     "unet": smp.Unet,
     "unetplusplus": smp.UnetPlusPlus,
     "fpn": smp.FPN,

@@ -32,7 +32,7 @@ from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.retrieve import MIN_LUNG_AGREEMENT
 from cxr_retrieval_training.augment import SegmentationAugment
 from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
-from cxr_retrieval_training.config import SegmentationConfig
+from cxr_retrieval_training.config import SegmentationConfig, SegmenterName
 from cxr_retrieval_training.datasets import Images, load_images, load_lung_masks, with_lung_masks
 from cxr_retrieval_training.lungs import find_probabilities, load_segmenter
 from cxr_retrieval_training.metrics import dice_coefficient, hausdorff_95
@@ -121,7 +121,7 @@ def _train_members(run: _Run, report_path: Path) -> Path:
     return path
 
 
-def _train_member(name: str, run: _Run) -> Checkpoint:
+def _train_member(name: SegmenterName, run: _Run) -> Checkpoint:
     """Trains one member and returns its best checkpoint: {model, dice, epoch, seconds, …}."""
     config, train, val, out, device = run.config, run.train, run.val, run.out, run.device
     last, best = out / f"{run.stem}-{name}-last.pt", out / f"{run.stem}-{name}-best.pt"
