@@ -7,8 +7,9 @@ SHARED_DATA ?= ../shared/data/cxr-public
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
+# Two at a time, a file to a worker; PyTorch of one thread each, for two of two threads on two cores wait for each other.
 test: .venv-dev/.installed browser compose ## every test
-	@CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest
+	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv-dev/.installed      ## style and types
 	@.venv-dev/bin/ruff check .

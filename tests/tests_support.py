@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
@@ -26,9 +27,10 @@ def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = Non
     return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd, check=False)
 
 
-def leftovers() -> set[str]:
-    """Temporary folders and shared memory of embedded servers."""
-    return {path.name for folder, pattern in (("/tmp", "cxr-serve-*"), ("/dev/shm", "cxr_*")) for path in Path(folder).glob(pattern)}
+def leftovers(pid: int) -> set[str]:
+    """Temporary folders and shared memory of embedded servers that this process started."""
+    places = ((tempfile.gettempdir(), f"cxr-serve-{pid}-*"), ("/dev/shm", f"cxr_{pid}_*"))
+    return {path.name for folder, pattern in places for path in Path(folder).glob(pattern)}
 
 
 def dashboard_metrics(prefix: str) -> set[str]:

@@ -25,7 +25,7 @@ from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_S
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.manifest import Manifest
 from cxr_retrieval.progress import track
-from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, PARITY_REPORT, Precision, Segmentation
+from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, PARITY_REPORT, Precision, Segmentation, missed
 from cxr_retrieval.serving.repository import graph_file, has_graph
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_build.lower_precision import to_fp16, to_int8
@@ -149,14 +149,9 @@ def require_passed(gates: Sequence[dict[str, Any]]) -> None:
     Raises:
         SetupError: Which, by how much.
     """
-    missed = [
-        f"{gate['segmentation']} in {gate['runtime']} {gate['precision']}: {name} {one['value']:g} (limit {one['limit']:g})"
-        for gate in gates
-        for name, one in gate["figures"].items()
-        if not one["passed"]
-    ]
-    if missed:
-        raise SetupError("a parity gate was missed", got="; ".join(missed), next_step="do not ship this precision with these weights")
+    beyond = [f"{gate['segmentation']} in {gate['runtime']} {gate['precision']}: {missed(gate)}" for gate in gates if not gate["passed"]]
+    if beyond:
+        raise SetupError("a parity gate was missed", got="; ".join(beyond), next_step="do not ship this precision with these weights")
 
 
 class Measure:

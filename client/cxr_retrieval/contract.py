@@ -43,8 +43,11 @@ class TensorSpec:
 
 
 IMAGE: Final = TensorSpec("IMAGE", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
-LUNGS: Final = TensorSpec("LUNGS", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
-"""The radiograph, at least 1 inside the lungs and 0 outside (between the first two steps only)."""
+LUNGS: Final = TensorSpec("LUNGS", "UINT8", (2, IMAGE_SIZE, IMAGE_SIZE))
+"""Between the first two steps only: the radiograph, 0 outside the lungs, and how much each pixel counts as lung, 0…255 for 0…1.
+
+Soft at the outline, where LUNG_MASK is cut: what a runtime rounds there moves the second by a little, and flips whole pixels of the first.
+"""
 LUNG_MASK: Final = TensorSpec("LUNG_MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
 """0 outside, 255 inside the lungs."""
 LUNG_AGREEMENT: Final = TensorSpec("LUNG_AGREEMENT", "FP32", (1,))

@@ -50,14 +50,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
         members=(EmbedderMemberConfig(stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)),) * 2,
     )
     segmenter, embedder = LungSegmenter(MEMBERS), build_embedder(config, (128, 96))
-    noise = torch.randint(0, 256, (4, 1, 128, 128), dtype=torch.uint8)
-    for network in (segmenter, embedder):
+    noise = torch.randint(0, 256, (4, 2, 128, 128), dtype=torch.uint8)
+    for network, takes in ((segmenter, noise[:, :1]), (embedder, noise)):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.9
         network.train()
         with torch.no_grad():
-            network(noise)
+            network(takes)
     for member in segmenter.members.values():  # most pixels well above the threshold: at it, fp16 weights flip an untrained mask
         head = member.get_submodule("network.segmentation_head.0")
         assert isinstance(head, nn.Conv2d)

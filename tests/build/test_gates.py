@@ -135,7 +135,7 @@ def test_doubts_are_told(recorded: Path) -> None:
 
 def test_missed_gates_fail_and_say_which() -> None:
     require_passed([entry("fp32", passed=True)])
-    with pytest.raises(SetupError, match=r"ensemble in OpenVINO fp32: mask_dice 0\.5 \(limit 0\.98\)"):
+    with pytest.raises(SetupError, match=r"ensemble in OpenVINO fp32: mask_dice 0\.5000 \(limit 0\.98\)"):
         require_passed([entry("fp32", passed=False)])
     assert table([entry("fp32", passed=False)]).row_count == 1
 

@@ -87,7 +87,7 @@ def test_plain_weights_undo_the_casts(repository: Path) -> None:
     model = onnx.load(repository / "embedder" / "1" / "model.onnx")
     plain = with_plain_weights(model)
     assert not any(tensor.data_type == TensorProto.FLOAT16 for tensor in plain.graph.initializer)
-    lungs = np.random.default_rng(0).integers(0, 256, (1, 1, 256, 256), np.uint8)
+    lungs = np.random.default_rng(0).integers(0, 256, (1, 2, 256, 256), np.uint8)
     assert run(plain, lungs) == pytest.approx(run(model, lungs), abs=1e-5)
 
 

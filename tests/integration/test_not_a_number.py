@@ -35,7 +35,7 @@ def tiny_graph(name: str) -> onnx.ModelProto:
 
     if name == LUNG_SEGMENTATION:
         nodes = [
-            node("Identity", ["IMAGE"], ["LUNGS"]),
+            node("Concat", ["IMAGE", "IMAGE"], ["LUNGS"], axis=1),
             node("Max", ["IMAGE", "white"], ["LUNG_MASK"]),
             node("Cast", ["LUNG_MASK"], ["mask"], to=TensorProto.FLOAT),
             node("ReduceMean", ["mask", "axes"], ["mean"], keepdims=0),

@@ -143,13 +143,13 @@ def test_a_model_that_cannot_load_is_named_with_the_servers_reason(repository: P
     onnx = broken / "embedder" / "1" / "model.onnx"
     onnx.unlink()
     onnx.write_bytes(b"no graph")
-    before = leftovers()
+    before = leftovers(os.getpid())
     with pytest.raises(SetupError) as caught, embedded_triton(ServerOptions(broken, grpc_port=0, http_port=0, metrics_port=0)):
         pytest.fail("must not become ready")
     message = str(caught.value)
     assert "could not load embedder" in message
     assert "model.onnx" in message, "Triton's own words name the file"
-    assert leftovers() == before
+    assert leftovers(os.getpid()) == before
 
 
 def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
@@ -162,12 +162,12 @@ def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
 
 
 def test_nothing_is_left_behind(repository: Path) -> None:
-    before = leftovers()
+    before = leftovers(os.getpid())
     with embedded_triton(ServerOptions(repository, Precision.bf16, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
-        assert leftovers() != before
+        assert leftovers(os.getpid()) != before
         group = endpoints.process.pid
         with TritonClient(TritonSettings(endpoints.grpc)) as client:
             assert client.embed(np.zeros((1, 1, 256, 256), np.uint8)).shape == (1, 64)
-    assert leftovers() == before
+    assert leftovers(os.getpid()) == before
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)

@@ -27,7 +27,7 @@ from cxr_retrieval_training.embedder import (
     Strata,
 )
 from cxr_retrieval_training.imagenet import imagenet_state
-from cxr_retrieval_training.normalisation import TAIL, WIDENED, from_box, lung_box, standardised_lungs
+from cxr_retrieval_training.normalisation import REACH, from_box, lung_box, sampling, standardised_lungs
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands, expected_dice
 
 
@@ -40,7 +40,7 @@ def member(request: pytest.FixtureRequest) -> EmbedderMember:
 @pytest.mark.parametrize("backbone", ["resnet50", "efficientnet_lite0"])
 def test_embedder_outputs(backbone: BackboneName) -> None:
     embedder = Embedder(backbone=backbone).eval()
-    lungs = torch.randint(0, 256, (3, 1, 256, 256), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (3, 2, 256, 256), dtype=torch.uint8)
     with torch.inference_mode():
         embedding, features, attention = embedder(lungs)
     assert embedding.shape == (3, 64)
@@ -68,9 +68,9 @@ def test_resnet_stages_end_where_the_paper_says() -> None:
 
 def test_equation_4(member: EmbedderMember) -> None:
     """f̃(x) = g(α(f1(x)) ⊙ f2(f1(x))), written out step by step."""
-    lungs = torch.randint(1, 256, (2, 1, 64, 96), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (2, 2, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
-        seen = standardised_lungs(lungs.float(), lung_box(lungs.float()), 64).expand(-1, 3, -1, -1)
+        seen = standardised_lungs(lungs.float(), lung_box(lungs[:, 1:].float()), 64).expand(-1, 3, -1, -1)
         f1 = member.f1(seen)
         assert member.attention is not None
         projected = member.head(member.rest(member.attention(f1) * member.f2(f1)))
@@ -82,7 +82,7 @@ def test_mirrored_lungs_are_found_the_same() -> None:
     """All numbers but the layout, whose quarters change sides with the lungs, as the attention does; not while training."""
     torch.manual_seed(4)
     network = EmbedderMember(12, mirrored=True, size=64).eval()
-    lungs = torch.randint(1, 256, (3, 1, 80, 112), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (3, 2, 80, 112), dtype=torch.uint8)
     with torch.inference_mode():
         found, back = network(lungs), network(lungs.flip(3))
         plain = EmbedderMember(12, size=64).eval()
@@ -106,7 +106,7 @@ def test_members_share_the_embedding() -> None:
     """
     torch.manual_seed(5)
     network = Embedder(7, sizes=(64, 96, 128)).eval()
-    lungs = torch.randint(1, 256, (5, 1, 72, 88), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (5, 2, 72, 88), dtype=torch.uint8)
     with torch.inference_mode():
         found = network.describe(lungs)
         assert network.embed(found).abs().max() == 0, "not fitted yet"
@@ -125,7 +125,7 @@ def test_members_share_the_embedding() -> None:
 
 def test_without_attention_the_mask_is_all_ones() -> None:
     with torch.inference_mode():
-        mask = Embedder(attention=False, sizes=(64,)).eval()(torch.zeros((1, 1, 64, 64), dtype=torch.uint8))[2]
+        mask = Embedder(attention=False, sizes=(64,)).eval()(torch.zeros((1, 2, 64, 64), dtype=torch.uint8))[2]
     assert mask.shape == (1, 1, 16, 16), "whatever the size"
     assert (mask == 1).all()
 
@@ -133,7 +133,7 @@ def test_without_attention_the_mask_is_all_ones() -> None:
 def test_appearance_takes_its_share_of_the_similarity() -> None:
     torch.manual_seed(2)
     network = Embedder(64, appearance_size=16, appearance_share=0.36, sizes=(64,)).eval()
-    lungs = torch.randint(1, 256, (5, 1, 64, 64), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (5, 2, 64, 64), dtype=torch.uint8)
     assert network.appearance is not None
     with torch.inference_mode():
         found = network.describe(lungs)
@@ -147,13 +147,15 @@ def test_appearance_takes_its_share_of_the_similarity() -> None:
 
 
 def test_appearance_is_whitened() -> None:
-    """Unit variance and no correlation on what it was fitted to, before the length is normalised."""
+    """No correlation on what it was fitted to, before the length is normalised, and variance 1 / (1 + ridge · largest / own)."""
     layout = (np.random.default_rng(3).normal(size=(300, 448)) @ np.diag(np.linspace(5, 0.1, 448)) + 2.0).astype(np.float32)
     part = Embedder(64, appearance_size=8, appearance_share=0.2).appearance
     assert part is not None
     part.fit(layout)
     white = (torch.from_numpy(layout) - part.mean) @ part.projection
-    assert torch.allclose(white.T @ white / len(layout), torch.eye(8), atol=1e-2)
+    variance = np.sort(np.linalg.eigvalsh(np.cov(layout.T.astype(np.float64), bias=True)))[::-1][:8]
+    expected = torch.from_numpy(np.diag(variance / (variance + 0.1 * variance[0]))).float()
+    assert torch.allclose(white.T @ white / len(layout), expected, atol=1e-3)
     with pytest.raises(UsageError, match="too few images"):
         part.fit(layout[:8])
 
@@ -188,7 +190,7 @@ def test_frozen_layers_take_no_gradient_and_keep_their_statistics() -> None:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     before = norm.running_mean.clone()
-    network(torch.randint(1, 256, (2, 1, 64, 64), dtype=torch.uint8), 64).learned.sum().backward()
+    network(torch.randint(1, 256, (2, 2, 64, 64), dtype=torch.uint8), 64).learned.sum().backward()
     assert torch.equal(norm.running_mean, before)
     assert all(parameter.grad is None for parameter in network.f1[:4].parameters())
     assert any(parameter.grad is not None for parameter in network.f1[4:].parameters())
@@ -214,14 +216,15 @@ def test_attention_map_head_puts_the_box_back_into_the_frame() -> None:
 
 
 def test_box_of_the_lungs() -> None:
-    """Of an even rectangle a quantile is a share of its side."""
+    """Of an even rectangle a side's mean square is a 24th of the side's square."""
     inside = torch.zeros((2, 1, 60, 100))
     inside[0, 0, 10:50, 20:70] = 1
-    between = 1 - 2 * TAIL
-    above, below, left, right = (share * between - TAIL for share in WIDENED)
-    expected = [10 - 40 * above, 50 + 40 * below, 20 - 50 * left, 70 + 50 * right]
+    above, below, left, right = (deviations / 24**0.5 for deviations in REACH)
+    expected = [30 - 40 * above, 30 + 40 * below, 45 - 50 * left, 45 + 50 * right]
     assert lung_box(inside)[0].tolist() == pytest.approx(expected, abs=1e-3)
-    whole = [-60 * above, 60 + 60 * below, -100 * left, 100 + 100 * right]
+    assert (lung_box(255 * inside) - lung_box(inside)).abs().max() < 1e-3, "on any scale"
+    assert expected[0] < 10, "beyond the rectangle"
+    whole = [30 - 60 * above, 30 + 60 * below, 50 - 100 * left, 50 + 100 * right]
     assert lung_box(inside)[1].tolist() == pytest.approx(whole, abs=1e-3), "no lung: the whole frame"
 
 
@@ -247,23 +250,48 @@ def test_position_size_and_exposure_are_forgotten() -> None:
     """The same texture elsewhere, larger, brighter and with more contrast looks the same to the network."""
     torch.manual_seed(0)
     texture = nn.functional.interpolate(torch.rand((1, 1, 6, 6)), size=(64, 64), mode="bicubic", align_corners=False).clamp(0, 1)
-    small, large = torch.zeros((1, 1, 256, 256)), torch.zeros((1, 1, 256, 256))
-    small[..., 20:84, 30:94] = 40 + 60 * texture
-    large[..., 100:228, 110:238] = 90 + 140 * nn.functional.interpolate(texture, scale_factor=2, mode="bilinear", align_corners=False)
-    seen = [standardised_lungs(image, lung_box(image), 96) for image in (small, large)]
+    small, large = torch.zeros((1, 2, 256, 256)), torch.zeros((1, 2, 256, 256))
+    small[:, :1, 20:84, 30:94] = 40 + 60 * texture
+    large[:, :1, 100:228, 110:238] = 90 + 140 * nn.functional.interpolate(texture, scale_factor=2, mode="bilinear", align_corners=False)
+    for lungs in (small, large):
+        lungs[:, 1] = 255.0 * (lungs[:, 0] > 0)
+    seen = [standardised_lungs(lungs, lung_box(lungs[:, 1:]), 96) for lungs in (small, large)]
     assert nn.functional.cosine_similarity(seen[0].flatten(1), seen[1].flatten(1)).item() > 0.99
 
 
 def test_standardised_inside_and_zero_outside() -> None:
     torch.manual_seed(1)
-    lungs = torch.zeros((1, 1, 128, 128))
-    lungs[..., 40:80, 30:60] = nn.functional.interpolate(torch.rand((1, 1, 8, 6)), size=(40, 30), mode="bilinear") * 200 + 20
-    seen = standardised_lungs(lungs, torch.tensor([[0.0, 128.0, 0.0, 128.0]]), 128)
-    inside = lungs > 0
-    assert (seen[~inside] == 0).all()
-    assert seen[inside].mean().item() == pytest.approx(0, abs=0.02)
-    assert seen[inside].std().item() == pytest.approx(1, abs=0.02)
-    assert (standardised_lungs(torch.full((1, 1, 64, 64), 77.0), lung_box(torch.ones((1, 1, 64, 64))), 64).abs() < 1e-4).all(), "no texture"
+    lungs = torch.zeros((1, 2, 128, 128))
+    lungs[:, :1] = 200.0
+    lungs[:, :1, 40:80, 30:60] = nn.functional.interpolate(torch.rand((1, 1, 8, 6)), size=(40, 30), mode="bilinear") * 200 + 20
+    lungs[:, 1, 40:80, 30:60] = 255.0
+    seen = standardised_lungs(lungs, torch.tensor([[0.0, 128.0, 0.0, 128.0]]), 128)[0, 0]
+    assert seen[38:82, 28:62].square().sum() == pytest.approx(seen.square().sum().item()), "whatever is outside"
+    inside = seen[42:78, 32:58]
+    assert inside.mean().item() == pytest.approx(0, abs=0.1)
+    assert inside.std().item() == pytest.approx(1, abs=0.1)
+    even = torch.cat([torch.full((1, 1, 64, 64), 77.0), torch.full((1, 1, 64, 64), 255.0)], dim=1)
+    assert (standardised_lungs(even, lung_box(even[:, 1:]), 64).abs() < 1e-4).all(), "no texture"
+
+
+def test_a_pixel_counts_by_its_share() -> None:
+    """Of two halves, one of which counts by a third: weighted mean 40, weighted variance 3·30²·¼·… = 300 + noise."""
+    lungs = torch.zeros((1, 2, 64, 64))
+    lungs[:, 0, :, :32], lungs[:, 0, :, 32:] = 30.0, 70.0
+    lungs[:, 1, :, :32], lungs[:, 1, :, 32:] = 255.0, 85.0
+    seen = standardised_lungs(lungs, torch.tensor([[0.0, 64.0, 0.0, 64.0]]), 64)[0, 0]
+    deviation = (300 + 2.0**2) ** 0.5
+    assert seen[32, 8].item() == pytest.approx(-10 / deviation, rel=1e-4)
+    assert seen[32, 56].item() == pytest.approx(30 / deviation / 3, rel=1e-4)
+
+
+def test_an_even_picture_stays_even_wherever_the_box_lies() -> None:
+    """Weights of a cell sum to one: no moiré between cells and pixels."""
+    ones = torch.ones((5, 1, 256, 256))
+    box = torch.tensor([[20.0 + 0.13 * i, 220.0 + 0.29 * i, 31.0 + 0.07 * i, 200.5 - 0.31 * i] for i in range(5)])
+    for size in (96, 128, 192, 256):
+        rows, columns = sampling(box[:, 0], box[:, 1], 256, size), sampling(box[:, 2], box[:, 3], 256, size)
+        assert (rows @ ones[:, 0] @ columns.transpose(1, 2) - 1.0).abs().max() < 1e-5
 
 
 def test_there_and_back() -> None:
@@ -337,7 +365,27 @@ def test_ensemble_averages_probabilities_and_blanks_what_is_outside() -> None:
     assert ((mask > 0) == (expected > 0)).all()
     assert agreed.shape == (2, 1)
     assert set(mask.unique().tolist()) <= {0, 255}
-    assert (lungs == torch.where(mask > 0, image, 0)).all()
+    pixels, share = lungs[:, :1], lungs[:, 1:]
+    assert (pixels == torch.where(share > 0, image, 0)).all()
+
+
+def test_lungs_are_soft_at_the_outline() -> None:
+    """Where a network is sure a pixel is lung or none, as the mask has it; between, by how sure it is."""
+    segmenter = LungSegmenter(("unet",)).eval()
+
+    def half_lung(_: torch.Tensor) -> torch.Tensor:
+        probability = ((torch.arange(96) - 36) / 8).clamp(1e-6, 1 - 1e-6)
+        return torch.logit(probability).expand(1, 1, 64, 96)
+
+    segmenter.members["unet"].forward = half_lung
+    with torch.inference_mode():
+        mask, lungs, _ = segmenter(torch.full((1, 1, 64, 96), 99, dtype=torch.uint8))
+    assert mask[0, 0, 32].tolist() == [0] * 40 + [255] * 56
+    share = lungs[0, 1, 32].tolist()
+    assert share[:39] == [0] * 39, "to a probability of a quarter"
+    assert share[39:42] == pytest.approx([64, 128, 191], abs=1)
+    assert share[42:] == [255] * 54, "from three quarters"
+    assert lungs[0, 0, 32].tolist() == [0] * 39 + [99] * 57
 
 
 def test_small_islands_go_and_lungs_stay_to_the_pixel() -> None:
@@ -350,6 +398,16 @@ def test_small_islands_go_and_lungs_stay_to_the_pixel() -> None:
     noisy[0, 0, 240, :] = 1  # a line
     noisy[0, 0, 120:126, 78:84] = 0  # a hole in a lung
     assert (drop_small_islands(noisy) == mask).all()
+
+
+def test_small_islands_of_probabilities_go_at_every_threshold() -> None:
+    """Grey-scale reconstruction commutes with thresholding (Vincent 1993, section 2.2)."""
+    torch.manual_seed(2)
+    probability = nn.functional.interpolate(torch.rand((2, 1, 24, 24)), size=(256, 256), mode="bicubic").clamp(0, 1)
+    cleaned = drop_small_islands(probability)
+    assert (cleaned != probability).any()
+    for threshold in (0.1, 0.35, 0.5, 0.8):
+        assert ((cleaned >= threshold).float() == drop_small_islands((probability >= threshold).float())).all()
 
 
 def test_small_islands_against_connected_components() -> None:

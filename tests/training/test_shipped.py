@@ -9,31 +9,38 @@ import pytest
 import torch
 from torch import nn
 
+from cxr_retrieval.contract import IMAGE, LUNGS
 from cxr_retrieval_training.config import BackboneName
 from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.segmenter import LungSegmenter
-from cxr_retrieval_training.shipped import HALVED_FROM, as_shipped
+from cxr_retrieval_training.shipped import HALVED_FROM, Convolution, as_shipped
 
 
-def look_at_noise(network: nn.Module) -> None:
+def look_at_noise(network: nn.Module, channels: int) -> None:
     """Leaves batch norms that do something."""
     with torch.no_grad():
-        network.train()(torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8))
+        network.train()(torch.randint(0, 256, (4, channels, 64, 64), dtype=torch.uint8))
     network.eval()
 
 
 def rounded_only_as(network: nn.Module) -> bool:
-    """Whether fp16 holds every large tensor."""
+    """Whether fp16 holds every large tensor, and bf16 every convolution's weights."""
     large = [tensor for tensor in network.state_dict().values() if tensor.dtype == torch.float32 and tensor.numel() >= HALVED_FROM]
-    return len(large) > 0 and all(torch.equal(tensor, tensor.half().float()) for tensor in large)
+    weights = [module.weight for module in network.modules() if isinstance(module, Convolution)]
+    return (
+        len(large) > 0
+        and len(weights) > 0
+        and all(torch.equal(tensor, tensor.half().float()) for tensor in large)
+        and all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["linknet", "deeplabv3plus"])
 def test_segmentation_finds_the_same_with_folded_and_rounded_weights(architecture: str) -> None:
     torch.manual_seed(0)
     trained = LungSegmenter((architecture,))
-    look_at_noise(trained)
-    shipped = as_shipped(copy.deepcopy(trained))
+    look_at_noise(trained, 1)
+    shipped = as_shipped(copy.deepcopy(trained), IMAGE)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in shipped.modules())
     assert rounded_only_as(shipped)
     assert not rounded_only_as(trained)
@@ -47,11 +54,11 @@ def test_segmentation_finds_the_same_with_folded_and_rounded_weights(architectur
 def test_embedder_finds_the_same_with_folded_and_rounded_weights(backbone: BackboneName) -> None:
     torch.manual_seed(0)
     trained = Embedder(backbone=backbone, mirrored=True, sizes=(64,))
-    look_at_noise(trained)
-    shipped = as_shipped(copy.deepcopy(trained))
+    look_at_noise(trained, 2)
+    shipped = as_shipped(copy.deepcopy(trained), LUNGS)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in shipped.modules())
     assert rounded_only_as(shipped)
-    lungs = torch.randint(0, 256, (2, 1, 128, 128), dtype=torch.uint8)
+    lungs = torch.randint(0, 256, (2, 2, 128, 128), dtype=torch.uint8)
     with torch.inference_mode():
         expected, got = (network(lungs)[0] for network in (trained, shipped))
     assert (got * expected).sum(dim=1).min() > 0.999

@@ -207,13 +207,18 @@ def test_segmentation_augmentation_moves_mask_and_image_together() -> None:
 
 def test_embedding_augmentation_keeps_black_black_and_lesions_inside() -> None:
     torch.manual_seed(0)
-    lungs, lesions = torch.zeros((8, 1, 64, 64), dtype=torch.uint8), torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
-    lungs[:, :, 20:44, 20:44] = 120
+    lungs, lesions = torch.zeros((8, 2, 64, 64), dtype=torch.uint8), torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
+    lungs[:, 0, 20:44, 20:44] = 120
+    lungs[:, 1, 20:44, 20:44] = 255
     lesions[:, :, 24:30, 24:30] = 255
-    pixels, moved = EmbeddingAugment()(lungs, lesions)
-    assert pixels.shape == moved.shape == (8, 1, 64, 64)
+    changed, moved = EmbeddingAugment()(lungs, lesions)
+    pixels, share = changed[:, :1], changed[:, 1:]
+    assert pixels.shape == share.shape == moved.shape == (8, 1, 64, 64)
     assert (pixels[:, :, :4, :4] == 0).all()
+    assert (pixels[share == 0] == 0).all()
+    assert (share[moved > 0] > 127).all()
     assert pixels.max() > 60
+    assert share.max() == 255
     assert set(moved.unique().tolist()) == {0.0, 1.0}
     assert moved.sum() > 8 * 20
     assert (pixels[0] != pixels[1]).any(), "every image gets its own"
@@ -638,9 +643,11 @@ def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path:
 
 def test_lungs_without_anatomy() -> None:
     """The outline stays; blanked, nothing else does; shuffled, the distribution of grey values of each image."""
-    lungs = np.zeros((2, 1, 11, 13), np.uint8)
-    lungs[:, :, 2:9, 3:10] = np.random.default_rng(0).integers(1, 256, (2, 1, 7, 7))
-    assert set(blanked(lungs)[lungs > 0].tolist()) == {128}
+    lungs = np.zeros((2, 2, 11, 13), np.uint8)
+    lungs[:, 0, 2:9, 3:10] = np.random.default_rng(0).integers(1, 256, (2, 7, 7))
+    lungs[:, 1, 2:9, 3:10] = 255
+    assert set(blanked(lungs)[:, 0][lungs[:, 1] > 0].tolist()) == {128}
+    assert (blanked(lungs)[:, 0][lungs[:, 1] == 0] == 0).all()
     found = shuffled(lungs)
     assert (found != lungs).any()
     assert (found == shuffled(lungs)).all()

@@ -72,10 +72,10 @@ class EmbeddingAugment(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, lungs: UInt8[Tensor, "batch 1 height width"], lesions: UInt8[Tensor, "batch 1 height width"]
-    ) -> tuple[Float[Tensor, "batch 1 height width"], Float[Tensor, "batch 1 height width"]]:
-        """Returns pixels in 0…255, black outside the lungs, and lesions in {0, 1}, which follow the geometry."""
-        moved = self.geometry(torch.cat([lungs.float() / 255.0, (lungs > 0).float(), (lesions > 127).float()], dim=1))
-        inside = (moved[:, 1:2] > 0.5).float()
-        pixels = self.erasing(self.exposure(moved[:, :1].clamp(0.0, 1.0)).clamp(1.0 / 255.0, 1.0) * inside)
-        return pixels * 255.0, (moved[:, 2:] > 0.5).float() * inside
+        self, lungs: UInt8[Tensor, "batch 2 height width"], lesions: UInt8[Tensor, "batch 1 height width"]
+    ) -> tuple[Float[Tensor, "batch 2 height width"], Float[Tensor, "batch 1 height width"]]:
+        """Returns LUNGS, still 0…255 (a patch cut out no longer counts as lung), and lesions in {0, 1}, which follow the geometry."""
+        moved = self.geometry(torch.cat([lungs.float() / 255.0, (lesions > 127).float()], dim=1)).clamp(0.0, 1.0)
+        share = moved[:, 1:2]
+        pixels = self.exposure(moved[:, :1]).clamp(0.0, 1.0) * (share > 0.0)
+        return self.erasing(torch.cat([pixels, share], dim=1)) * 255.0, ((moved[:, 2:] > 0.5) & (share > 0.5)).float()

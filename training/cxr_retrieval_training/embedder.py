@@ -33,6 +33,9 @@ from cxr_retrieval_training.normalisation import from_box, lung_box, standardise
 _HELD: Final = 2.0**15
 """Well within what fp16, in which weights ship, can hold."""
 
+_RIDGE: Final = 0.1
+"""Of the largest variance, added to each before whitening: small axes would magnify what a runtime rounds."""
+
 
 class _Backbone(NamedTuple):
     f1: nn.Sequential
@@ -96,8 +99,8 @@ class PrincipalAxes(nn.Module):
     """Fewer numbers for many, of unit length: the leading principal axes, in closed form from the train rows after training.
 
     Args:
-        whitened: Centred, and each axis divided by its standard deviation (Jégou & Chum 2012), so that all count alike. Otherwise
-            neither, so that cosine similarities stay what they were but for the axes left out.
+        whitened: Centred, and each axis divided by its standard deviation (Jégou & Chum 2012), so that all count alike
+            (nearly: see `_RIDGE`). Otherwise neither, so that cosine similarities stay what they were but for the axes left out.
     """
 
     def __init__(self, size_in: int, size_out: int, *, whitened: bool) -> None:
@@ -127,7 +130,8 @@ class PrincipalAxes(nn.Module):
             )
         mean = rows.mean(axis=0) if self.whitened else np.zeros(rows.shape[1], np.float32)
         _, singular, axes = np.linalg.svd((rows - mean).astype(np.float64), full_matrices=False)
-        scale = np.sqrt(len(rows)) / np.maximum(singular[:size], 1e-6) if self.whitened else np.ones(size)
+        variance = singular**2 / len(rows)
+        scale = (variance[:size] + _RIDGE * max(variance[0], 1e-12)) ** -0.5 if self.whitened else np.ones(size)
         projection = axes[:size].T * scale
         if strata is not None:
             nuisance = source_directions((rows - mean) @ projection, strata)
@@ -208,13 +212,13 @@ class EmbedderMember(nn.Module):
 
     def forward(
         self,
-        lungs: UInt8[Tensor, "batch 1 height width"] | Float[Tensor, "batch 1 height width"],
+        lungs: UInt8[Tensor, "batch 2 height width"] | Float[Tensor, "batch 2 height width"],
         size: int | None = None,
         box: Float[Tensor, "batch 4"] | None = None,
     ) -> Description:
-        """Looks at the masked radiograph, 0…255 (float when it comes from augmentation); size and box its own by default."""
-        pixels = lungs.float()
-        seen = standardised_lungs(pixels, lung_box(pixels) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
+        """Looks at LUNGS, 0…255 (float when it comes from augmentation); size and box its own by default."""
+        values = lungs.float()
+        seen = standardised_lungs(values, lung_box(values[:, 1:]) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
         if self.training or not self.mirrored:
             return self._described(*self._look(seen))
         # unflatten, for chunk would fix the batch size in the exported graph
@@ -287,9 +291,9 @@ class Embedder(nn.Module):
         return [member for member in self.members if isinstance(member, EmbedderMember)]
 
     def forward(
-        self, lungs: UInt8[Tensor, "batch 1 height width"]
+        self, lungs: UInt8[Tensor, "batch 2 height width"]
     ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "batch 2048"], Float[Tensor, "batch 1 16 16"]]:
-        """Takes the masked radiograph, 0…255.
+        """Takes LUNGS: the radiograph, and how much each pixel counts as lung, 0…255.
 
         Returns:
             EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4; mean of the members'), ATTENTION
@@ -298,7 +302,7 @@ class Embedder(nn.Module):
         found = self.describe(lungs)
         return self.embed(found), found.features, found.attention
 
-    def describe(self, lungs: UInt8[Tensor, "batch 1 height width"]) -> Description:
+    def describe(self, lungs: UInt8[Tensor, "batch 2 height width"]) -> Description:
         """What all members find together."""
         parts = [member(lungs) for member in self.each()]
         masks = [

@@ -16,14 +16,14 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cxr_retrieval.contract import IMAGE_SIZE
+from cxr_retrieval.contract import IMAGE, IMAGE_SIZE, LUNGS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.manifest import ManifestRow
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval_training.checkpoints import load_checkpoint, mixed_precision, on_device
 from cxr_retrieval_training.cpu_engine import CpuEngine
 from cxr_retrieval_training.datasets import Images, load_images
-from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.segmenter import SURE, LungSegmenter
 from cxr_retrieval_training.shipped import as_shipped
 
 _CHUNK = 64
@@ -43,17 +43,17 @@ def load_segmenter(checkpoint: Path, member: str | None = None, *, shipped: bool
             expected = ", ".join(segmenter.members)
             raise UsageError(f"{checkpoint.name} has no member {member}", expected=expected, next_step="correct lungs_from")
         segmenter.members = nn.ModuleDict({member: segmenter.members[member]})
-    return as_shipped(segmenter) if shipped else segmenter.eval()
+    return as_shipped(segmenter, IMAGE) if shipped else segmenter.eval()
 
 
 def find_lungs(checkpoint: Path, rows: Sequence[ManifestRow], split: str, device: torch.device, member: str | None = None) -> Images:
-    """LUNGS `[n, 1, 256, 256]` of the rows, from `<checkpoint's folder>/lungs-<split>-<hash>.npy` as far as they are there."""
-    return _find("lungs", _Lungs(load_segmenter(checkpoint, member)), checkpoint.parent, rows, split, device)
+    """LUNGS `[n, 2, 256, 256]` of the rows, from `<checkpoint's folder>/lungs-<split>-<hash>.npy` as far as they are there."""
+    return _find("lungs", _Lungs(load_segmenter(checkpoint, member)), LUNGS.shape, checkpoint.parent, rows, split, device)
 
 
 def find_probabilities(checkpoint: Path, rows: Sequence[ManifestRow], split: str, device: torch.device) -> Images:
     """The ensemble's mean probability of lung `[n, 1, 256, 256]`, 0…255 for 0…1, from `probabilities-<split>-<hash>.npy` likewise."""
-    return _find("probabilities", _Probability(load_segmenter(checkpoint)), checkpoint.parent, rows, split, device)
+    return _find("probabilities", _Probability(load_segmenter(checkpoint)), IMAGE.shape, checkpoint.parent, rows, split, device)
 
 
 class _Lungs(nn.Module):
@@ -63,7 +63,7 @@ class _Lungs(nn.Module):
         super().__init__()
         self.segmenter = segmenter
 
-    def forward(self, image: UInt8[Tensor, "batch 1 height width"]) -> UInt8[Tensor, "batch 1 height width"]:
+    def forward(self, image: UInt8[Tensor, "batch 1 height width"]) -> UInt8[Tensor, "batch 2 height width"]:
         return self.segmenter(image)[1]
 
 
@@ -78,9 +78,11 @@ class _Probability(nn.Module):
         return (self.segmenter.member_probabilities(image).mean(dim=0) * 255.0).round().to(torch.uint8)
 
 
-def _find(what: str, network: nn.Module, folder: Path, rows: Sequence[ManifestRow], split: str, device: torch.device) -> Images:
-    """An interrupted run goes on after its last chunk. The hash is over the networks' weights and the rows' files."""
-    digest = hashlib.sha256()
+def _find(
+    what: str, network: nn.Module, shape: tuple[int, ...], folder: Path, rows: Sequence[ManifestRow], split: str, device: torch.device
+) -> Images:
+    """An interrupted run goes on after its last chunk. The hash is over the shape, how lungs are cut, the weights and the rows' files."""
+    digest = hashlib.sha256(repr((shape, SURE)).encode())
     for tensor in network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     for row in rows:
@@ -88,8 +90,8 @@ def _find(what: str, network: nn.Module, folder: Path, rows: Sequence[ManifestRo
     path = folder / f"{what}-{split}-{digest.hexdigest()[:12]}.npy"
     counter = path.with_suffix(".done")
     done = int(counter.read_text()) if counter.exists() and path.exists() else 0
-    shape = (len(rows), 1, IMAGE_SIZE, IMAGE_SIZE)
-    found = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=None if done else shape)
+    whole = None if done else (len(rows), *shape)
+    found = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=whole)
     if done < len(rows):
         run = _on_cpu(network) if device.type == "cpu" else _on_gpu(network, device)
         with progress_bar() as bar:

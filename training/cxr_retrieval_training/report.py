@@ -36,6 +36,8 @@ NEAR_DUPLICATE: Final = 0.95
 """Correlation of 32×32 thumbnails above which two films are shown as a pair to look at."""
 _THUMBNAIL: Final = 32
 _STYLE_GREY: Final = 128
+_HALF: Final = 128
+"""Counts as lung by half or more."""
 
 
 @dataclass(frozen=True)
@@ -234,15 +236,17 @@ def style_only(
 
 def blanked(lungs: Images) -> Images:
     """Every lung pixel of one grey."""
-    return np.where(lungs > 0, np.uint8(_STYLE_GREY), np.uint8(0))
+    grey = np.where(lungs[:, 1:] > 0, np.uint8(_STYLE_GREY), np.uint8(0))
+    return np.concatenate([grey, lungs[:, 1:]], axis=1)
 
 
 def shuffled(lungs: Images) -> Images:
     """Lung pixels in random order, each image's among themselves; the same order every time."""
     random = np.random.default_rng(0)
-    out = np.zeros_like(lungs)
-    for image, target in zip(lungs, out, strict=True):
-        target[image > 0] = random.permutation(image[image > 0])
+    out = lungs.copy()
+    for pixels, share in out:
+        inside = share > 0
+        pixels[inside] = random.permutation(pixels[inside])
     return out
 
 
@@ -263,7 +267,7 @@ def attention_on_lesions(
     torch.manual_seed(config.seed)
     untrained = build_embedder(config, [member.size for member in network.each()])
     on_device(untrained, device).eval()
-    inside = lungs[:, 0] > 0
+    inside = lungs[:, 1] >= _HALF
     maps = {
         "trained": attention_maps(network, lungs, device),
         "untrained": attention_maps(untrained, lungs, device),
@@ -292,7 +296,7 @@ def attention_maps(network: Embedder, lungs: Images, device: torch.device) -> ND
     """ATTENTION_MAP `[n, 256, 256]` as the server gives it."""
     head = AttentionMapHead()
     batches = [torch.from_numpy(lungs[start : start + 16]).to(device) for start in range(0, len(lungs), 16)]
-    maps = [head(network(batch)[2], (batch > 0).to(torch.uint8) * 255)[0][:, 0].cpu() for batch in batches]
+    maps = [head(network(batch)[2], (batch[:, 1:] >= _HALF).to(torch.uint8) * 255)[0][:, 0].cpu() for batch in batches]
     return torch.cat(maps).numpy()
 
 

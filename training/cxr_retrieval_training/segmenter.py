@@ -28,6 +28,8 @@ ARCHITECTURES: Final[Mapping[str, type[nn.Module]]] = {
 }
 ENCODER: Final = f"tu-{BACKBONE}"
 
+SURE: Final = (0.25, 0.75)
+"""Mean probability at which a pixel begins to count as lung, and counts wholly; LUNG_MASK is cut between."""
 _OPENING_RADIUS: Final = 6
 """Pixels at 256×256: an island that holds no 13×13 square is no lung (a neonate's lung is over 40 wide)."""
 
@@ -59,7 +61,7 @@ class NormalisedMember(nn.Module):
 
 
 class LungSegmenter(nn.Module):
-    """The exported graph `lung_segmentation`: mean probability of all members → mask, masked radiograph, agreement."""
+    """The exported graph `lung_segmentation`: mean probability of all members → mask, lungs, agreement."""
 
     def __init__(self, architectures: Sequence[str] = tuple(ARCHITECTURES)) -> None:
         super().__init__()
@@ -72,15 +74,17 @@ class LungSegmenter(nn.Module):
 
     def forward(
         self, image: UInt8[Tensor, "batch 1 height width"]
-    ) -> tuple[UInt8[Tensor, "batch 1 height width"], UInt8[Tensor, "batch 1 height width"], Float[Tensor, "batch 1"]]:
+    ) -> tuple[UInt8[Tensor, "batch 1 height width"], UInt8[Tensor, "batch 2 height width"], Float[Tensor, "batch 1"]]:
         """Averages the probabilities (section 2.3).
 
         Returns:
-            LUNG_MASK (0 or 255), LUNGS (the radiograph, at least 1 inside the lungs and 0 outside), and LUNG_AGREEMENT.
+            LUNG_MASK (0 or 255), LUNGS (the radiograph, 0 outside, and how much each pixel counts as lung), and LUNG_AGREEMENT.
         """
         each = self.member_probabilities(image)
-        inside = drop_small_islands((each.mean(dim=0) >= 0.5).float())
-        lungs = image.float().clamp(min=1.0) * inside
+        probability = drop_small_islands(each.mean(dim=0))
+        inside = (probability >= 0.5).float()
+        share = ((probability - SURE[0]) / (SURE[1] - SURE[0])).clamp(0.0, 1.0)
+        lungs = torch.cat([image.float() * (share > 0.0), (share * 255.0).round()], dim=1)
         trust = agreement(each, inside) if len(self.members) > 1 else expected_dice(each[0], inside)
         return (inside * 255.0).to(torch.uint8), lungs.to(torch.uint8), trust
 
@@ -112,19 +116,22 @@ def expected_dice(
     return (2.0 * both / total.clamp(min=1.0))[:, None]
 
 
-def drop_small_islands(mask: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
+def drop_small_islands(probability: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Removes islands too small to be lung, then fills holes as small, both by morphological reconstruction.
 
     Erode until only what holds a 13×13 square is left, then grow that back inside the mask: large regions keep their
-    outline to the pixel, small islands are gone. Made of max-pooling alone, so that every runtime runs it (connected
+    outline to the pixel, small islands are gone. Of grey values (Vincent 1993) it does at every threshold what it does of the
+    mask that this threshold cuts. Made of max-pooling alone, so that every runtime runs it (connected
     components exist in no ONNX operator set). The paper does not say what it does with islands.
+
+    Args:
+        probability: Of lung, in [0, 1], or a mask.
     """
-    opened = _open_by_reconstruction(mask)
-    return 1.0 - _open_by_reconstruction(1.0 - opened)
+    return -_open_by_reconstruction(-_open_by_reconstruction(probability))
 
 
-def _open_by_reconstruction(mask: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
-    grown = -functional.max_pool2d(-mask, 2 * _OPENING_RADIUS + 1, stride=1, padding=_OPENING_RADIUS)
+def _open_by_reconstruction(values: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
+    grown = -functional.max_pool2d(-values, 2 * _OPENING_RADIUS + 1, stride=1, padding=_OPENING_RADIUS)
     for _ in range(4 * _OPENING_RADIUS):
-        grown = functional.max_pool2d(grown, 3, stride=1, padding=1) * mask
+        grown = torch.minimum(functional.max_pool2d(grown, 3, stride=1, padding=1), values)
     return grown

@@ -9,6 +9,7 @@ their mirror image, at two sizes; `docs/results.md` says what was tried.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cxr_retrieval.contract import IMAGE_SIZE, LABELS
+from cxr_retrieval.contract import IMAGE_SIZE, LABELS, LUNGS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import progress_bar
@@ -84,9 +85,10 @@ def train_embedder(
     network = build_embedder(config, [state["image_size"] for state in best])
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
-    on_device(network, device)
     if network.joint is not None or network.appearance is not None:
-        found = embed_all(network, data.lungs, device, "principal axes of train")
+        shipped = as_shipped(copy.deepcopy(network), LUNGS)
+        on_device(shipped, device)
+        found = embed_all(shipped, data.lungs, device, "principal axes of train")
         network.fit(found["learned"], found["layout"], Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
     path = out / "embedder.pt"
     members = [{key: state[key] for key in ("image_size", "iteration", "val_recall_at_1", "seconds")} for state in best]
@@ -159,18 +161,18 @@ def _train_member(
             torch.manual_seed(seed * 1_000_003 + iteration)
             random = np.random.default_rng([seed, iteration])
             chosen, lesions = draw_batch(data, config, random)
-            pixels, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
+            lungs, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
             label, source = (torch.from_numpy(values[chosen]).to(device) for values in (data.labels, data.sources))
-            box = _jittered(lung_box(pixels), config.jitter)
+            box = _jittered(lung_box(lungs[:, 1:]), config.jitter)
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(config, iteration, len(plan))
             model.train()
             model.keep_frozen(config.frozen_layers)
             with mixed_precision(device):
-                found = model(pixels, stage.image_size, box)
+                found = model(lungs, stage.image_size, box)
             loss = criterion(stage.losses, found.learned, found.features, label, source)
             if config.lesion_weight:
-                in_frame = from_box(found.attention.float(), box, IMAGE_SIZE, IMAGE_SIZE) * (pixels > 0)
+                in_frame = from_box(found.attention.float(), box, IMAGE_SIZE, IMAGE_SIZE) * (lungs[:, 1:] > 0)
                 loss = loss + config.lesion_weight * attention_on_lesions(in_frame, lesions)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -220,7 +222,7 @@ def load_embedder(path: Path, device: torch.device) -> Embedder:
     config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
     network = build_embedder(config, [member["image_size"] for member in state["members"]])
     network.load_state_dict(state["model"])
-    on_device(as_shipped(network), device)
+    on_device(as_shipped(network, LUNGS), device)
     return network
 
 
@@ -298,7 +300,8 @@ def _pictures(
 ) -> Images:
     if config.lungs_only:
         return find_lungs(segmenter, rows, split, device, member)
-    return np.maximum(load_images(rows, f"{split} images"), 1)  # above 0: the whole frame counts as lung
+    images = load_images(rows, f"{split} images")
+    return np.concatenate([images, np.full_like(images, 255)], axis=1)  # the whole frame counts as lung
 
 
 def draw_batch(data: TrainingSet, config: EmbedderConfig, random: np.random.Generator) -> tuple[NDArray[np.int64], Images]:

@@ -72,8 +72,8 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
     """
     ports = _ports(options)
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-serve-")))
-        prefix = f"cxr_{uuid.uuid4().hex[:12]}_"
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
+        prefix = f"cxr_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
         stack.callback(_remove_shared_memory, prefix)
         threads = options.threads or len(os.sched_getaffinity(0))
         derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
