@@ -29,8 +29,7 @@ def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = Non
 
 def leftovers(pid: int) -> set[str]:
     """Temporary folders and shared memory of embedded servers that this process started."""
-    places = ((tempfile.gettempdir(), f"cxr-serve-{pid}-*"), ("/dev/shm", f"cxr_{pid}_*"))
-    return {path.name for folder, pattern in places for path in Path(folder).glob(pattern)}
+    return {path.name for folder in (tempfile.gettempdir(), "/dev/shm") for path in Path(folder).glob(f"cxr-serve-{pid}-*")}
 
 
 def dashboard_metrics(prefix: str) -> set[str]:

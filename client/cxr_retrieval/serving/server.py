@@ -15,7 +15,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import uuid
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
     ports = _ports(options)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
-        prefix = f"cxr_{os.getpid()}_{uuid.uuid4().hex[:12]}_"
+        prefix = f"{work.name}-"
         stack.callback(_remove_shared_memory, prefix)
         threads = options.threads or len(os.sched_getaffinity(0))
         derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
