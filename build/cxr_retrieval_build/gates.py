@@ -8,7 +8,7 @@ again when the precision changes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,10 +25,18 @@ from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_S
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.manifest import Manifest
 from cxr_retrieval.progress import track
-from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, PARITY_REPORT, Precision, Segmentation, missed
+from cxr_retrieval.serving.choices import (
+    EMBEDDED_RUNTIME,
+    ENGINE_GRAPHS_RUNTIME,
+    PARITY_REPORT,
+    EnginePrecision,
+    Precision,
+    Segmentation,
+    missed,
+)
 from cxr_retrieval.serving.repository import graph_file, has_graph
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
-from cxr_retrieval_build.lower_precision import to_fp16, to_int8
+from cxr_retrieval_build.lower_precision import engine_graph, to_int8
 from cxr_retrieval_training.cpu_engine import CpuEngine
 from cxr_retrieval_training.datasets import load_images
 from cxr_retrieval_training.lungs import find_lungs, load_segmenter
@@ -184,17 +192,16 @@ def measure_gates(repository: Path, manifest: Manifest, checkpoints: Checkpoints
         graph = graph_file(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=precision is Precision.int8)
         answers = openvino_answers(repository, graph, precision, measure.images)
         gates.append(measure.gate(EMBEDDED_RUNTIME, precision.value, answers))
-    return gates + [
-        measure.gate(ENGINE_GRAPHS_RUNTIME, name, onnx_runtime_answers(repository, name, checkpoints.segmentation, measure.images))
-        for name in ("fp32", "fp16")
-    ]
+    engines = [EnginePrecision.fp32, EnginePrecision.fp16, *([EnginePrecision.int8] if Precision.int8 in precisions else [])]
+    return gates + [measure.gate(ENGINE_GRAPHS_RUNTIME, one.value, engine_graph_answers(measure, one)) for one in engines]
 
 
-def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, images: int) -> dict[str, Any]:
+def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, images: int) -> list[dict[str, Any]]:
     """Quantises the segmentation graph on radiographs of the train split drawn at random, and keeps it if it passes its gate.
 
     Returns:
-        The gate, also recorded in `parity.json`.
+        That gate, and the one of the graph that TensorRT builds from, whose activations all have a sign; both recorded in `parity.json`.
+        Missing the second keeps `cxr build engines` from building int8, and nothing else.
 
     Raises:
         SetupError: The gate was missed; the repository is then as before but for the record.
@@ -214,7 +221,9 @@ def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, i
         fresh.replace(target)
     finally:
         fresh.unlink(missing_ok=True)
-    return gate
+    of_engines = measure.gate(ENGINE_GRAPHS_RUNTIME, "int8", engine_graph_answers(measure, EnginePrecision.int8))
+    record(repository, [of_engines])
+    return [gate, of_engines]
 
 
 def table(gates: Sequence[dict[str, Any]]) -> Table:
@@ -251,18 +260,18 @@ def embed(repository: Path, lungs: Images) -> Vectors:
     return CpuEngine(path)(lungs, "embedding")[0]
 
 
-def onnx_runtime_answers(repository: Path, precision: str, segmentation: Segmentation, images: Images) -> Answers:
-    """The graphs that TensorRT builds from, in fp32 or fp16, executed by ONNX Runtime on the CPU.
+def engine_graph_answers(measure: Measure, precision: EnginePrecision) -> Answers:
+    """The graphs that TensorRT builds from, executed by ONNX Runtime on the CPU.
 
     Says what the graph's own rounding does, not what TensorRT makes of it.
     """
-    lower: Callable[[onnx.ModelProto], onnx.ModelProto] = to_fp16 if precision == "fp16" else lambda graph: graph
+    images = measure.images
     segment, embedder = (
-        onnxruntime.InferenceSession(lower(onnx.load(graph_file(repository, leaf, segmentation))).SerializeToString())
+        onnxruntime.InferenceSession(engine_graph(measure.repository, leaf, precision, measure.segmentation).SerializeToString())
         for leaf in (LUNG_SEGMENTATION, EMBEDDER)
     )
     masks, embeddings = np.empty_like(images), []
-    for i in track(range(len(images)), f"ONNX Runtime {precision}"):
+    for i in track(range(len(images)), f"ONNX Runtime {precision.value}"):
         found: Any = segment.run([LUNG_MASK.name, LUNGS.name], {IMAGE.name: images[i : i + 1]})
         masks[i] = found[0][0]
         vector: Any = embedder.run([EMBEDDING.name], {LUNGS.name: found[1]})

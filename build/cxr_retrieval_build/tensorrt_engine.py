@@ -18,15 +18,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-import onnx
 from rich.console import Console
 
-from cxr_retrieval.contract import ENSEMBLE, LEAVES, LUNG_SEGMENTATION, LeafSpec
+from cxr_retrieval.contract import ENSEMBLE, LEAVES, LeafSpec
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval.serving.choices import EMBEDDED_RUNTIME, ENGINE_GRAPHS_RUNTIME, EnginePrecision, Segmentation, gate, missed
-from cxr_retrieval.serving.repository import ModelConfig, announce, graph_file, read_config, write_config
-from cxr_retrieval_build.lower_precision import signed, to_fp16
+from cxr_retrieval.serving.choices import ENGINE_GRAPHS_RUNTIME, EnginePrecision, Segmentation, gate, missed
+from cxr_retrieval.serving.repository import ModelConfig, announce, read_config, write_config
+from cxr_retrieval_build.lower_precision import engine_graph
 
 PLAN: Final = "model.plan"
 STAMP: Final = "model.plan.json"
@@ -118,12 +117,7 @@ def build_engines(
     out.mkdir(parents=True, exist_ok=True)
     for leaf in LEAVES:
         config = read_config(repository / leaf.name)
-        int8 = precision is EnginePrecision.int8 and leaf.name == LUNG_SEGMENTATION  # the embedder never is: see `derive_embedded`
-        graph = onnx.load(graph_file(repository, leaf.name, segmentation, int8=int8))
-        if int8:
-            graph = signed(graph)
-        elif precision is not EnginePrecision.fp32:
-            graph = to_fp16(graph)
+        graph = engine_graph(repository, leaf.name, precision, segmentation)
         serialised = graph.SerializeToString()
         wanted = (trt.name, trt.compute_capability(), precision.value, sha256(serialised).hexdigest())
         folder = out / leaf.name / "1"
@@ -160,8 +154,7 @@ def _parity(repository: Path, precision: EnginePrecision, segmentation: Segmenta
     Raises:
         SetupError: It was missed.
     """
-    runtime = EMBEDDED_RUNTIME if precision is EnginePrecision.int8 else ENGINE_GRAPHS_RUNTIME
-    measured = gate(repository, runtime, precision.value, segmentation)
+    measured = gate(repository, ENGINE_GRAPHS_RUNTIME, precision.value, segmentation)
     if measured is not None and not measured["passed"]:
         raise SetupError(
             f"{precision.value} missed its parity gate with these weights",

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval_build.lower_precision import convolutional_core, signed, to_fp16, to_int8, with_plain_weights
+from cxr_retrieval_build.lower_precision import convolutional_core, signed, to_fp16, to_int8, with_plain_weights, with_split_convolutions
+from cxr_retrieval_training.cpu_engine import CpuEngine
+from cxr_retrieval_training.metrics import dice_coefficient
 
 
 def run(model: onnx.ModelProto, image: NDArray[np.generic], output: str = "EMBEDDING") -> NDArray[np.float32]:
@@ -47,6 +49,45 @@ def small() -> onnx.ModelProto:
         "small",
         [helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", 1, 11, 13])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 1, 1, 1])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> onnx.ModelProto:
+    """uint8 image → three convolutions → bottleneck (linear, ±60) → a convolution and ReLU (0…1) → a convolution of both, joined → y."""
+    random = np.random.default_rng(5)
+
+    def weight(name: str, to: int, of: int, scale: float) -> onnx.TensorProto:
+        return numpy_helper.from_array((random.normal(size=(to, of, 3, 3)) * scale).astype(np.float32), name)
+
+    halves = [numpy_helper.to_array(weight("", 5, of, scale)) for of, scale in ((6, 1.0), (8, 0.02))]  # both count alike in y
+    weights = [
+        weight("w1", 4, 1, 0.01),
+        weight("w2", 4, 4, 0.2),
+        weight("w3", 8, 4, 10.0),
+        weight("w4", 6, 8, 0.001),
+        numpy_helper.from_array(np.concatenate(halves, axis=1), "w5"),
+        numpy_helper.from_array(random.normal(size=5).astype(np.float32), "b5"),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["f", "w1"], ["c1"], name="conv1"),
+        helper.make_node("Relu", ["c1"], ["r1"], name="relu1"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], name="conv2"),
+        helper.make_node("Relu", ["c2"], ["r2"], name="relu2"),
+        helper.make_node("Conv", ["r2", "w3"], ["bottleneck"], name="conv3"),
+        helper.make_node("Conv", ["bottleneck", "w4"], ["c4"], name="conv4", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c4"], ["made"], name="relu4"),
+        helper.make_node("Concat", ["made", "bottleneck"], ["both"], name="join", axis=1),
+        helper.make_node("Conv", ["both", "w5", "b5"], ["y"], name="conv5"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", 1, 16, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5, 8, 8])],
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -91,25 +132,69 @@ def test_plain_weights_undo_the_casts(repository: Path) -> None:
     assert run(plain, lungs) == pytest.approx(run(model, lungs), abs=1e-5)
 
 
-def test_int8_of_a_small_graph_and_its_signed_form(small: onnx.ModelProto) -> None:
-    images = np.random.default_rng(1).integers(0, 256, (40, 1, 11, 13), np.uint8)
-    quantised = to_int8(small, {"x": images})
-    stored = {tensor.data_type for tensor in quantised.graph.initializer if len(tensor.dims) == 4}
-    assert stored == {TensorProto.INT8}, "convolution weights are stored as int8"
-    exact = run(small, images, "y")
-    both = [run(model, images, "y") for model in (quantised, signed(quantised))]
-    for found in both:
-        assert found == pytest.approx(exact, rel=0.1)
-        assert not np.array_equal(found, exact)
-    zero_points = [
-        tensor
-        for node in signed(quantised).graph.node
-        if node.op_type == "QuantizeLinear"
-        for tensor in signed(quantised).graph.initializer
-        if tensor.name == node.input[2]
-    ]
-    assert zero_points
-    assert {tensor.data_type for tensor in zero_points} == {TensorProto.INT8}
+def test_a_convolution_of_signed_and_unsigned_features_becomes_the_sum_of_two(decoder: onnx.ModelProto) -> None:
+    split = with_split_convolutions(decoder)
+    onnx.checker.check_model(split, full_check=True)
+    read_by = {node.name: {node.input[0]} for node in split.graph.node if node.op_type == "Conv"}
+    assert set(read_by) == {"conv1", "conv2", "conv3", "conv4", "y_signed", "y_unsigned"}
+    joins = {node.name: list(node.input) for node in split.graph.node if node.op_type == "Concat"}
+    assert joins == {"y_signed_in": ["bottleneck"], "y_unsigned_in": ["made"]}
+    images = np.random.default_rng(2).integers(0, 256, (3, 1, 16, 16), np.uint8)
+    assert run(split, images, "y") == pytest.approx(run(decoder, images, "y"), rel=1e-4, abs=1e-4)
+
+
+def test_joined_features_of_one_kind_are_left_together(small: onnx.ModelProto, decoder: onnx.ModelProto) -> None:
+    assert [node.name for node in with_split_convolutions(small).graph.node] == [node.name for node in small.graph.node]
+    alike = onnx.ModelProto()
+    alike.CopyFrom(decoder)
+    join = next(node for node in alike.graph.node if node.name == "join")
+    join.input[:] = ["c4", "bottleneck"]
+    assert "join" in {node.name for node in with_split_convolutions(alike).graph.node}
+
+
+def test_int8_gives_each_half_its_own_scale_and_leaves_the_stem_alone(decoder: onnx.ModelProto) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (40, 1, 16, 16), np.uint8)
+    quantised = to_int8(decoder, {"x": images})
+    values = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    made_by = {name: node for node in quantised.graph.node for name in node.output}
+
+    def activation(convolution: str) -> tuple[int, float]:
+        """Type and scale of what a convolution reads."""
+        node = next(node for node in quantised.graph.node if node.name == convolution)
+        while node.op_type != "DequantizeLinear":
+            node = made_by[node.input[0]]
+        return values[node.input[2]].data_type, float(numpy_helper.to_array(values[node.input[1]]))
+
+    signed_type, signed_scale = activation("y_signed")
+    unsigned_type, unsigned_scale = activation("y_unsigned")
+    assert (signed_type, unsigned_type) == (TensorProto.INT8, TensorProto.UINT8)
+    assert unsigned_scale < signed_scale / 20, "what the decoder makes is 0…1, the bottleneck ±60"
+    whole = {node.name for node in quantised.graph.node if node.op_type == "Conv" and node.input[1] in values}
+    assert whole == {"conv1", "conv2", "conv3"}, "the stem keeps its weights"
+    stored = {values[name].data_type for name in values if len(values[name].dims) == 4 and name not in ("w1", "w2", "w3")}
+    assert stored == {TensorProto.INT8}, "all others are stored as int8"
+
+    exact = run(decoder, images, "y")
+    for found in (run(model, images, "y") for model in (quantised, signed(quantised))):
+        error = float(np.sqrt(((found - exact) ** 2).mean()) / exact.std())
+        assert 0 < error < 0.05
+
+
+def test_signed_activations_are_int8_throughout(decoder: onnx.ModelProto) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (20, 1, 16, 16), np.uint8)
+    model = signed(to_int8(decoder, {"x": images}))
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = [values[node.input[2]] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert points
+    assert {point.data_type for point in points} == {TensorProto.INT8}
+
+
+def test_the_int8_graph_that_ships_finds_the_lungs_that_the_other_finds(repository: Path, squares: NDArray[np.uint8]) -> None:
+    folder = repository / "lung_segmentation" / "1"
+    exact, quantised = (CpuEngine(folder / name)(squares[::3]) for name in ("model.onnx", "model.int8.onnx"))
+    dice = [dice_coefficient(found > 0, wanted > 0) for found, wanted in zip(quantised[0], exact[0], strict=True)]
+    assert min(dice) > 0.98
+    assert not np.array_equal(quantised[1], exact[1]), "nothing was lowered"
 
 
 def test_asymmetric_activations_have_no_signed_form() -> None:

@@ -17,6 +17,7 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
 from cxr_retrieval.serving.repository import model_version, read_config
 from cxr_retrieval_build import tensorrt_engine
+from cxr_retrieval_build.lower_precision import engine_graph
 from cxr_retrieval_build.tensorrt_engine import (
     PLAN,
     STAMP,
@@ -75,6 +76,15 @@ def test_fp16_engines_are_smaller_than_fp32_ones(engines: Path, repository: Path
     report = build(repository, tmp_path, EnginePrecision.fp32)
     half = json.loads((engines / "engines.json").read_text())
     assert half["engines"]["lung_segmentation"]["plan_bytes"] < 0.7 * report["engines"]["lung_segmentation"]["plan_bytes"]
+
+
+def test_int8_engines_are_built_from_the_graph_that_ships(engines: Path, repository: Path, tmp_path: Path) -> None:
+    report = build(repository, tmp_path, EnginePrecision.int8)
+    half = json.loads((engines / "engines.json").read_text())
+    assert report["precision"] == "int8"
+    for leaf in LEAVES:
+        assert report["engines"][leaf.name]["tensors"] == half["engines"][leaf.name]["tensors"]
+        assert (tmp_path / leaf.name / "1" / PLAN).read_bytes()[:4] == b"vtrt"
 
 
 def test_engines_that_fit_are_kept_and_others_built_anew(engines: Path, repository: Path, tmp_path: Path) -> None:
@@ -136,11 +146,12 @@ def test_int8_wants_its_graph(repository: Path, tmp_path: Path) -> None:
 
 
 def test_tensorrt_says_why_it_refuses_a_graph(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nonsense(model: onnx.ModelProto) -> onnx.ModelProto:
+    def nonsense(*which: Any) -> onnx.ModelProto:
+        model = engine_graph(*which)
         model.graph.node[-1].op_type = "NoSuchOperator"
         return model
 
-    monkeypatch.setattr(tensorrt_engine, "to_fp16", nonsense)
+    monkeypatch.setattr(tensorrt_engine, "engine_graph", nonsense)
     with pytest.raises(SetupError, match=r"lung_segmentation: TensorRT refused the graph.*NoSuchOperator"):
         build(repository, tmp_path)
 
