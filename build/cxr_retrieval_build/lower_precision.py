@@ -140,7 +140,7 @@ def with_split_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     def joined(name: str) -> list[str]:
         node = made_by.get(name)
-        if node is None or node.op_type != "Concat":
+        if node is None or node.op_type != "Concat" or _attribute(node, "axis", 0) != 1:
             return [name]
         return [part for each in node.input for part in joined(each)]
 
@@ -152,7 +152,7 @@ def with_split_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
 
     nodes: list[onnx.NodeProto] = []
     for node in list(graph.node):
-        parts = joined(node.input[0]) if node.op_type == "Conv" else []
+        parts = joined(node.input[0]) if node.op_type == "Conv" and _attribute(node, "group", 1) == 1 else []
         if len({unsigned(part) for part in parts}) < 2:
             nodes.append(node)
             continue
@@ -162,15 +162,15 @@ def with_split_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
         sums: list[str] = []
         for name, wanted, constant in (("signed", False, np.zeros_like(bias)), ("unsigned", True, bias)):
             mine = [i for i, part in enumerate(parts) if unsigned(part) is wanted]
-            stem = f"{node.output[0]}_{name}"
-            arrays = {f"{stem}_weight": np.concatenate([whole[i] for i in mine], axis=1), f"{stem}_bias": constant}
+            base = f"{node.output[0]}_{name}"
+            arrays = {f"{base}_weight": np.concatenate([whole[i] for i in mine], axis=1), f"{base}_bias": constant}
             graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in arrays.items())
-            nodes.append(onnx.helper.make_node("Concat", [parts[i] for i in mine], [f"{stem}_in"], name=f"{stem}_in", axis=1))
+            nodes.append(onnx.helper.make_node("Concat", [parts[i] for i in mine], [f"{base}_in"], name=f"{base}_in", axis=1))
             half = copy.deepcopy(node)
-            half.name = stem
-            half.input[:], half.output[:] = [f"{stem}_in", *arrays], [stem]
+            half.name = base
+            half.input[:], half.output[:] = [f"{base}_in", *arrays], [base]
             nodes.append(half)
-            sums.append(stem)
+            sums.append(base)
         nodes.append(onnx.helper.make_node("Sum", sums, [node.output[0]], name=f"{node.name}_sum"))
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
@@ -226,6 +226,10 @@ def _reached(nodes: Sequence[onnx.NodeProto], takes: Any, gives: Any) -> set[str
             known.update(name for name in gives(node) if name)
             found.add(node.name)
     return found
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
 
 def _stem(graph: onnx.GraphProto) -> set[str]:

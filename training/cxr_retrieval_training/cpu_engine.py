@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from cxr_retrieval.progress import track
 class CpuEngine:
     """A graph of one input, one image to a thread.
 
-    Not an `ov.AsyncInferQueue`: its last callback may still be waiting for Python's lock when all results are there, and an engine
-    dropped in that moment, which holds the lock, waits for the callback for ever (OpenVINO 2026.4).
+    One thread starts requests and waits for them, in turn. `ov.AsyncInferQueue` says that it is done before its last callback has let
+    go of Python's lock, and an engine dropped in that moment, which holds the lock, waits for the callback for ever; and of several
+    Python threads the first calls may wait for each other just so, inside OpenVINO's bindings (2026.4).
 
     Args:
         model: `openvino.Model`, or the path of an ONNX file.
@@ -27,24 +27,28 @@ class CpuEngine:
     def __init__(self, model: Any, precision: str = "f32") -> None:
         settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
         compiled: Any = ov.Core().compile_model(model, "CPU", settings)
-        self._streams = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(self._streams):
-            self._idle.put(compiled.create_infer_request())
+        count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._requests: list[Any] = [compiled.create_infer_request() for _ in range(count)]
 
     def __call__(self, images: NDArray[np.uint8], what: str = "") -> list[NDArray[Any]]:
         """Every output `[n, …]` of `[n, …]`, in the graph's order; shows progress when told what it is."""
-        threads = ThreadPoolExecutor(self._streams)
-        try:
-            runs = [threads.submit(self._run, images[i : i + 1]) for i in range(len(images))]
-            results = [run.result() for run in (track(runs, what) if what else runs)]
-        finally:
-            threads.shutdown(cancel_futures=True)
-        return [np.stack(values) for values in zip(*results, strict=True)]
+        results: list[list[NDArray[Any]]] = []
+        running: deque[Any] = deque()
 
-    def _run(self, image: NDArray[np.uint8]) -> list[NDArray[Any]]:
-        request = self._idle.get()
+        def finish() -> Any:
+            request = running.popleft()
+            request.wait()
+            results.append([np.array(tensor.data[0]) for tensor in request.output_tensors])
+            return request
+
         try:
-            return [np.array(values[0]) for values in request.infer({0: image}, share_outputs=True).values()]
+            for i in track(range(len(images)), what) if what else range(len(images)):
+                request = self._requests[i] if i < len(self._requests) else finish()
+                request.start_async({0: images[i : i + 1]})
+                running.append(request)
+            while running:
+                finish()
         finally:
-            self._idle.put(request)
+            for request in running:
+                request.wait()
+        return [np.stack(values) for values in zip(*results, strict=True)]
