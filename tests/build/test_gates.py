@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Precision, Segmentation, doubts, resolve
+from cxr_retrieval.serving.choices import Precision, Segmentation, doubts, graph_path, resolve
 from cxr_retrieval_build.gates import Answers, Gallery, limits, measure_gate, record, require_passed, table
 
 N = 200
@@ -115,6 +115,10 @@ def test_auto_takes_the_fastest_that_the_cpu_has_and_that_passed(recorded: Path)
         return resolve(recorded, Precision.auto, segmentation, flags)
 
     assert chosen(Segmentation.ensemble) is Precision.fp32, "bf16 missed its gate"
+    assert chosen(Segmentation.student) is Precision.fp32, "int8 passed, but its graph is not here"
+    graph = graph_path(recorded, "lung_segmentation", Segmentation.student, int8=True)
+    graph.parent.mkdir(parents=True)
+    graph.touch()
     assert chosen(Segmentation.student) is Precision.int8
     assert chosen(Segmentation.student, frozenset()) is Precision.fp32, "the CPU has no int8"
     record(recorded, [entry("bf16", passed=True)])

@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+from cxr_retrieval.contract import LUNG_SEGMENTATION
+
 PARITY_REPORT: Final = "parity.json"
 """In the model repository: how far each precision is from PyTorch, and which ones passed their gates (`cxr build parity`)."""
 
@@ -56,6 +58,12 @@ def supported(precision: Precision, flags: frozenset[str]) -> bool:
     return precision is Precision.fp32 or bool(_NEEDS.get(precision.value, set()) & flags)
 
 
+def graph_path(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool) -> Path:
+    """Where the ONNX graph of a leaf belongs, whether it is there or not."""
+    stem = "student" if leaf == LUNG_SEGMENTATION and segmentation is Segmentation.student else "model"
+    return repository / leaf / "1" / f"{stem}{'.int8' if int8 else ''}.onnx"
+
+
 def gate(repository: Path, runtime: str, precision: str, segmentation: Segmentation) -> dict[str, Any] | None:
     """The gate as `cxr build parity` measured it for the weights at hand; None where it did not."""
     try:
@@ -67,10 +75,15 @@ def gate(repository: Path, runtime: str, precision: str, segmentation: Segmentat
 
 
 def resolve(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str] | None = None) -> Precision:
-    """The precision itself. `auto`: the fastest that the CPU (or `flags`) has and that passed its gates with these weights, else fp32."""
+    """The precision itself. `auto`: the fastest that the CPU (or `flags`) has and that passed its gates with these weights, else fp32.
+
+    int8 has a graph of its own, which a repository may lack.
+    """
     if precision is not Precision.auto:
         return precision
     for fast in (Precision.int8, Precision.bf16):
+        if fast is Precision.int8 and not graph_path(repository, LUNG_SEGMENTATION, segmentation, int8=True).is_file():
+            continue
         measured = gate(repository, EMBEDDED_RUNTIME, fast.value, segmentation)
         if supported(fast, cpu_flags() if flags is None else flags) and measured is not None and measured["passed"]:
             return fast

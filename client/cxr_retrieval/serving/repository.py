@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER, STUDENT_VERSION_PARAMETER
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Precision, Segmentation, graph_path
 
 _pb: Any = model_config_pb2  # generated code without type information
 ModelConfig = Any
@@ -72,7 +72,7 @@ def graph_file(repository: Path, leaf: str, segmentation: Segmentation, *, int8:
     Raises:
         SetupError: It is not there.
     """
-    path = _graph_path(repository, leaf, segmentation, int8=int8)
+    path = graph_path(repository, leaf, segmentation, int8=int8)
     if path.is_file():
         return path.resolve()
     command = "cxr build int8" if int8 else "cxr build onnx"
@@ -81,12 +81,7 @@ def graph_file(repository: Path, leaf: str, segmentation: Segmentation, *, int8:
 
 def has_graph(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool = False) -> bool:
     """Whether `graph_file` finds one."""
-    return _graph_path(repository, leaf, segmentation, int8=int8).is_file()
-
-
-def _graph_path(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool) -> Path:
-    stem = "student" if leaf == LUNG_SEGMENTATION and segmentation is Segmentation.student else "model"
-    return repository / leaf / "1" / f"{stem}{'.int8' if int8 else ''}.onnx"
+    return graph_path(repository, leaf, segmentation, int8=int8).is_file()
 
 
 def derive_embedded(repository: Path, target: Path, precision: Precision, segmentation: Segmentation, threads: int) -> None:
