@@ -24,6 +24,16 @@ def run(model: onnx.ModelProto, image: NDArray[np.generic], output: str = "EMBED
     return np.asarray(result[0])
 
 
+def model_of(
+    name: str, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], x: tuple[int, ...], y: tuple[int, ...]
+) -> onnx.ModelProto:
+    """A model from uint8 images to floats; shapes without the batch."""
+    image = helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", *x])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *y])
+    graph = helper.make_graph(nodes, name, [image], [result], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
 @pytest.fixture(scope="module")
 def small() -> onnx.ModelProto:
     """uint8 image → mean of all pixels taken away (fp32) → two convolutions → sum of squares (fp32)."""
@@ -44,14 +54,7 @@ def small() -> onnx.ModelProto:
         helper.make_node("Conv", ["b", "w2"], ["c"], name="conv2"),
         helper.make_node("ReduceSumSquare", ["c", "all"], ["y"], name="energy"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", 1, 11, 13])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 1, 1, 1])],
-        weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model_of("small", nodes, weights, x=(1, 11, 13), y=(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +86,7 @@ def decoder() -> onnx.ModelProto:
         helper.make_node("Concat", ["made", "bottleneck"], ["both"], name="join", axis=1),
         helper.make_node("Conv", ["both", "w5", "b5"], ["y"], name="conv5"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "decoder",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", 1, 16, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5, 8, 8])],
-        weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return model_of("decoder", nodes, weights, x=(1, 16, 16), y=(5, 8, 8))
 
 
 def test_core_is_what_lies_between_convolutions(small: onnx.ModelProto) -> None:
