@@ -44,6 +44,23 @@ def onnx(
 
 
 @app.command()
+def checkpoints(
+    out: Annotated[Path, typer.Argument(help="Folder for segmenter.pt, embedder.pt and student.pt.")],
+    source: options.Repository = None,
+) -> None:
+    """Write the weights that ship as checkpoints again: to measure gates, train on the lungs they find, or export anew from a clone.
+
+    Exported again they give the same weights. Batch norms, folded on export, are there and change nothing.
+    """
+    _require("cxr build checkpoints", "build", "torch", "onnx")
+    from cxr_retrieval.locations import default_repository
+    from cxr_retrieval_build.published import write_checkpoints
+
+    for path in write_checkpoints(source or default_repository(), out):
+        typer.echo(path)
+
+
+@app.command()
 def parity(
     manifest: Manifest,
     segmenter: Segmenter,

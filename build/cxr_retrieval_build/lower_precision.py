@@ -25,7 +25,7 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
 
-_CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
+CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 _STEM: Final = 3
 """Convolutions from the image on that int8 leaves alone: under 1 % of the arithmetic, and their rounding is in all that follows."""
 
@@ -222,7 +222,7 @@ def _reached(nodes: Sequence[onnx.NodeProto], takes: Any, gives: Any) -> set[str
     known: set[str] = set()
     found: set[str] = set()
     for node in nodes:
-        if node.op_type in _CONVOLUTIONS or not known.isdisjoint(takes(node)):
+        if node.op_type in CONVOLUTIONS or not known.isdisjoint(takes(node)):
             known.update(name for name in gives(node) if name)
             found.add(node.name)
     return found
@@ -238,7 +238,7 @@ def _stem(graph: onnx.GraphProto) -> set[str]:
     found: set[str] = set()
     for node in graph.node:
         before = max((depth.get(name, 0) for name in node.input), default=0)
-        here = before + (node.op_type in _CONVOLUTIONS)
+        here = before + (node.op_type in CONVOLUTIONS)
         depth.update(dict.fromkeys(node.output, here))
         if here > before and here <= _STEM:
             found.add(node.name)

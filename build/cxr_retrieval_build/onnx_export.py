@@ -2,16 +2,21 @@
 
 Weights are stored as fp16 initialisers behind a Cast, so the graph computes in fp32 and any runtime may lower it further;
 that halves the files and changes nothing, for the networks compute with weights that fp16 holds (`shipped.py`).
+
+A graph's metadata says how its network is built and which of its tensors is which of the network's, so that `cxr build checkpoints` can
+make a checkpoint of it again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -33,12 +38,15 @@ from cxr_retrieval.contract import (
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.serving.repository import graph_file
+from cxr_retrieval_build.lower_precision import CONVOLUTIONS
 from cxr_retrieval_training.embedder import AttentionMapHead
 from cxr_retrieval_training.lungs import load_segmenter
 from cxr_retrieval_training.shipped import HALVED_FROM
 from cxr_retrieval_training.train_embedder import load_embedder
 
 OPSET: Final = 18
+DESCRIPTION: Final = ("config", "members", "data_sha256")
+"""Of a checkpoint, what a graph's metadata repeats: how the network is built, and what it learnt from."""
 _TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
 
 
@@ -76,8 +84,15 @@ def load_networks(segmenter: Path, embedder: Path, student: Path | None = None) 
     return {name: module.eval() for name, module in modules.items()}
 
 
-def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
-    """Exports one graph with the contract's names, a dynamic batch dimension and fp16 weights."""
+def export(network: nn.Module, leaf: LeafSpec, path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Exports one graph with the contract's names, a dynamic batch dimension and fp16 weights.
+
+    Args:
+        about: Its checkpoint but for the weights; None for a network without weights.
+
+    Raises:
+        SetupError: PyTorch exported nothing, a weight does not fit fp16, or the graph lacks a weight.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch", min=1, max=1024)
     with warnings.catch_warnings():
@@ -94,9 +109,34 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
         )
     if program is None:
         raise SetupError(f"{leaf.name}: PyTorch exported nothing", next_step="check the installed torch and onnxscript")
-    model = store_weights_as_fp16(without_traces(program.model_proto))
+    model = without_traces(program.model_proto)
+    if about is not None:
+        kept = {key: about[key] for key in DESCRIPTION if key in about}
+        stored = {"checkpoint": kept, "stored_as": stored_as(network, model)}
+        onnx.helper.set_model_props(model, {key: json.dumps(value, sort_keys=True) for key, value in stored.items()})
+    model = store_weights_as_fp16(with_own_biases(model))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def stored_as(network: nn.Module, model: onnx.ModelProto) -> dict[str, str]:
+    """Name in the network's state → initialiser, for those that the exporter names otherwise: equal tensors it stores once, those of a
+    group norm in another shape.
+
+    Raises:
+        SetupError: A tensor that the graph does not hold.
+    """
+    held = {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
+    first = {data: name for name, data in reversed(held.items())}
+    found: dict[str, str] = {}
+    for name, tensor in network.state_dict().items():
+        data = tensor.numpy().tobytes()
+        if not tensor.is_floating_point() or held.get(name) == data:
+            continue
+        if data not in first:
+            raise SetupError(f"the exported graph does not hold {name}", next_step="check the installed torch and onnxscript")
+        found[name] = first[data]
+    return found
 
 
 def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -114,6 +154,23 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     ):
         del part.metadata_props[:]
         part.doc_string = ""
+    return model
+
+
+def with_own_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Gives each convolution a bias of its own where the exporter stored equal ones once (the embedder's frozen first layers).
+
+    OpenVINO adds a bias within the convolution only if nothing else reads it; added afterwards they took a sixth of the embedder's time.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken: set[str] = set()
+    for node in model.graph.node:
+        bias = node.input[2] if node.op_type in CONVOLUTIONS and len(node.input) > 2 else ""
+        if bias in taken:
+            node.input[2] = f"{node.name}_bias"
+            model.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(tensors[bias]), node.input[2]))
+        elif bias:
+            taken.add(bias)
     return model
 
 

@@ -12,9 +12,11 @@ import openvino
 import torch
 from rich.console import Console
 
+from cxr_retrieval.contract import EMBEDDER, LUNG_SEGMENTATION
 from cxr_retrieval.serving.choices import PARITY_REPORT, Segmentation
-from cxr_retrieval_build.onnx_export import GRAPHS, announce_versions, export, load_networks, weights_version
+from cxr_retrieval_build.onnx_export import GRAPHS, STUDENT, announce_versions, export, load_networks, weights_version
 from cxr_retrieval_build.parity import as_report, compare, parity_inputs, require_parity
+from cxr_retrieval_training.checkpoints import load_checkpoint
 
 
 def release(segmenter: Path, embedder: Path, student: Path | None, repository: Path, console: Console) -> dict[str, Any]:
@@ -25,12 +27,15 @@ def release(segmenter: Path, embedder: Path, student: Path | None, repository: P
         SetupError: An output misses its tolerance; the repository is then unchanged.
     """
     networks = load_networks(segmenter, embedder, student)
+    checkpoints = {LUNG_SEGMENTATION: segmenter, EMBEDDER: embedder, STUDENT: student}
     with tempfile.TemporaryDirectory(dir=repository, prefix=".export-") as folder:
         fresh = Path(folder)
         for graph in GRAPHS:
             if graph.name in networks:
                 console.print(f"exporting {graph.name}")
-                export(networks[graph.name], graph.leaf, fresh / graph.file)
+                checkpoint = checkpoints.get(graph.name)
+                about = load_checkpoint(checkpoint) if checkpoint is not None else None
+                export(networks[graph.name], graph.leaf, fresh / graph.file, about)
         console.print("comparing with PyTorch in ONNX Runtime and OpenVINO")
         results = compare(networks, fresh, parity_inputs())
         require_parity(results)

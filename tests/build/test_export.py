@@ -23,10 +23,11 @@ from cxr_retrieval.serving.repository import derive_embedded, graph_file, model_
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient
-from cxr_retrieval_build.onnx_export import GRAPHS, announce_versions, load_networks, store_weights_as_fp16
+from cxr_retrieval_build.onnx_export import DESCRIPTION, GRAPHS, announce_versions, load_networks, store_weights_as_fp16, stored_as
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
+from cxr_retrieval_build.published import write_checkpoints
 from cxr_retrieval_build.release import release
-from cxr_retrieval_training.checkpoints import save_checkpoint
+from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
 from cxr_retrieval_training.embedder import Embedder
 from cxr_retrieval_training.segmenter import LungSegmenter
@@ -104,6 +105,56 @@ def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Pat
         assert all(tensor.data_type != onnx.TensorProto.FLOAT for tensor in large)
 
 
+@pytest.fixture(scope="session")
+def read_back(released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Checkpoints made of the graphs."""
+    return write_checkpoints(released, tmp_path_factory.mktemp("read_back"))
+
+
+def test_checkpoints_of_the_graphs_give_the_same_weights(checkpoints: tuple[Path, Path, Path], read_back: list[Path]) -> None:
+    """To the bit."""
+    assert [path.name for path in read_back] == [path.name for path in (checkpoints[0], checkpoints[1], checkpoints[2])]
+    expected, got = load_networks(*checkpoints), load_networks(*read_back)
+    for name, network in expected.items():
+        state = network.state_dict()
+        assert list(state) == list(got[name].state_dict())
+        for key, tensor in got[name].state_dict().items():
+            assert torch.equal(tensor, state[key]), f"{name}.{key}"
+
+
+def test_checkpoints_of_the_graphs_say_what_the_first_ones_said(checkpoints: tuple[Path, Path, Path], read_back: list[Path]) -> None:
+    """So that an export of them is the same file; and training can go on from them."""
+    for path, again in zip(checkpoints, read_back, strict=True):
+        first, second = load_checkpoint(path), load_checkpoint(again)
+        assert {key: first.get(key) for key in DESCRIPTION} == {key: second.get(key) for key in DESCRIPTION}
+        assert set(second["model"]) == set(first["model"])
+
+
+def test_no_checkpoint_is_written_over_another(released: Path, tmp_path: Path) -> None:
+    (tmp_path / "student.pt").write_bytes(b"of a week's training")
+    with pytest.raises(UsageError, match=r"student\.pt: already exists"):
+        write_checkpoints(released, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["student.pt"]
+
+
+def test_graphs_that_do_not_say_how_they_are_built(released: Path, repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "repository"
+    with pytest.raises(SetupError, match="no such graph"):
+        write_checkpoints(target, tmp_path / "out")
+    shutil.copytree(released, target)
+    graph = onnx.load(target / "embedder" / "1" / "model.onnx")
+    del graph.metadata_props[:]
+    onnx.save(graph, target / "embedder" / "1" / "model.onnx")
+    with pytest.raises(SetupError, match="does not say how its network is built"):
+        write_checkpoints(target, tmp_path / "out")
+
+
+def test_a_weight_that_the_graph_lacks_is_refused(checkpoints: tuple[Path, Path, Path], released: Path) -> None:
+    graph = onnx.load(released / "lung_segmentation" / "1" / "student.onnx")
+    with pytest.raises(SetupError, match=r"the exported graph does not hold members\.linknet\..*weight"):
+        stored_as(load_networks(*checkpoints)["student"], graph)
+
+
 def test_graphs_tell_nothing_of_the_machine_they_were_made_on(released: Path, repository: Path) -> None:
     for graph in GRAPHS:
         for path in (released / graph.file, repository / graph.file):
@@ -142,10 +193,10 @@ def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
     return float(((x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min())
 
 
-def copying(released: Path) -> Callable[[nn.Module, LeafSpec, Path], None]:
+def copying(released: Path) -> Callable[[nn.Module, LeafSpec, Path, object], None]:
     """In the place of `export`, which takes a minute: the graphs exported before."""
 
-    def copied(network: nn.Module, leaf: LeafSpec, path: Path) -> None:
+    def copied(network: nn.Module, leaf: LeafSpec, path: Path, about: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(released / leaf.name / "1" / path.name, path)
 
@@ -163,7 +214,6 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     before = (target / "embedder" / "1" / "model.onnx").read_bytes()
     networks = load_networks(*checkpoints)
     networks["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, sizes=(128, 96)).eval()
-
     monkeypatch.setattr(module, "load_networks", lambda *paths: networks)
     monkeypatch.setattr(module, "export", copying(released))
     with pytest.raises(SetupError, match=r"the export differs from PyTorch.*embedder\.EMBEDDING"):

@@ -32,6 +32,7 @@ COMMANDS = (
     "train all",
     "build",
     "build onnx",
+    "build checkpoints",
     "build parity",
     "build int8",
     "build engines",

@@ -1,7 +1,8 @@
-"""Trained networks with the numbers that ship, so that what is reported, compared with and served is one network."""
+"""Trained networks with the numbers that ship, so that what is reported, compared with and served is one network; and the way back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import torch
@@ -44,8 +45,47 @@ def as_shipped(network: Network, takes: TensorSpec) -> Network:
     return network
 
 
+def as_trained(network: Network, shipped: Mapping[str, Tensor], takes: TensorSpec) -> Network:
+    """Undoes `as_shipped` as far as can be, in place: weights back into a network of the same kind, whose batch norms then change nothing.
+
+    What their statistics were is gone; `as_shipped` of the result has the numbers of `shipped` to the bit.
+
+    Args:
+        network: Built, not trained.
+        shipped: State by name of the network that came through `as_shipped`.
+
+    Raises:
+        KeyError: A name that `shipped` lacks.
+    """
+    network.eval()
+    norms = _norms_behind_convolutions(network, takes)
+    names = {module: name for name, module in network.named_modules()}
+    own = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    with torch.no_grad():
+        for norm, convolution in norms.items():
+            shift = shipped[f"{names[convolution]}.bias"]
+            still = {"weight": torch.ones_like(shift), "bias": shift, "running_mean": torch.zeros_like(shift)}
+            for part, values in {**still, "running_var": torch.full_like(shift, 1.0 - norm.eps)}.items():
+                own.pop(f"{names[norm]}.{part}").copy_(values)
+            if convolution.bias is not None:
+                own.pop(f"{names[convolution]}.bias").zero_()
+        for name, tensor in own.items():
+            tensor.copy_(shipped[name].reshape(tensor.shape))
+    return network
+
+
 def _fold_batch_norms(network: nn.Module, takes: TensorSpec) -> None:
-    """Jacob et al. 2018, section 3.2. Which convolution a batch norm stands behind is seen by running an empty image through."""
+    """Jacob et al. 2018, section 3.2."""
+    names = {module: name for name, module in network.named_modules()}
+    for norm, convolution in _norms_behind_convolutions(network, takes).items():
+        fused = fuse_conv_bn_eval(convolution, norm, transpose=isinstance(convolution, nn.ConvTranspose2d))
+        convolution.weight, convolution.bias = fused.weight, fused.bias
+        parent, _, child = names[norm].rpartition(".")
+        setattr(network.get_submodule(parent), child, getattr(norm, "act", nn.Identity()))  # timm's norm holds the activation, too
+
+
+def _norms_behind_convolutions(network: nn.Module, takes: TensorSpec) -> dict[nn.BatchNorm2d, Convolution]:
+    """Which batch norm stands behind which convolution is seen by running an empty image through."""
     made: dict[int, tuple[Tensor, Convolution]] = {}
     behind: dict[nn.BatchNorm2d, Convolution] = {}
 
@@ -62,11 +102,4 @@ def _fold_batch_norms(network: nn.Module, takes: TensorSpec) -> None:
         network(torch.zeros((1, *takes.shape), dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
-    for name, norm in list(network.named_modules()):
-        if not isinstance(norm, nn.BatchNorm2d) or norm not in behind:
-            continue
-        convolution = behind[norm]
-        fused = fuse_conv_bn_eval(convolution, norm, transpose=isinstance(convolution, nn.ConvTranspose2d))
-        convolution.weight, convolution.bias = fused.weight, fused.bias
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, getattr(norm, "act", nn.Identity()))  # timm's norm holds the activation, too
+    return behind

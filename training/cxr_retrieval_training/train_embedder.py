@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -219,11 +219,16 @@ def _train_member(
 def load_embedder(path: Path, device: torch.device) -> Embedder:
     """The network of an `embedder.pt` as it ships, in evaluation mode; each member's `size` is the one it was watched at."""
     state = load_checkpoint(path)
-    config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
-    network = build_embedder(config, [member["image_size"] for member in state["members"]])
+    network = described_embedder(state)
     network.load_state_dict(state["model"])
     on_device(as_shipped(network, LUNGS), device)
     return network
+
+
+def described_embedder(state: Mapping[str, Any]) -> Embedder:
+    """The untrained network of a checkpoint's `config` and `members`."""
+    config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
+    return build_embedder(config, [member["image_size"] for member in state["members"]])
 
 
 def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -> Embedder:
