@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -23,15 +26,24 @@ from cxr_retrieval.serving.repository import derive_embedded, graph_file, model_
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval.triton import TritonClient
-from cxr_retrieval_build.onnx_export import DESCRIPTION, GRAPHS, announce_versions, load_networks, store_weights_as_fp16, stored_as
+from cxr_retrieval_build.onnx_export import (
+    DESCRIPTION,
+    GRAPHS,
+    announce_versions,
+    load_networks,
+    store_weights_as_fp16,
+    stored_as,
+    with_own_biases,
+)
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
 from cxr_retrieval_build.published import write_checkpoints
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
 from cxr_retrieval_training.embedder import Embedder
+from cxr_retrieval_training.lungs import load_segmenter
 from cxr_retrieval_training.segmenter import LungSegmenter
-from cxr_retrieval_training.train_embedder import build_embedder
+from cxr_retrieval_training.train_embedder import build_embedder, load_embedder
 
 MEMBERS = ("linknet", "deeplabv3plus")
 
@@ -128,6 +140,24 @@ def test_checkpoints_of_the_graphs_say_what_the_first_ones_said(checkpoints: tup
         first, second = load_checkpoint(path), load_checkpoint(again)
         assert {key: first.get(key) for key in DESCRIPTION} == {key: second.get(key) for key in DESCRIPTION}
         assert set(second["model"]) == set(first["model"])
+
+
+def test_shipped_graphs_can_be_read_back(repository: Path, tmp_path: Path) -> None:
+    """And what comes of them computes what ships: group norms, and layers that both members of the embedder share, included."""
+    segmenter, embedder, student = write_checkpoints(repository, tmp_path)
+    images = parity_inputs(per_class=1)
+    lungs = images
+    for path, file in ((student, "student.onnx"), (segmenter, "model.onnx")):
+        session = onnxruntime.InferenceSession(repository / "lung_segmentation" / "1" / file)
+        expected: Any = session.run(["LUNG_MASK", "LUNGS"], {"IMAGE": images})
+        with torch.inference_mode():
+            mask, lungs, _ = (tensor.numpy() for tensor in load_segmenter(path)(torch.from_numpy(images)))
+        assert 0 < mask.mean() < 255
+        assert (expected[0] != mask).mean() < 1e-4
+        assert np.abs(expected[1].astype(int) - lungs).max() <= 1
+    vectors: Any = onnxruntime.InferenceSession(repository / "embedder" / "1" / "model.onnx").run(["EMBEDDING"], {"LUNGS": lungs})
+    with torch.inference_mode():
+        assert cosine(vectors[0], load_embedder(embedder, torch.device("cpu"))(torch.from_numpy(lungs))[0].numpy()) > 0.99999
 
 
 def test_no_checkpoint_is_written_over_another(released: Path, tmp_path: Path) -> None:
@@ -285,6 +315,25 @@ def test_weights_that_fp16_cannot_hold_are_refused(value: float) -> None:
     graph = onnx.helper.make_graph([], "g", [], [], [tensor])
     with pytest.raises(SetupError, match=r"weight w does not fit fp16.*as_shipped"):
         store_weights_as_fp16(onnx.helper.make_model(graph))
+
+
+def test_no_two_convolutions_read_one_bias() -> None:
+    """The same function; what else reads that tensor keeps it."""
+    weight, bias = np.ones((3, 3, 1, 1), np.float32), np.arange(3, dtype=np.float32)
+    nodes = [
+        onnx.helper.make_node("Conv", [x, "w", "b"], [y], name=y) for x, y in (("x", "first"), ("first", "second"), ("second", "third"))
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, 3, 2, 2)) for name in ("x", "third")]
+    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    own = with_own_biases(copy.deepcopy(model))
+    onnx.checker.check_model(own, full_check=True)
+    assert [node.input[2] for node in own.graph.node] == ["b", "second_bias", "third_bias"]
+    assert [node.input[1] for node in own.graph.node] == ["w"] * 3
+    x = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    answers: list[Any] = [onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"x": x}) for one in (model, own)]
+    assert np.array_equal(answers[0][0], answers[1][0])
 
 
 def test_version_line_must_be_there(tmp_path: Path, repository: Path) -> None:
