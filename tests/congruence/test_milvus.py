@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pymilvus import MilvusClient
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import StoreError, UsageError
 from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
+from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
 from cxr_retrieval.store import ALIAS, Entry, Store, list_collections, make_entry
 from tests_support import dashboard_metrics
@@ -315,3 +317,24 @@ def test_a_published_gallery_is_sealed(tmp_path: Path) -> None:
         store.publish()
         store.search(vectors[0], 1)
         assert seconds(store) < before / 2
+
+
+def test_milvus_lite_leaves_the_other_cores_alone(tmp_path: Path) -> None:
+    """Its searches on one thread, wherever they run; what was set before comes back."""
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        assert threads() == {2}
+        with Store(MilvusSettings(str(tmp_path / "gallery.db")), "v", create=True):
+            assert threads() == {1}
+        assert threads() == {2}
+        with embedded_milvus(tmp_path / "served.db", "127.0.0.1", 0) as uri:
+            assert threads() == {1}
+            with Store(MilvusSettings(uri), "v", create=True):
+                assert threads() == {1}
+        assert threads() == {2}
+        with pytest.raises(StoreError, match="no gallery"):
+            Store(MilvusSettings(str(tmp_path / "gallery.db")), "other")
+        assert threads() == {2}

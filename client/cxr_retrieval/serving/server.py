@@ -120,6 +120,8 @@ def embedded_milvus(folder: Path, host: str, port: int) -> Generator[str]:
     from milvus_lite.adapter.grpc.server import start_server_in_thread
     from milvus_lite.exceptions import DataDirLockedError
 
+    from cxr_retrieval.store import one_blas_thread
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port(host, port, "milvus")
     try:
@@ -129,7 +131,8 @@ def embedded_milvus(folder: Path, host: str, port: int) -> Generator[str]:
             f"{folder}: another process has this gallery open", next_step="stop that process, or give another --store"
         ) from error
     try:
-        yield f"http://{host}:{bound}"
+        with one_blas_thread():
+            yield f"http://{host}:{bound}"
     finally:
         server.stop(grace=2).wait()
         database.close()
