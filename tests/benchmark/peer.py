@@ -1,7 +1,7 @@
 """What people would write instead: the same networks in PyTorch behind FastAPI, with a FAISS index. Run by uvicorn, measured by `make bench`.
 
 Small and fair: the pictures come decoded, as to Triton; no gradient is kept; `CXR_PEER_AT_ONCE` requests compute at a time with
-`CXR_PEER_THREADS` threads each, of which the bench takes the better of two settings. The networks are built anew with random weights:
+`CXR_PEER_THREADS` threads each, of which the bench takes the best of three settings. The networks are built anew with random weights:
 the shipped ones have their batch norms folded away, which is part of what an export gains, and time does not depend on a weight's value.
 """
 
