@@ -26,7 +26,7 @@ Images = NDArray[np.uint8]
 class BareEngines:
     """The three graphs in this process, chained as the ensemble chains them, without any server.
 
-    As fast as they go: many images one to a core, or one image on all cores.
+    As fast as they go: many images one to a core, or one image on all cores; compiled for one image.
     """
 
     def __init__(self, precision: Precision, segmentation: Segmentation) -> None:
@@ -72,9 +72,10 @@ class BareEngines:
         compiled = []
         for leaf in LEAVES:
             lowered = precision if leaf.name == LUNG_SEGMENTATION else Precision.fp32
-            graph = graph_file(default_repository(), leaf.name, segmentation, int8=lowered is Precision.int8)
+            graph = core.read_model(graph_file(default_repository(), leaf.name, segmentation, int8=lowered is Precision.int8))
+            graph.reshape({tensor: [1, *list(tensor.get_partial_shape())[1:]] for tensor in graph.inputs})
             settings = {"INFERENCE_PRECISION_HINT": HINTS[lowered], "INFERENCE_NUM_THREADS": CORES, "NUM_STREAMS": streams}
-            compiled.append(core.compile_model(core.read_model(graph), "CPU", {**settings, "ENABLE_CPU_PINNING": False}))
+            compiled.append(core.compile_model(graph, "CPU", {**settings, "ENABLE_CPU_PINNING": False}))
         return [[model.create_infer_request() for model in compiled] for _ in range(streams)]
 
 

@@ -13,7 +13,7 @@ from cxr_retrieval.progress import track
 
 
 class CpuEngine:
-    """A graph of one input, one image to a thread.
+    """A graph of one input, one image to a thread; compiled for one image, as it is served.
 
     One thread starts requests and waits for them, in turn. `ov.AsyncInferQueue` says that it is done before its last callback has let
     go of Python's lock, and an engine dropped in that moment, which holds the lock, waits for the callback for ever; and of several
@@ -26,7 +26,10 @@ class CpuEngine:
 
     def __init__(self, model: Any, precision: str = "f32") -> None:
         settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
-        compiled: Any = ov.Core().compile_model(model, "CPU", settings)
+        core = ov.Core()
+        graph: Any = model if isinstance(model, ov.Model) else core.read_model(model)
+        graph.reshape({tensor: [1, *list(tensor.get_partial_shape())[1:]] for tensor in graph.inputs})
+        compiled: Any = core.compile_model(graph, "CPU", settings)
         count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._requests: list[Any] = [compiled.create_infer_request() for _ in range(count)]
 
