@@ -29,7 +29,7 @@ FILES: Final = {LUNG_SEGMENTATION: "segmenter.pt", EMBEDDER: "embedder.pt", STUD
 
 
 def write_checkpoints(repository: Path, out: Path) -> list[Path]:
-    """Writes a checkpoint of each graph with weights (of the student, if there is one) into a folder.
+    """Writes a checkpoint of each graph with weights (of the student, if there is one) into a folder, or none.
 
     Exported again they give the same weights. Batch norms, folded on export, are there and change nothing.
 
@@ -37,18 +37,18 @@ def write_checkpoints(repository: Path, out: Path) -> list[Path]:
         UsageError: The folder holds one of the files already.
         SetupError: A graph is absent, or was exported before graphs said how their networks are built.
     """
-    sources = {out / FILES[graph.name]: graph for graph in GRAPHS if graph.name in FILES}
-    for path in sources:
+    checkpoints: dict[Path, dict[str, Any]] = {}
+    for graph in GRAPHS:
+        source = repository / graph.file
+        if graph.name not in FILES or (graph.name == STUDENT and not source.is_file()):
+            continue
+        path = out / FILES[graph.name]
         if path.exists():
             raise UsageError(f"{path}: already exists", expected="a folder without it", next_step="remove it, or give another folder")
-    written: list[Path] = []
-    for path, graph in sources.items():
-        source = repository / graph.file
-        if graph.name == STUDENT and not source.is_file():
-            continue
-        save_checkpoint(path, _checkpoint(source, graph.leaf.inputs[0], graph.name == EMBEDDER))
-        written.append(path)
-    return written
+        checkpoints[path] = _checkpoint(source, graph.leaf.inputs[0], graph.name == EMBEDDER)
+    for path, checkpoint in checkpoints.items():
+        save_checkpoint(path, checkpoint)
+    return list(checkpoints)
 
 
 def _checkpoint(source: Path, takes: TensorSpec, embedder: bool) -> dict[str, Any]:

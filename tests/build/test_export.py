@@ -177,6 +177,7 @@ def test_graphs_that_do_not_say_how_they_are_built(released: Path, repository: P
     onnx.save(graph, target / "embedder" / "1" / "model.onnx")
     with pytest.raises(SetupError, match="does not say how its network is built"):
         write_checkpoints(target, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nor is the segmenter written, which could be"
 
 
 def test_a_weight_that_the_graph_lacks_is_refused(checkpoints: tuple[Path, Path, Path], released: Path) -> None:
