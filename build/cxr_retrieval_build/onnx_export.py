@@ -119,19 +119,22 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path, about: Mapping[str, A
     onnx.save(model, path)
 
 
-def stored_as(network: nn.Module, model: onnx.ModelProto) -> dict[str, str]:
+def stored_as(network: nn.Module, model: onnx.ModelProto) -> dict[str, str | int]:
     """Name in the network's state → initialiser, for those that the exporter names otherwise: equal tensors it stores once, those of a
-    group norm in another shape.
+    group norm in another shape. A bias of nothing but zeros it drops; of that, how many.
 
     Raises:
         SetupError: A tensor that the graph does not hold.
     """
     held = {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
     first = {data: name for name, data in reversed(held.items())}
-    found: dict[str, str] = {}
+    found: dict[str, str | int] = {}
     for name, tensor in network.state_dict().items():
         data = tensor.numpy().tobytes()
         if not tensor.is_floating_point() or held.get(name) == data:
+            continue
+        if data not in first and not tensor.any():
+            found[name] = tensor.numel()
             continue
         if data not in first:
             raise SetupError(f"the exported graph does not hold {name}", next_step="check the installed torch and onnxscript")

@@ -63,5 +63,5 @@ def _checkpoint(source: Path, takes: TensorSpec, embedder: bool) -> dict[str, An
     about = told["checkpoint"]
     network: nn.Module = described_embedder(about) if embedder else LungSegmenter(about["config"]["members"])
     shipped = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in model.graph.initializer}
-    shipped |= {name: shipped[held] for name, held in told["stored_as"].items()}
+    shipped |= {name: torch.zeros(held) if isinstance(held, int) else shipped[held] for name, held in told["stored_as"].items()}
     return {"model": as_trained(network, shipped, takes).state_dict(), **about}

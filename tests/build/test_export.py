@@ -125,7 +125,7 @@ def read_back(released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def test_checkpoints_of_the_graphs_give_the_same_weights(checkpoints: tuple[Path, Path, Path], read_back: list[Path]) -> None:
     """To the bit."""
-    assert [path.name for path in read_back] == [path.name for path in (checkpoints[0], checkpoints[1], checkpoints[2])]
+    assert [path.name for path in read_back] == [path.name for path in checkpoints]
     expected, got = load_networks(*checkpoints), load_networks(*read_back)
     for name, network in expected.items():
         state = network.state_dict()

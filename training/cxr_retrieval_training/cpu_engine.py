@@ -20,7 +20,7 @@ class CpuEngine:
     Python threads the first calls may wait for each other just so, inside OpenVINO's bindings (2026.4).
 
     Args:
-        model: `openvino.Model`, or the path of an ONNX file.
+        model: `openvino.Model`, which is reshaped to one image, or the path of an ONNX file.
         precision: OpenVINO's hint: f32 or bf16.
     """
 

@@ -63,10 +63,11 @@ def as_trained(network: Network, shipped: Mapping[str, Tensor], takes: TensorSpe
     own = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
     with torch.no_grad():
         for norm, convolution in norms.items():
-            shift = shipped[f"{names[convolution]}.bias"]
-            still = {"weight": torch.ones_like(shift), "bias": shift, "running_mean": torch.zeros_like(shift)}
-            for part, values in {**still, "running_var": torch.full_like(shift, 1.0 - norm.eps)}.items():
-                own.pop(f"{names[norm]}.{part}").copy_(values)
+            shift = shipped[f"{names[convolution]}.bias"]  # what the norm added, once folded
+            own.pop(f"{names[norm]}.weight").fill_(1.0)
+            own.pop(f"{names[norm]}.bias").copy_(shift)
+            own.pop(f"{names[norm]}.running_mean").zero_()
+            own.pop(f"{names[norm]}.running_var").fill_(1.0 - norm.eps)
             if convolution.bias is not None:
                 own.pop(f"{names[convolution]}.bias").zero_()
         for name, tensor in own.items():
