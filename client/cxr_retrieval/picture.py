@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from cxr_retrieval.decoding import FilmReader
 from cxr_retrieval.errors import CxrError, SetupError
-from cxr_retrieval.fields import Value
-from cxr_retrieval.image import letterbox, read_radiograph
+from cxr_retrieval.fields import CLINICAL_FIELDS, Value
 from cxr_retrieval.retrieve import QueryResult
 from cxr_retrieval.store import Neighbour
 
@@ -27,11 +27,22 @@ _HEAT: Final = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9],
 _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
 _TILE: Final = 256
-_SHOWN_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival", "view", "raw_finding", "location", "date")
-_FACT_NAMES: Final = {"went_icu": "ICU", "spo2": "SpO2", "survival": "survived", "raw_finding": "finding", "temperature": "temp."}
+_BRIEF_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival")
+"""What a table or a caption has room for; the page shows all that is known."""
+_FACT_NAMES: Final = {
+    "went_icu": "ICU",
+    "spo2": "SpO2",
+    "survival": "survived",
+    "raw_finding": "finding",
+    "temperature": "temp.",
+    "needed_supplemental_o2": "supplemental O2",
+    "wbc": "white blood cells",
+    "neutrophil": "neutrophils",
+    "lymphocyte": "lymphocytes",
+    "offset_days": "days since onset",
+    "clinical_notes": "notes",
+}
 _UNITS: Final = {"temperature": " °C"}
-_BRIEF: Final = 7
-"""How many of them a table or a caption shows; the page shows all."""
 
 
 def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -60,7 +71,7 @@ def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: 
     return grey.astype(np.uint8)
 
 
-def montage(result: QueryResult) -> Image.Image:
+def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
     """One picture: the query, the query with contour and attention, the vote, and the neighbours with their facts."""
     columns = 5
     rows = -(-len(result.neighbours) // columns)
@@ -89,7 +100,7 @@ def montage(result: QueryResult) -> Image.Image:
     for number, hit in enumerate(result.neighbours):
         x = gap + (number % columns) * (_TILE + gap)
         y = top + (number // columns) * (_TILE + caption + gap)
-        canvas.paste(_square(Image.fromarray(_gallery_square(hit)), _TILE), (x, y))
+        canvas.paste(_square(Image.fromarray(_gallery_square(hit, reader)), _TILE), (x, y))
         draw.text((x, y + _TILE + 3), f"{number + 1}. {hit.case.label.replace('_', ' ')}"[:30], _INK, font=text)
         draw.text((x, y + _TILE + 25), f"similarity {hit.similarity:.4f}", _MUTED, font=small)
         for line, words in enumerate(textwrap.wrap(facts_line(hit.case.metadata), 36)[:2]):
@@ -98,18 +109,18 @@ def montage(result: QueryResult) -> Image.Image:
     return canvas
 
 
-def write_montage(result: QueryResult, path: Path) -> None:
+def write_montage(result: QueryResult, path: Path, reader: FilmReader) -> None:
     """Writes `montage` as PNG.
 
     Raises:
         SetupError: The file cannot be written.
     """
     buffer = io.BytesIO()
-    montage(result).save(buffer, "PNG")
+    montage(result, reader).save(buffer, "PNG")
     _write(path, buffer.getvalue())
 
 
-def write_html(result: QueryResult, path: Path) -> None:
+def write_html(result: QueryResult, path: Path, reader: FilmReader) -> None:
     """Writes one page that needs no other file and no network.
 
     Raises:
@@ -125,34 +136,46 @@ def write_html(result: QueryResult, path: Path) -> None:
         disclaimer=DISCLAIMER,
         query_image=_data_uri(np.asarray(box.crop(result.explanation.square))),
         overlay_image=_data_uri(np.asarray(shown)),
-        neighbours=[
-            {"rank": rank, "hit": hit, "image": _data_uri(_gallery_square(hit)), "facts": _named_facts(hit.case.metadata)}
-            for rank, hit in enumerate(result.neighbours, start=1)
-        ],
+        neighbours=_shown(result.neighbours, reader),
+        own=_shown(result.own, reader),
     )
     _write(path, page.encode())
 
 
+def _shown(hits: Sequence[Neighbour], reader: FilmReader) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "hit": hit, "image": _data_uri(_gallery_square(hit, reader)), "facts": _facts(hit)}
+        for rank, hit in enumerate(hits, start=1)
+    ]
+
+
+def _facts(hit: Neighbour) -> dict[str, str]:
+    return {**_named_facts(hit.case.metadata), **({"source": hit.case.source} if hit.case.source else {})}
+
+
 def facts_line(metadata: Mapping[str, Value]) -> str:
     """The most telling clinical facts that are known, on one line."""
-    known = [name for name in _SHOWN_FACTS[:_BRIEF] if name in metadata]
-    return ", ".join(f"{name} {value}" for name, value in _named_facts({name: metadata[name] for name in known}).items())
+    brief = {name: metadata[name] for name in _BRIEF_FACTS if name in metadata}
+    return ", ".join(f"{name} {value}" for name, value in _named_facts(brief).items())
 
 
 def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
-    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) + _UNITS.get(name, "") for name in _SHOWN_FACTS if name in metadata}
+    """Every fact under the name a reader knows: those in brief first, then the other clinical fields, then the user's own columns."""
+    order = [*_BRIEF_FACTS, *(name for name in CLINICAL_FIELDS if name not in _BRIEF_FACTS)]
+    names = [*(name for name in order if name in metadata), *(name for name in metadata if name not in CLINICAL_FIELDS)]
+    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) + _UNITS.get(name, "") for name in names}
 
 
 def _plain(value: Value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else f"{value:.10g}"
 
 
-def _gallery_square(hit: Neighbour) -> NDArray[np.uint8]:
+def _gallery_square(hit: Neighbour, reader: FilmReader) -> NDArray[np.uint8]:
     """The neighbour's picture from its own file, or an empty tile with a cross where that file is gone."""
     try:
-        return letterbox(read_radiograph(hit.case.path).pixels)[0]
+        return reader.read(hit.case.path).square
     except CxrError:
         tile = Image.new("L", (_TILE, _TILE), 24)
         draw = ImageDraw.Draw(tile)

@@ -40,6 +40,7 @@ def evaluate(
     Vectors already ingested are taken from the gallery; others are computed now and not kept. Neighbours are exact.
     """
     from cxr_retrieval import embedding, evaluation
+    from cxr_retrieval.decoding import FilmReader
     from cxr_retrieval.manifest import read_manifest
     from cxr_retrieval.store import Store
     from cxr_retrieval.triton import TritonClient
@@ -50,7 +51,7 @@ def evaluate(
     }
     milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     found: dict[str, Embedded] = {}
-    with TritonClient(TritonSettings(triton, timeout)) as client:
+    with FilmReader() as reader, TritonClient(TritonSettings(triton, timeout)) as client:
         try:
             store = Store(milvus_settings, client.model_version)
         except StoreError as error:
@@ -59,7 +60,7 @@ def evaluate(
         try:
             for name, wanted in rows.items():
                 with progress(name, len(wanted)) as advance:
-                    found[name] = embedding.embed_rows(wanted, client, store, advance)
+                    found[name] = embedding.embed_rows(wanted, reader, client, store, advance)
                 talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
         finally:
             if store is not None:
@@ -126,7 +127,7 @@ def _print(result: dict[str, Any]) -> None:
             )
     console.print(table)
     console.print(
-        "[dim]Brackets: 95 % bootstrap intervals over patients. Where label and source are tied, read each source by itself.[/dim]"
+        "Brackets: 95 % bootstrap intervals over patients. Where label and source are tied, read each source by itself.", style="dim"
     )
 
 
