@@ -12,7 +12,7 @@ from PIL import Image
 
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.phantoms import make_phantom, write_phantoms
-from cxr_retrieval.picture import facts_line, montage, overlay, write_html, write_montage
+from cxr_retrieval.picture import colour_bar, facts_line, montage, overlay, write_html, write_montage
 from cxr_retrieval.retrieve import Explanation, QueryResult
 from cxr_retrieval.store import Case, Neighbour
 from cxr_retrieval.voting import weighted_vote
@@ -56,6 +56,47 @@ def test_overlay_colours_only_the_lungs_and_draws_their_outline(result: QueryRes
     low, high = (inside & (explanation.attention < middle)), (inside & (explanation.attention > middle))
     colourfulness = np.abs(np.diff(shown.astype(int), axis=2)).max(axis=2)
     assert colourfulness[high].mean() > colourfulness[low].mean()
+
+
+def test_the_same_attention_has_the_same_colour_in_every_film() -> None:
+    """Two films alike, one of low attention throughout, one with a hot spot: the first has none, and the rest of the second is like it."""
+    square, lungs = np.full((256, 256), 96, np.uint8), np.zeros((256, 256), np.uint8)
+    lungs[40:220, 30:230] = 255
+    low = np.where(lungs > 0, np.linspace(0.2, 0.45, 256), 0).astype(np.float32)
+    spot = low.copy()
+    spot[100:120, 60:90] = 0.9
+    dim, bright = overlay(square, lungs, low), overlay(square, lungs, spot)
+    inner = np.s_[41:219, 31:229]
+    assert (dim[inner] == 96).all(), "not stretched: what is low in the film stays low in the picture"
+    hot = spot == np.float32(0.9)
+    assert (bright[hot] == bright[100, 60]).all()
+    assert np.abs(bright[hot].astype(int) - 96).max() > 60
+    assert (bright[~hot] == dim[~hot]).all(), "a hot spot elsewhere changes nothing here"
+    other = overlay(square, lungs, np.where(lungs > 0, np.float32(0.9), np.float32(0)))
+    assert (other[inner] == bright[100, 60]).all(), "nor does what else the film holds"
+
+
+def test_overlay_takes_attention_beyond_its_range_for_the_nearest_in_it() -> None:
+    """Runtimes round; 1 + a rounding must not run off the colours."""
+    square, lungs = np.full((64, 64), 96, np.uint8), np.full((64, 64), 255, np.uint8)
+    pictures = [overlay(square, lungs, np.full((64, 64), value, np.float32)) for value in (-0.01, 0.0, 1.0, 1.01)]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[2] == pictures[3]).all()
+    assert (pictures[1] != pictures[2]).any()
+
+
+def test_colour_bar_is_the_key_to_the_overlay() -> None:
+    """Every shade of the bar is what the overlay gives that value over the bar's grey."""
+    bar = colour_bar(101, 3)
+    assert bar.shape == (3, 101, 3)
+    assert (bar == bar[0]).all()
+    grey, lungs = np.full((5, 5), bar[0, 0, 0], np.uint8), np.full((5, 5), 255, np.uint8)
+    for percent in (0, 25, 50, 51, 75, 100):
+        middle = overlay(grey, lungs, np.full((5, 5), percent / 100, np.float32))[2, 2]
+        assert np.abs(bar[1, percent].astype(int) - middle).max() <= 1, percent
+    assert (bar[0, :51] == bar[0, 0]).all(), "up to this film's own average there is no colour"
+    brightness = bar[0, 51:].astype(int).sum(axis=1)
+    assert (np.diff(brightness) >= 0).all(), "and from there it grows, in grey print as well"
 
 
 def test_overlay_without_lungs_is_the_plain_picture() -> None:
@@ -102,10 +143,12 @@ def test_page_in_a_browser(result: QueryResult, tmp_path: Path) -> None:
     ]
     command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,900", "--dump-dom", probed.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert '<title>{"n":5,"ok":5,"outside":0,"wide":true}</title>' in dom
+    assert '<title>{"n":6,"ok":6,"outside":0,"wide":true}</title>' in dom
     text = page.read_text("utf-8")
     assert "film &lt;1&gt;.png" in text
     assert "<script>" not in text
     assert "http" not in text.replace("http://www.w3.org", "")
+    for words in ("0.5 film&#39;s own average", "where the network looked", "Bright is no proof of disease, and dark no proof of health"):
+        assert words in text
     for words in ("Research use only. Not for diagnosis.", "a warning", "not a probability of disease", "0123456789ab"):
         assert words in text
