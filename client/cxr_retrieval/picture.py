@@ -24,6 +24,12 @@ DISCLAIMER: Final = "Research use only. Not for diagnosis."
 
 _HEAT: Final = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
 """Five anchors of the "inferno" colour map (perceptually uniform, readable in grey)."""
+_NEUTRAL: Final = 0.5
+"""Attention that is each film's own average (`contract.ATTENTION`); what lies below is not coloured."""
+_OPACITY: Final = 0.6
+_BAR_GREY: Final = 96.0
+_SCALE: Final = ((0.0, "0"), (_NEUTRAL, "0.5 film's own average"), (1.0, "1"))
+"""The numbers under the colour bar."""
 _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
 _TILE: Final = 256
@@ -48,8 +54,7 @@ _UNITS: Final = {"temperature": " °C"}
 def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Attention as colour and the lungs' outline over a radiograph.
 
-    Colour is stretched from the least to the greatest attention inside these lungs, so that it shows where the model
-    looked in this picture, not how two pictures compare.
+    The same attention has the same colour and opacity in every film (`_tinted`; `colour_bar` is the key to it).
 
     Args:
         square: `[256, 256]` uint8. lung_mask: the same, 0 or 255. attention: the same, in [0, 1].
@@ -57,18 +62,28 @@ def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: 
     Returns:
         `[256, 256, 3]` uint8 RGB.
     """
-    grey = np.repeat(square[..., None].astype(np.float32), 3, axis=2)
     inside = lung_mask > 0
-    if inside.any():
-        low, high = float(attention[inside].min()), float(attention[inside].max())
-        share = np.clip((attention - low) / max(high - low, 1e-6), 0, 1)
-        place = share * (len(_HEAT) - 1)
-        below = np.clip(place.astype(int), 0, len(_HEAT) - 2)
-        colour = _HEAT[below] + (place - below)[..., None] * (_HEAT[below + 1] - _HEAT[below])
-        alpha = (0.55 * share * inside)[..., None]
-        grey = (1 - alpha) * grey + alpha * colour
-    grey[_outline(inside)] = _CONTOUR
-    return grey.astype(np.uint8)
+    shown = _tinted(square.astype(np.float32), attention * inside)
+    shown[_outline(inside)] = _CONTOUR
+    return shown.astype(np.uint8)
+
+
+def colour_bar(width: int, height: int) -> NDArray[np.uint8]:
+    """`[height, width, 3]` RGB: how attention 0 (left) to 1 (right) is shown over an even grey."""
+    values = np.broadcast_to(np.linspace(0, 1, width, dtype=np.float32), (height, width))
+    return _tinted(np.full((height, width), _BAR_GREY, np.float32), values).astype(np.uint8)
+
+
+def _tinted(grey: NDArray[np.float32], attention: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Grey values 0…255 `[rows, columns]` with attention of [0, 1] over them, `[rows, columns, 3]`: no colour up to `_NEUTRAL`, from there
+    opacity grows in proportion up to `_OPACITY` at 1.
+    """
+    value = np.clip(attention, 0, 1)
+    place = value * (len(_HEAT) - 1)
+    below = np.clip(place.astype(int), 0, len(_HEAT) - 2)
+    colour = _HEAT[below] + (place - below)[..., None] * (_HEAT[below + 1] - _HEAT[below])
+    alpha = (_OPACITY * np.clip((value - _NEUTRAL) / (1 - _NEUTRAL), 0, 1))[..., None]
+    return (1 - alpha) * grey[..., None] + alpha * colour
 
 
 def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
@@ -77,7 +92,7 @@ def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
     rows = -(-len(result.neighbours) // columns)
     gap, caption = 12, 74
     width = columns * (_TILE + gap) + gap
-    top = 2 * gap + int(1.45 * _TILE) + 40
+    top = 2 * gap + int(1.45 * _TILE) + 92
     canvas = Image.new("RGB", (width, top + rows * (_TILE + caption + gap) + 30), _PAPER)
     draw = ImageDraw.Draw(canvas)
     title, text, small = (ImageFont.load_default(size) for size in (24, 17, 13))
@@ -87,6 +102,10 @@ def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
     canvas.paste(_square(Image.fromarray(shown), large), (2 * gap + large, gap))
     draw.text((gap, gap + large + 6), f"query  {result.image_id}", _INK, font=text)
     draw.text((2 * gap + large, gap + large + 6), "lung contour and attention", _INK, font=text)
+    canvas.paste(Image.fromarray(colour_bar(large, 10)), (2 * gap + large, gap + large + 32))
+    for value, words in _SCALE:
+        draw.text((2 * gap + large + value * (large - 1), gap + large + 46), words, _MUTED, font=small, anchor=_anchor(value))
+    draw.text((2 * gap + large, gap + large + 64), "bright is no proof of disease, dark none of health", _MUTED, font=small)
     left = 4 * gap + 2 * large
     draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
     draw.text((left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text)
@@ -136,6 +155,8 @@ def write_html(result: QueryResult, path: Path, reader: FilmReader) -> None:
         disclaimer=DISCLAIMER,
         query_image=_data_uri(np.asarray(box.crop(result.explanation.square))),
         overlay_image=_data_uri(np.asarray(shown)),
+        colour_bar=_data_uri(colour_bar(256, 10)),
+        scale=[words for _, words in _SCALE],
         neighbours=_shown(result.neighbours, reader),
         own=_shown(result.own, reader),
     )
@@ -190,6 +211,11 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(mask, 1)
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~core
+
+
+def _anchor(value: float) -> str:
+    """How a number stands under the colour bar, as Pillow names it: flush with its ends, centred between."""
+    return {0.0: "la", 1.0: "ra"}.get(value, "ma")
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
