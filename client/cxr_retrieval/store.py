@@ -255,7 +255,7 @@ class Store:
         with _translated(self._settings):
             self._client.flush(self.collection, timeout=self._settings.timeout_s)
             try:
-                with _refusal_is_an_answer():
+                with _silent("pymilvus.decorators"):  # it logs the stack of a refused call, which here is an answer
                     self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
             except MilvusException:
                 self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
@@ -449,9 +449,10 @@ def _connected(settings: MilvusSettings, where: str = "") -> Generator[Any]:
 
 def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
     """Every row that meets the clause, in batches under the hood."""
-    iterator = client.query_iterator(
-        collection, batch_size=1000, filter=where, output_fields=list(fields), consistency_level="Strong", timeout=timeout_s
-    )
+    with _silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
+        iterator = client.query_iterator(
+            collection, batch_size=1000, filter=where, output_fields=list(fields), consistency_level="Strong", timeout=timeout_s
+        )
     while batch := iterator.next():
         yield from batch
     iterator.close()
@@ -589,9 +590,9 @@ def _status(error: BaseException) -> grpc.StatusCode:
 
 
 @contextmanager
-def _refusal_is_an_answer() -> Generator[None]:
-    """Pymilvus logs the stack of every refused call, also of one that is made to see whether it is refused. Not in here."""
-    logger = logging.getLogger("pymilvus.decorators")
+def _silent(module: str) -> Generator[None]:
+    """What pymilvus logs in one of its modules about calls that end as they should does not reach the user."""
+    logger = logging.getLogger(module)
     before, logger.disabled = logger.disabled, True
     try:
         yield
