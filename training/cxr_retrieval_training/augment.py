@@ -2,8 +2,8 @@
 
 Segmentation: the list of section 2.3 (horizontal flip, Gaussian noise, perspective, sharpness, blurring, contrast, gamma,
 brightness, CLAHE, grid distortion, affine, elastic). kornia has no grid distortion; its thin-plate spline, which moves a
-grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3; `augmented = false`), which the jitter of the lungs'
-box does here; the rest is ours, against what tells sources apart.
+grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3; `augmented = false`), which
+the jitter of the lungs' box does here; the rest is ours, against what tells sources apart.
 """
 
 from __future__ import annotations
