@@ -14,6 +14,9 @@ CxrError
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 
 class CxrError(Exception):
     """Base of all expected errors.
@@ -41,6 +44,10 @@ class CxrError(Exception):
         if next_step:
             message += f" Next: {next_step.rstrip('.')}."
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Callable[..., CxrError], tuple[str]]:
+        """Pickled by its parts; from the message alone, it would come out of a worker process with another one."""
+        return partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step), (self.what,)
 
 
 class InputError(CxrError):
