@@ -66,6 +66,7 @@ class Radiograph:
     pixels: Grey8
     format: str
     warnings: tuple[str, ...] = ()
+    patient_id: str | None = None
 
 
 def read_radiograph(source: Path | bytes, name: str | None = None) -> Radiograph:
