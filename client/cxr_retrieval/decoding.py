@@ -414,6 +414,7 @@ def work(connection: int, parent: int, memory_bytes: int) -> None:
         parent: Process that started it, and that it must not outlive.
         memory_bytes: Address space it may use.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked to be told
         return
