@@ -31,7 +31,7 @@ from typing import Final
 import numpy as np
 
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
-from cxr_retrieval.image import MIN_SIDE, Grey8, Letterbox, letterbox, read_radiograph
+from cxr_retrieval.image import MIN_SIDE, Grey8, Letterbox, letterbox, pixel_digest, read_radiograph
 
 MAX_FILE_BYTES: Final = 2**30
 """Bytes; five times what `image.MAX_PIXELS` of 16 bits need."""
@@ -459,7 +459,7 @@ def _film(path: Path) -> Film:
         radiograph.format,
         radiograph.warnings,
         radiograph.patient_id,
-        pixels=hashlib.sha256(square.tobytes()).hexdigest(),
+        pixels=pixel_digest(square),
         file=hashlib.sha256(data).hexdigest(),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def letterbox(pixels: Grey8, size: int = IMAGE_SIZE) -> tuple[Grey8, Letterbox]:
     square = np.zeros((size, size), np.uint8)
     square[box.top : box.top + new_height, box.left : box.left + new_width] = resized
     return square, box
+
+
+def pixel_digest(square: Grey8) -> str:
+    """SHA-256 (hex) of `[256, 256]` uint8: what tells whether two files show the networks one picture."""
+    return hashlib.sha256(np.ascontiguousarray(square).tobytes()).hexdigest()
 
 
 def _checked(radiograph: Radiograph, name: str) -> Radiograph:

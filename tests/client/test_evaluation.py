@@ -21,9 +21,9 @@ from cxr_retrieval.evaluation import (
     balanced_interval,
     comparable_patients,
     evaluate,
-    pixel_digest,
     rank,
 )
+from cxr_retrieval.image import pixel_digest
 from cxr_retrieval.manifest import ManifestRow
 
 
