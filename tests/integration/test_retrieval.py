@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.decoding import FilmReader
@@ -222,6 +223,25 @@ def test_bad_files_are_reported_and_the_rest_goes_on(
     assert "relative to the manifest's folder" in reasons["absent"]
     assert "column age: not understood" in reasons["odd"]
     assert "column label: too long" in reasons["long"]
+
+
+def test_a_file_that_kills_its_decoder_costs_only_itself(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+) -> None:
+    """It used to end the whole ingest with it (exit code 134)."""
+    data = bytearray(Path(str(get_testdata_file("SC_rgb_jpeg.dcm"))).read_bytes())
+    data[1005 : 1005 + 64] = bytes(64)
+    (tmp_path / "deadly.dcm").write_bytes(data)
+    good = [row.path for row in read_manifest(phantom_manifest).rows[:4]]
+    for path in good:
+        shutil.copy(path, tmp_path)
+    names = [good[0].name, good[1].name, "deadly.dcm", good[2].name, good[3].name]
+    (tmp_path / "m.csv").write_text("image_id,path,label\n" + "".join(f"{name},{name},control\n" for name in names))
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+        report = ingest(read_manifest(tmp_path / "m.csv").rows, reader, triton, store, silent)
+        assert (report.stored, store.count()) == (4, 4)
+    (problem,) = report.problems
+    assert str(problem.error).startswith("deadly.dcm: the decoder crashed (signal 6)")
 
 
 def test_bad_query_file(gallery: Store, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
