@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -143,7 +143,7 @@ def _embed_entries(entries: Sequence[Entry], reader: FilmReader, triton: TritonC
         try:
             film = future.result()
             _refuse_another_film(entry, film, held.get(entry.key))
-            films.append((entry, film))
+            films.append((replace(entry, file=film.file), film))  # of the bytes embedded, should the file have changed meanwhile
         except InputError as error:
             out.problems.append(Problem(entry.row.image_id, error))
     batches = list(_chunks(films, BATCH_SIZE))
