@@ -77,7 +77,7 @@ def print_result(result: QueryResult) -> None:
     console.print(Text.assemble((result.image_id, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
     console.print(_table(result.neighbours, numbered=True))
     if result.own:
-        console.print("of this patient, or this very picture; not in the vote:", style="bold")
+        console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")
         console.print(_table(result.own, numbered=False))
     for warning in result.warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
