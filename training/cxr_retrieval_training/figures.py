@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxr_retrieval.contract import LABELS
-from cxr_retrieval.evaluation import LabelledSet, rank
+from cxr_retrieval.evaluation import LabelledSet, Ranking
 from cxr_retrieval.image import letterbox, read_radiograph
 from cxr_retrieval.manifest import Manifest
 
@@ -50,15 +50,16 @@ def draw_reliability(calibration: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_sizes(runs: Mapping[str, Any], path: Path) -> bool:
-    """Balanced accuracy and its 95 % interval over embedding size (section 3.3.4), of the runs that differ in nothing else; False
-    if under two.
+    """Balanced accuracy and its 95 % interval, where it has one, over embedding size (section 3.3.4), of the runs that differ in nothing
+    else; False if under two.
     """
     groups: dict[str, list[tuple[int, float, float, float]]] = {}
     for run in runs.values():
         size = run["config"]["embedding_size"]
         rest = json.dumps({**run["config"], "embedding_size": None}, sort_keys=True)
         overall = run["evaluation"]["overall"]
-        groups.setdefault(rest, []).append((size, overall["balanced_accuracy"], *overall["balanced_accuracy_ci"]))
+        low, high = overall["balanced_accuracy_ci"] or (np.nan, np.nan)  # matplotlib draws no bar of NaN
+        groups.setdefault(rest, []).append((size, overall["balanced_accuracy"], low, high))
     points = sorted(max(groups.values(), key=len))
     if len(points) < 2:
         return False
@@ -100,10 +101,11 @@ def draw_montage(manifest: Manifest, gallery: LabelledSet, queries: LabelledSet,
     for label in LABELS:
         mine = np.flatnonzero(np.array(queries.labels) == label)
         chosen += random.choice(mine, min(per_label, len(mine)), replace=False).tolist()
+    ranking = Ranking(gallery, queries)
     figure = Figure(figsize=(2 * (_NEIGHBOURS + 1), 2.3 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), _NEIGHBOURS + 1, squeeze=False)
     for line, query in zip(grid, chosen, strict=True):
-        order, similarity = rank(gallery, query, queries)
+        order, similarity = ranking.of(query)
         truth = queries.labels[query]
         _film(line[0], rows[queries.image_ids[query]].path, f"query: {truth}\n{queries.sources[query]}", "black")
         for axes, index, value in zip(line[1:], order, similarity, strict=False):

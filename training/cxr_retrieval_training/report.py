@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation import Gallery, LabelledSet, evaluate, interval, patient_weights, rank
+from cxr_retrieval.evaluation import Gallery, LabelledSet, Ranking, balanced_interval, evaluate, mean_interval, pixel_digest
 from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import track
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote
@@ -53,7 +53,36 @@ class Run:
     unseen: NDArray[np.bool_]
 
 
-def load_run(folder: Path, manifest: Manifest) -> Run:
+@dataclass(frozen=True)
+class Pictures:
+    """What one look at every film of a manifest leaves: image_ids and thumbnails (unit length) of train and val, and a digest of each
+    film by image_id.
+    """
+
+    image_ids: Mapping[str, Sequence[str]]
+    thumbnails: Mapping[str, NDArray[np.float32]]
+    digests: Mapping[str, str]
+
+
+def look_at(manifest: Manifest) -> Pictures:
+    """Reads every film of the protocol, and those of split `extra`."""
+    names: dict[str, list[str]] = {}
+    thumbnails: dict[str, NDArray[np.float32]] = {}
+    digests: dict[str, str] = {}
+    for split in ("train", "val", EXTRA_SPLIT):
+        rows = manifest.select(split=split, labels=None if split == EXTRA_SPLIT else LABELS)
+        if not rows:
+            continue
+        images = load_images(rows, f"{split} thumbnails")
+        names[split] = [row.image_id for row in rows]
+        digests |= {row.image_id: pixel_digest(image) for row, image in zip(rows, images, strict=True)}
+        small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(images).float(), _THUMBNAIL).flatten(1).numpy()
+        centred = small - small.mean(axis=1, keepdims=True)
+        thumbnails[split] = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+    return Pictures(names, thumbnails, digests)
+
+
+def load_run(folder: Path, manifest: Manifest, pictures: Pictures) -> Run:
     """Raises UsageError when the run is not finished or belongs to another manifest."""
     state = load_checkpoint(folder / "embedder.pt", expected={"data_sha256": manifest.sha256})
     config = EmbedderConfig.model_validate(state["config"])
@@ -70,13 +99,13 @@ def load_run(folder: Path, manifest: Manifest) -> Run:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
             protocol = [row for row, keep in zip(mine, kept, strict=True) if keep]
-            sets[split] = labelled(protocol, stored[config.retrieve_with][kept])
+            sets[split] = labelled(protocol, stored[config.retrieve_with][kept], pictures)
             if split != EXTRA_SPLIT:
                 unseen.append(left_out(config, protocol))
     return Run(folder.name, folder, config, sets, np.concatenate(unseen))
 
 
-def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32]) -> LabelledSet:
+def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32], pictures: Pictures) -> LabelledSet:
     """Vectors with what `evaluate` asks of their rows."""
     return LabelledSet(
         [row.image_id for row in rows],
@@ -84,15 +113,16 @@ def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32]) -> Label
         [row.label for row in rows],
         [row.patient for row in rows],
         [row.source or "" for row in rows],
+        [pictures.digests[row.image_id] for row in rows],
     )
 
 
-def report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], device: torch.device) -> dict[str, Any]:
+def report(manifest: Manifest, pictures: Pictures, segmenter: Path, folders: Sequence[Path], device: torch.device) -> dict[str, Any]:
     """All figures: `runs` by name, and `closer` for the first."""
-    runs = [load_run(folder, manifest) for folder in folders]
+    runs = [load_run(folder, manifest, pictures) for folder in folders]
     first = runs[0]
     network = load_embedder(first.folder / "embedder.pt", device)
-    alike, unlike_any = near_duplicates(manifest)
+    alike, unlike_any = near_duplicates(pictures)
     fresh = selected(first.sets["val"], np.array([name in unlike_any for name in first.sets["val"].image_ids]))
     return {
         "manifest_sha256": manifest.sha256,
@@ -101,7 +131,7 @@ def report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], device:
         "closer": {
             "run": first.name,
             "k": k_sweep(first),
-            "style_only": style_only(network, first, manifest, segmenter, device),
+            "style_only": style_only(network, first, manifest, pictures, segmenter, device),
             "attention": attention_on_lesions(network, first.config, manifest, segmenter, device),
             "near_duplicates": {
                 **alike,
@@ -144,6 +174,7 @@ def joined(a: LabelledSet, b: LabelledSet) -> LabelledSet:
         [*a.labels, *b.labels],
         [*a.patients, *b.patients],
         [*a.sources, *b.sources],
+        [*a.pixels, *b.pixels],
     )
 
 
@@ -156,6 +187,7 @@ def selected(vectors: LabelledSet, chosen: NDArray[np.bool_]) -> LabelledSet:
         [vectors.labels[i] for i in index],
         [vectors.patients[i] for i in index],
         [vectors.sources[i] for i in index],
+        [vectors.pixels[i] for i in index] if vectors.pixels else (),
     )
 
 
@@ -171,26 +203,26 @@ def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
     truth, patients, correct = [], [], []
     for run in used:
         both = joined(run.sets["train"], run.sets["val"])
+        ranking = Ranking(both, both)
         asked: list[int] = np.flatnonzero(run.unseen & (np.array(both.labels) != "control")).tolist()
         for query in asked:
             truth.append(both.labels[query])
             patients.append(both.patients[query])
-            correct.append([float(_voted(both, query, compared) == truth[-1]) for compared in (Gallery.everything, Gallery.own_source)])
+            correct.append([float(_voted(ranking, query, compared) == truth[-1]) for compared in (Gallery.everything, Gallery.own_source)])
     if len(set(truth)) < 2:
         return None
-    weights, of_label = patient_weights(np.array(patients)), [np.array(truth) == label for label in sorted(set(truth))]
-    weights = weights[np.all([weights[:, mine].sum(axis=1) > 0 for mine in of_label], axis=0)]  # a resample may lack a label
     out: dict[str, Any] = {"n": len(truth), "runs": [run.name for run in used]}
     for name, right in zip(("whole_gallery", "own_source"), np.array(correct).T, strict=True):
-        resampled = [weights[:, mine] @ right[mine] / weights[:, mine].sum(axis=1) for mine in of_label]
-        balanced = float(np.mean([right[mine].mean() for mine in of_label]))
-        out[name] = {"balanced_accuracy": balanced, "balanced_accuracy_ci": interval(np.mean(resampled, axis=0))}
+        balanced = float(np.mean([right[np.array(truth) == label].mean() for label in sorted(set(truth))]))
+        found, _ = balanced_interval(right, np.array(truth), np.array(patients))
+        out[name] = {"balanced_accuracy": balanced, "balanced_accuracy_ci": found}
     return out
 
 
-def _voted(among: LabelledSet, query: int, compared: Gallery) -> str:
-    order, similarity = rank(among, query, among, compared)
-    return weighted_vote([(among.labels[int(i)], float(s)) for i, s in zip(order[:DEFAULT_K], similarity[:DEFAULT_K], strict=True)]).label
+def _voted(ranking: Ranking, query: int, compared: Gallery) -> str:
+    order, similarity = ranking.of(query, compared)
+    labels = ranking.gallery.labels
+    return weighted_vote([(labels[int(i)], float(s)) for i, s in zip(order[:DEFAULT_K], similarity[:DEFAULT_K], strict=True)]).label
 
 
 def k_sweep(run: Run) -> dict[str, list[float]]:
@@ -198,8 +230,9 @@ def k_sweep(run: Run) -> dict[str, list[float]]:
     train, val = run.sets["train"], run.sets["val"]
     truth = np.array(val.labels)
     voted = np.empty((LARGEST_K, len(truth)), dtype=object)
+    ranking = Ranking(train, val)
     for query in range(len(truth)):
-        order, similarity = rank(train, query, val)
+        order, similarity = ranking.of(query)
         ranked = [(train.labels[int(i)], float(s)) for i, s in zip(order[:LARGEST_K], similarity[:LARGEST_K], strict=True)]
         for k in range(1, LARGEST_K + 1):
             voted[k - 1, query] = weighted_vote(ranked[:k]).label
@@ -211,7 +244,13 @@ def k_sweep(run: Run) -> dict[str, list[float]]:
 
 
 def style_only(
-    network: Embedder, run: Run, manifest: Manifest, segmenter: Path, device: torch.device, source: str = "radiography"
+    network: Embedder,
+    run: Run,
+    manifest: Manifest,
+    pictures: Pictures,
+    segmenter: Path,
+    device: torch.device,
+    source: str = "radiography",
 ) -> dict[str, Any] | None:
     """The same pipeline within one source on lungs without anatomy: every lung pixel set to one grey, which leaves the outline,
     and lung pixels in random order, which leaves the distribution of grey values, too.
@@ -226,7 +265,7 @@ def style_only(
         of_source = [row for row, keep in zip(rows, mine, strict=True) if keep]
         for name, change in _WITHOUT_ANATOMY.items():
             vectors = embed_all(network, change(lungs), device, f"{split} lungs {name}")[run.config.retrieve_with]
-            sets[name][split] = labelled(of_source, vectors)
+            sets[name][split] = labelled(of_source, vectors, pictures)
     out: dict[str, Any] = {"source": source}
     for name, both in sets.items():
         overall = evaluate(both["train"], both["val"], k=DEFAULT_K, model_version=run.name)["overall"]
@@ -287,8 +326,7 @@ def attention_on_lesions(
 
 
 def _with_interval(values: NDArray[np.float64], patients: NDArray[np.str_]) -> dict[str, Any]:
-    weights = patient_weights(patients)
-    return {"mean": float(values.mean()), "ci": interval(weights @ values / weights.sum(axis=1))}
+    return {"mean": float(values.mean()), "ci": mean_interval(values, patients)}
 
 
 @torch.inference_mode()
@@ -300,17 +338,9 @@ def attention_maps(network: Embedder, lungs: Images, device: torch.device) -> ND
     return torch.cat(maps).numpy()
 
 
-def near_duplicates(manifest: Manifest) -> tuple[dict[str, Any], frozenset[str]]:
+def near_duplicates(pictures: Pictures) -> tuple[dict[str, Any], frozenset[str]]:
     """Pairs across train and val whose thumbnails correlate above 0.95, for a person to look at; and the val images in none."""
-    thumbnails: dict[str, NDArray[np.float32]] = {}
-    names: dict[str, list[str]] = {}
-    for split in ("train", "val"):
-        rows = manifest.select(split=split, labels=LABELS)
-        images = torch.from_numpy(load_images(rows, f"{split} thumbnails"))
-        small = torch.nn.functional.adaptive_avg_pool2d(images.float(), _THUMBNAIL).flatten(1).numpy()
-        centred = small - small.mean(axis=1, keepdims=True)
-        thumbnails[split] = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
-        names[split] = [row.image_id for row in rows]
+    thumbnails, names = pictures.thumbnails, pictures.image_ids
     correlation = thumbnails["val"] @ thumbnails["train"].T
     pairs = np.argwhere(correlation > NEAR_DUPLICATE)
     found = sorted(((float(correlation[i, j]), names["val"][i], names["train"][j]) for i, j in pairs), reverse=True)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from cxr_retrieval.contract import LABELS
+from cxr_retrieval.evaluation import MIN_PATIENTS
 from cxr_retrieval.manifest import Manifest
 from cxr_retrieval_training import figures
-from cxr_retrieval_training.report import load_run, report, write_json
+from cxr_retrieval_training.report import load_run, look_at, report, write_json
 
 
 def write_report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], out: Path, device: torch.device) -> Path:
@@ -20,8 +21,9 @@ def write_report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], o
 
     `montage.png` shows patients' radiographs.
     """
-    found = report(manifest, segmenter, folders, device)
-    first = load_run(folders[0], manifest)
+    seen = look_at(manifest)
+    found = report(manifest, seen, segmenter, folders, device)
+    first = load_run(folders[0], manifest, seen)
     pictures = ["k.png", "reliability.png", "training.png", "montage.png"]
     figures.draw_k(found["closer"]["k"], out / "k.png")
     figures.draw_reliability(found["runs"][first.name]["evaluation"]["calibration"], out / "reliability.png")
@@ -45,7 +47,8 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     first = found["closer"]["run"]
     parts = [
         f"# {first}",
-        "Research use only. Gallery: train; queries: val; same patient left out; 95 % bootstrap intervals over patients.",
+        "Research use only. Gallery: train; queries: val; same patient and same picture left out. Brackets: 95 % bootstrap intervals over "
+        f"patients, – of fewer than {MIN_PATIENTS}.",
         _runs_table(found["runs"]),
         f"## {first}, by source and class",
         _sources_table(found["runs"][first]["evaluation"]),
@@ -184,8 +187,9 @@ def _lungs_table(segmentation: Mapping[str, Any]) -> str:
 
 
 def _figure(part: Mapping[str, Any], key: str, interval: str | None = None) -> str:
-    low, high = part[interval or f"{key}_ci"]
-    return f"{part[key]:.3f} [{low:.3f}, {high:.3f}]"
+    """Value and interval; "–" in its place where there are too few patients for one."""
+    bounds: list[float] | None = part[interval or f"{key}_ci"]
+    return f"{part[key]:.3f} " + ("–" if bounds is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]")
 
 
 def _number(value: float | None) -> str:
