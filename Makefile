@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
-.PHONY: demo test lint bench clean prerequisites browser compose
+.PHONY: demo test test-real image-check lint bench clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -10,6 +10,14 @@ demo: .venv/.installed          ## the whole path on synthetic radiographs
 # Two at a time, a file to a worker; PyTorch of one thread each, for two of two threads on two cores wait for each other.
 test: .venv-dev/.installed browser compose ## every test
 	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
+	@CXR_REAL_DATA=$${CXR_REAL_DATA:-$(SHARED_DATA)} .venv-dev/bin/python -m pytest -m whole --timeout 7200 tests/real_data
+
+# As root, for a chroot is made. Not a part of `test`: five minutes, and a gigabyte from package registries.
+image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian in place of NVIDIA's image
+	@$(MAKE) --no-print-directory debian PACKAGES="$$(command -v buildah > /dev/null || echo buildah) $$(command -v mmdebstrap > /dev/null || echo mmdebstrap) $$(command -v cc > /dev/null || echo gcc)"
+	@.venv-dev/bin/python tests/deploy/image_check.py
 
 lint: .venv-dev/.installed      ## style and types
 	@.venv-dev/bin/ruff check .

@@ -12,6 +12,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
+from cxr_retrieval.decoding import FilmReader
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
@@ -58,6 +59,12 @@ def server(repository: Path) -> Iterator[Endpoints]:
 def triton(server: Endpoints) -> Iterator[TritonClient]:
     with TritonClient(TritonSettings(server.grpc)) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def reader() -> Iterator[FilmReader]:
+    with FilmReader() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -110,11 +110,16 @@ def int8(
 
 @app.command()
 def engines(
-    out: Annotated[Path, typer.Argument(help="Folder for the repository with engines; engines that fit are kept.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the repository with engines; engines that fit are kept, configurations written anew.")
+    ],
     source: options.Repository = None,
     precision: Annotated[EnginePrecision, typer.Option(help="Arithmetic of the convolutions; all else is fp32.")] = EnginePrecision.fp16,
     segmentation: Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")] = Segmentation.ensemble,
-    check: Annotated[bool, typer.Option("--check", help="Build nothing: fail unless the engines there fit this TensorRT and GPU.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Build nothing: fail unless engines fit this TensorRT and GPU, and configurations the repository."),
+    ] = False,
 ) -> None:
     """Build a TensorRT engine from each graph, into a model repository that Triton serves as it is."""
     _require("cxr build engines", "engines", "onnx")
@@ -123,8 +128,8 @@ def engines(
 
     found = find_tensorrt()
     if check:
-        require_fitting(out, found)
-        talk().print(f"all engines in {out} fit {found.name}")
+        require_fitting(out, source or default_repository(), found)
+        talk().print(f"all engines in {out} fit {found.name}, and their configurations the repository")
         return
     report = build_engines(source or default_repository(), out, precision, segmentation, found, talk())
     typer.echo(jsonlib.dumps(report, indent=2))

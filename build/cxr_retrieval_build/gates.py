@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_SEGMENTATION, LUNGS
@@ -231,7 +232,7 @@ def table(gates: Sequence[dict[str, Any]]) -> Table:
     shown = Table("segmentation", "runtime", "precision", *(name.replace("_", " ") for name in _LIMITS), "")
     for gate in gates:
         figures = [f"{gate['figures'][name]['value']:.4f} ({gate['figures'][name]['limit']:g})" for name in _LIMITS]
-        verdict = "[green]passed[/green]" if gate["passed"] else "[yellow]missed[/yellow]"
+        verdict = Text("passed", "green") if gate["passed"] else Text("missed", "yellow")
         shown.add_row(gate["segmentation"], gate["runtime"], gate["precision"], *figures, verdict)
     return shown
 

@@ -32,6 +32,7 @@ STAMP: Final = "model.plan.json"
 TIMING_CACHE: Final = "timing.cache"
 REPORT: Final = "engines.json"
 
+_NAMES: Final = {"tensorrt": "TensorRT", "compute_capability": "GPU", "precision": "precision"}
 _NEXT: Final = "run `cxr build engines` again, on the machine and in the image that serve"
 
 
@@ -45,6 +46,8 @@ class Stamp:
     """Of the GPU, as "9.0"; "any" for TensorRT-RTX, which compiles for the GPU it finds when it loads the engine."""
     precision: str
     onnx_sha256: str
+    batches: str
+    """Least, tuned-for and greatest batch, as "1 32 64": a configuration that asks for others needs another engine."""
     plan_sha256: str
 
 
@@ -104,7 +107,8 @@ def build_engines(
 ) -> dict[str, Any]:
     """Writes a production repository with engines: configurations, `model.plan` and its stamp for each leaf, the timing cache, a report.
 
-    An engine whose stamp fits is kept, so that starting a service again takes no time.
+    An engine whose stamp fits is kept, so that starting a service again takes no time. Configurations are written every time, each behind
+    its engine and the ensemble's, which announces the version of the weights, behind all: what `repository` says is what Triton reads.
 
     Returns:
         What `engines.json` holds: versions, GPU, and per engine sizes in bytes, seconds, tensors and TensorRT's warnings.
@@ -119,21 +123,21 @@ def build_engines(
         config = read_config(repository / leaf.name)
         graph = engine_graph(repository, leaf.name, precision, segmentation)
         serialised = graph.SerializeToString()
-        wanted = (trt.name, trt.compute_capability(), precision.value, sha256(serialised).hexdigest())
+        batches = " ".join(map(str, batch_range(config)))
+        wanted = (trt.name, trt.compute_capability(), precision.value, sha256(serialised).hexdigest(), batches)
         folder = out / leaf.name / "1"
         if _present(folder) == wanted:
             console.print(f"{leaf.name}: engine fits, kept")
-            engines[leaf.name] = json.loads((folder / STAMP).read_text())["report"]
-            continue
-        plan, report = _build(trt, leaf, serialised, config, out / TIMING_CACHE)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PLAN).write_bytes(plan)
-        stamp = Stamp(*wanted, plan_sha256=sha256(plan).hexdigest())
-        (folder / STAMP).write_text(json.dumps({**asdict(stamp), "report": report}, indent=2) + "\n")
+            report = json.loads((folder / STAMP).read_text())["report"]
+        else:
+            plan, report = _build(trt, leaf, serialised, config, out / TIMING_CACHE)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN).write_bytes(plan)
+            stamp = Stamp(*wanted, plan_sha256=sha256(plan).hexdigest())
+            (folder / STAMP).write_text(json.dumps({**asdict(stamp), "report": report}, indent=2) + "\n")
+            console.print(f"{leaf.name}: {len(plan) / 1e6:.1f} MB in {report['seconds']:.1f} s, {len(report['warnings'])} warnings")
         write_config(out / leaf.name, config)
-        console.print(f"{leaf.name}: {len(plan) / 1e6:.1f} MB in {report['seconds']:.1f} s, {len(report['warnings'])} warnings")
         engines[leaf.name] = report
-    (out / ENSEMBLE / "1").mkdir(parents=True, exist_ok=True)
     write_config(out / ENSEMBLE, announce(read_config(repository / ENSEMBLE), segmentation))
     summary = {
         "tensorrt": trt.name,
@@ -165,28 +169,50 @@ def _parity(repository: Path, precision: EnginePrecision, segmentation: Segmenta
     return measured
 
 
-def require_fitting(repository: Path, trt: TensorRT) -> None:
-    """Refuses engines that this TensorRT or this GPU cannot run, before a server tries.
+def require_fitting(out: Path, repository: Path, trt: TensorRT) -> None:
+    """Refuses what a server should not be started on: engines that this TensorRT or this GPU cannot run, and configurations that differ.
+
+    A configuration differs when an edit of `repository`, or new weights, never reached `out`; its engines are then of other weights, or
+    of a build that was broken off. Triton would serve them, under a version of the weights that may not be theirs.
+
+    Args:
+        out: What `build_engines` wrote.
+        repository: What it would write from.
 
     Raises:
-        SetupError: No engine, no stamp, another TensorRT, another GPU, or a file that is not the one stamped.
+        SetupError: No engine, no stamp, another TensorRT, another GPU, another precision than the last build's, a file that is not the one
+            stamped, or a `config.pbtxt` that is not the one derived from `repository`.
     """
-    here = {"tensorrt": trt.name, "compute_capability": trt.compute_capability()}
+    try:
+        last = json.loads((out / REPORT).read_text("utf-8"))
+        segmentation = Segmentation(last["segmentation"])
+        here = {"tensorrt": trt.name, "compute_capability": trt.compute_capability(), "precision": str(last["precision"])}
+    except (OSError, ValueError, LookupError) as error:
+        raise SetupError(f"{out}: no finished build", expected=f"{REPORT} of `cxr build engines`", next_step=_NEXT) from error
     for leaf in LEAVES:
-        folder = repository / leaf.name / "1"
+        folder = out / leaf.name / "1"
         stamp = _stamp(folder)
         if stamp is None or not (folder / PLAN).is_file():
             raise SetupError(f"{leaf.name}: no stamped engine", expected=f"{PLAN} and {STAMP} in {folder}", next_step=_NEXT)
         for key, expected in here.items():
             if stamp.get(key) != expected:
                 raise SetupError(
-                    f"{leaf.name}: this engine was built for another {'TensorRT' if key == 'tensorrt' else 'GPU'}",
+                    f"{leaf.name}: this engine was built for another {_NAMES[key]}",
                     expected=expected,
                     got=str(stamp.get(key)),
                     next_step=_NEXT,
                 )
         if sha256((folder / PLAN).read_bytes()).hexdigest() != stamp.get("plan_sha256"):
             raise SetupError(f"{leaf.name}: {PLAN} is not the engine that {STAMP} describes", next_step=_NEXT)
+    expected_configs = {leaf.name: read_config(repository / leaf.name) for leaf in LEAVES}
+    expected_configs[ENSEMBLE] = announce(read_config(repository / ENSEMBLE), segmentation)
+    for name, config in expected_configs.items():
+        if read_config(out / name) != config:
+            raise SetupError(
+                f"{name}: config.pbtxt in {out} is not the one derived from {repository}",
+                expected=f"what {repository / name / 'config.pbtxt'} says now",
+                next_step=_NEXT,
+            )
 
 
 def _stamp(folder: Path) -> dict[str, Any] | None:
@@ -201,7 +227,7 @@ def _present(folder: Path) -> tuple[str, ...] | None:
     stamp = _stamp(folder)
     if stamp is None or not (folder / PLAN).is_file() or sha256((folder / PLAN).read_bytes()).hexdigest() != stamp.get("plan_sha256"):
         return None
-    return tuple(str(stamp.get(key)) for key in ("tensorrt", "compute_capability", "precision", "onnx_sha256"))
+    return tuple(str(stamp.get(key)) for key in ("tensorrt", "compute_capability", "precision", "onnx_sha256", "batches"))
 
 
 def _build(trt: TensorRT, leaf: LeafSpec, graph: bytes, config: ModelConfig, cache: Path) -> tuple[bytes, dict[str, Any]]:

@@ -58,9 +58,13 @@ EMBEDDING: Final = TensorSpec("EMBEDDING", "FP32", (EMBEDDING_SIZE,))
 """Unit length (L2)."""
 FEATURES: Final = TensorSpec("FEATURES", "FP32", (FEATURE_SIZE,))
 ATTENTION: Final = TensorSpec("ATTENTION", "FP32", (1, ATTENTION_SIZE, ATTENTION_SIZE))
-"""The embedder's attention mask in [0, 1] over the lungs' bounding box (between the last two steps only)."""
+"""The embedder's attention mask in [0, 1] over the lungs' bounding box (between the last two steps only).
+
+Each film's own scale: 0.5 is the average over this film's box, 0.73 about one standard deviation above it. It says which places of a film
+stand out from the rest of that film; the values of two films do not compare, and a healthy film's greatest is as great as a sick one's.
+"""
 ATTENTION_MAP: Final = TensorSpec("ATTENTION_MAP", "FP32", (1, IMAGE_SIZE, IMAGE_SIZE))
-"""Attention at image size, 0 outside the lungs, in [0, 1]."""
+"""ATTENTION at image size, on its scale, 0 outside the lungs."""
 
 ENSEMBLE_OUTPUTS: Final = (EMBEDDING, LUNG_MASK, ATTENTION_MAP, FEATURES, LUNG_AGREEMENT)
 

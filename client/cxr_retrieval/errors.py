@@ -7,12 +7,16 @@ CxrError
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
     ├── InferenceError         Triton: down, not ready, deadline
-    │   └── UnusableOutputError    it refused or could not compute just these images
+    │   ├── OverloadedError        its queue or memory is full: worth another try
+    │   └── UnusableOutputError    it refused or could not compute just these images          (exit code 1)
     ├── StoreError             Milvus: down, locked, collection does not fit
     └── SetupError             missing extra, broken installation, server did not start
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 
 class CxrError(Exception):
@@ -41,6 +45,10 @@ class CxrError(Exception):
         if next_step:
             message += f" Next: {next_step.rstrip('.')}."
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Callable[..., CxrError], tuple[str]]:
+        """Pickled by its parts; from the message alone, it would come out of a worker process with another one."""
+        return partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step), (self.what,)
 
 
 class InputError(CxrError):
@@ -71,6 +79,10 @@ class ServiceError(CxrError):
 
 class InferenceError(ServiceError):
     """Triton is down, not ready, too slow, or answered with something unusable."""
+
+
+class OverloadedError(InferenceError):
+    """Triton runs, but has no room for this request now; the same may succeed a moment later."""
 
 
 class UnusableOutputError(InferenceError):

@@ -46,7 +46,7 @@ class LabelledSet:
     """Embeddings `[n, d]` of unit length with what is known of each image.
 
     Two images with one key in `patients` are of one patient (`comparable_patients`); two with one digest in `pixels` are one picture,
-    whatever they are called (`pixel_digest`; "" where it is not known, no digests at all where none is).
+    whatever they are called (`image.pixel_digest`; "" where it is not known, no digests at all where none is).
 
     Raises:
         ValueError: Not as many of each as there are images.
@@ -90,11 +90,6 @@ class Gallery(str, Enum):
     everything = "everything"
     own_source = "own_source"
     other_sources = "other_sources"
-
-
-def pixel_digest(square: NDArray[np.uint8]) -> str:
-    """What tells whether two radiographs are one picture: a digest of the 256×256 pixels that the networks see."""
-    return hashlib.blake2b(np.ascontiguousarray(square).tobytes(), digest_size=16).hexdigest()
 
 
 def comparable_patients(gallery: Sequence[ManifestRow], queries: Sequence[ManifestRow]) -> tuple[list[str], list[str], list[str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Final, Literal
 
 from cxr_retrieval.errors import InputError
 
 Kind = Literal["number", "flag", "text"]
-Value = float | bool | str
+Value = int | float | bool | str
 
 CLINICAL_FIELDS: Final[Mapping[str, Kind]] = {
     "age": "number",
@@ -32,7 +34,7 @@ CLINICAL_FIELDS: Final[Mapping[str, Kind]] = {
     "doi": "text",
     "url": "text",
 }
-"""Columns with a typed, nullable Milvus field each: FLOAT, BOOL or VARCHAR, filterable as `age > 60 and went_icu == true`."""
+"""Columns with a typed, nullable Milvus field each: DOUBLE, BOOL or VARCHAR, filterable as `age > 60 and went_icu == true`."""
 
 NOT_KEPT: Final = frozenset(
     {
@@ -88,13 +90,18 @@ def _typed(name: str, kind: Kind, text: str) -> Value:
 
 
 def _guessed(text: str) -> Value:
-    number = _number(text)
-    return text.encode()[:MAX_TEXT].decode(errors="ignore") if number is None else number
+    """A column of the user's own: a number only if it can be written so again (but for zeros at its end), an integer up to 15 digits.
+    `00012345`, `123_456` and `1e3` are names of something.
+    """
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,14}", text):
+        return int(text)
+    if re.fullmatch(r"-?(0|[1-9][0-9]*)\.[0-9]+", text) and Decimal(repr(float(text))) == Decimal(text):
+        return float(text)
+    return text.encode()[:MAX_TEXT].decode(errors="ignore")
 
 
 def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):  # float() would also take 1_0 and nan
         return None
+    value = float(text)
     return value if value - value == 0 else None

@@ -163,6 +163,12 @@ def _run(load: Load, data: Path, url: str, client: grpcclient.InferenceServerCli
         line.strip() for line in (result.stdout + result.stderr).splitlines() if "stable" in line.lower() or "error" in line.lower()
     )
     if not table.is_file():
+        if load.shared_memory and "shared memory region" in result.stdout + result.stderr:
+            raise InferenceError(
+                f"Triton at {url} does not see this client's shared memory",
+                expected="one machine; of containers, one IPC namespace",
+                next_step="give --shared-memory off, or let the client join Triton's (`ipc` in compose.yaml)",
+            )
         if "Failed to obtain stable measurement" not in result.stdout + result.stderr:
             raise InferenceError(
                 f"perf_analyzer failed on {load.model}",

@@ -10,40 +10,65 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
-from pymilvus.exceptions import MilvusException
+from pymilvus.exceptions import ConnectError, MilvusException
 from threadpoolctl import threadpool_limits
 
 from cxr_retrieval.contract import EMBEDDING_SIZE
-from cxr_retrieval.errors import StoreError, UsageError
+from cxr_retrieval.errors import InputError, StoreError, UsageError
 from cxr_retrieval.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
-from cxr_retrieval.manifest import ManifestRow, patient_key
+from cxr_retrieval.filters import check_filter, keep_unknown_patients
+from cxr_retrieval.manifest import ManifestRow
 from cxr_retrieval.settings import MilvusSettings
 
 ALIAS: Final = "cxr"
+PREFIX: Final = "cxr_"
+"""Of every gallery's collection; its model version follows."""
 UPSERT_ROWS: Final = 500
 """Rows per call: about 2 MB, far below Milvus' 64 MB limit, and what an interrupt can lose."""
 LITE_COMFORTABLE_ROWS: Final = 100_000
 """Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
+MAX_HITS: Final = 16_384
+"""Of one search: Milvus' own limit."""
 
-_NAMED: Final = {"image_id": 512, "label": 256, "patient_id": 512, "source": 256, "split": 64, "path": 4096, "fingerprint": 64}
+_NAMED: Final = {
+    "image_id": 512,
+    "label": 256,
+    "patient_id": 512,
+    "source": 256,
+    "split": 64,
+    "path": 4096,
+    "file": 64,
+    "facts": 64,
+    "pixels": 64,
+}
+"""Text fields of our own, each with its greatest length in bytes of UTF-8, as Milvus counts."""
 _OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
-_MILVUS_TYPES: Final = {"number": DataType.FLOAT, "flag": DataType.BOOL, "text": DataType.VARCHAR}
+_INTERNAL: Final = frozenset({"file", "facts", "pixels"})
+"""Digests, of no use in a clause."""
+FILTER_FIELDS: Final = frozenset({"key", "extra", *_NAMED, *CLINICAL_FIELDS}) - _INTERNAL
+"""Names that a clause may use."""
+_MILVUS_TYPES: Final = {"number": DataType.DOUBLE, "flag": DataType.BOOL, "text": DataType.VARCHAR}
 _NULLABLE_SINCE: Final = (2, 5)
+_CONNECT_FAILED: Final = 2
+"""Code of a MilvusException: no server there, or credentials refused while connecting."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One gallery image as stored. `metadata` holds the clinical facts that are known."""
+    """One gallery image as stored. `metadata` holds the clinical facts that are known; `file` and `pixels` are SHA-256 digests of the
+    file's bytes and of the 256×256 picture.
+    """
 
     key: str
     image_id: str
@@ -53,12 +78,8 @@ class Case:
     split: str | None
     path: Path
     metadata: Mapping[str, Value]
-    fingerprint: str
-
-    @property
-    def patient(self) -> str:
-        """Same meaning as `ManifestRow.patient`."""
-        return patient_key(self.source, self.patient_id, self.image_id)
+    file: str
+    pixels: str
 
 
 @dataclass(frozen=True)
@@ -71,33 +92,67 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case about to be stored: its manifest row, typed fields, file fingerprint and (later) embedding."""
+    """A case about to be stored: its manifest row, typed fields and the SHA-256 of its file; its embedding comes later."""
 
     row: ManifestRow
     known: Mapping[str, Value]
     extra: Mapping[str, Value]
-    fingerprint: str
+    file: str
 
     @property
     def key(self) -> str:
-        """Primary key: SHA-256 of source and image_id, so that the same row always replaces itself."""
-        return case_key(self.row)
+        """Its primary key."""
+        return case_key(self.row.image_id)
+
+    @property
+    def facts(self) -> str:
+        """SHA-256 over all that is stored beside the picture."""
+        row = self.row
+        told = [
+            row.label,
+            row.patient_id,
+            row.source,
+            row.split,
+            str(row.path.resolve()),
+            sorted(self.known.items()),
+            sorted(self.extra.items()),
+        ]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def case_key(row: ManifestRow) -> str:
-    """The deterministic primary key of a row (32 hex digits)."""
-    return hashlib.sha256(f"{row.source or ''}\0{row.image_id}".encode()).hexdigest()[:32]
+@dataclass(frozen=True)
+class Held:
+    """What the gallery holds under a key, as far as an ingest must know: digests, and whose it is."""
+
+    file: str
+    facts: str
+    pixels: str
+    source: str | None
 
 
-def make_entry(row: ManifestRow, file: bytes) -> Entry:
-    """Types a row's columns and takes its fingerprint: SHA-256 over the file and every column that is stored.
+def case_key(image_id: str) -> str:
+    """Primary key: 32 hex digits of SHA-256 over image_id alone, so that a corrected row replaces itself whatever was wrong with it."""
+    return hashlib.sha256(image_id.encode()).hexdigest()[:32]
+
+
+def make_entry(row: ManifestRow, file: str) -> Entry:
+    """Types a row's columns; `file` is the SHA-256 of its file.
 
     Raises:
-        InputError: A clinical value that cannot be understood.
+        InputError: A clinical value that cannot be understood, or a cell longer than the gallery's field.
     """
+    cells = {"image_id": row.image_id, "label": row.label, "patient_id": row.patient_id, "source": row.source, "split": row.split}
+    for name, text in {**cells, "path": str(row.path.resolve())}.items():
+        size = len((text or "").encode())
+        if size > _NAMED[name]:
+            raise InputError(
+                f"column {name}: too long",
+                expected=f"at most {_NAMED[name]} bytes of UTF-8",
+                got=f"{size}, beginning {(text or '')[:40]!r}",
+                next_step="shorten that cell",
+            )
     known, extra = parse_clinical(row.fields)
-    facts = [row.label, row.patient_id, row.source, row.split, str(row.path.resolve()), sorted(known.items()), sorted(extra.items())]
-    return Entry(row, known, extra, hashlib.sha256(file + repr(facts).encode()).hexdigest())
+    return Entry(row, known, extra, file)
 
 
 class Store:
@@ -114,7 +169,7 @@ class Store:
 
     def __init__(self, settings: MilvusSettings, model_version: str, *, create: bool = False) -> None:
         self._settings = settings
-        self.collection = f"cxr_{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
+        self.collection = f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
         if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
             raise StoreError(
                 f"no gallery for model version {model_version}",
@@ -138,7 +193,7 @@ class Store:
                             next_step="run `cxr ingest` first",
                         )
                     self._create()
-                self._check_vectors()
+                self._check_schema()
                 self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
         except BaseException:
             self.close()
@@ -163,25 +218,31 @@ class Store:
             )
         return int(result[0]["count(*)"])
 
-    def fingerprints(self, keys: Sequence[str]) -> dict[str, str]:
-        """Key → fingerprint of those that are stored."""
-        found: dict[str, str] = {}
+    def held(self, keys: Sequence[str]) -> dict[str, Held]:
+        """Key → what is stored there, for those that are."""
+        rows = self._rows_of(keys, ["file", "facts", "pixels", "source"])
+        return {row["key"]: Held(row["file"], row["facts"], row["pixels"], row.get("source")) for row in rows}
+
+    def embeddings(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Key → embedding `[64]` for those that are stored."""
+        return {row["key"]: np.array(row["embedding"], np.float32) for row in self._rows_of(keys, ["embedding"])}
+
+    def _rows_of(self, keys: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
         with _translated(self._settings):
             for start in range(0, len(keys), UPSERT_ROWS):
-                part = list(keys[start : start + UPSERT_ROWS])
-                for row in self._client.query(
+                rows += self._client.query(
                     self.collection,
-                    filter=f"key in {json.dumps(part)}",
-                    output_fields=["key", "fingerprint"],
+                    filter=f"key in {json.dumps(list(keys[start : start + UPSERT_ROWS]))}",
+                    output_fields=["key", *fields],
                     consistency_level="Strong",
                     timeout=self._settings.timeout_s,
-                ):
-                    found[row["key"]] = row["fingerprint"]
-        return found
+                )
+        return rows
 
-    def upsert(self, entries: Sequence[Entry], embeddings: NDArray[np.float32]) -> None:
-        """Stores entries with their embeddings `[n, 64]`; an entry stored before is replaced whole."""
-        rows = [self._row(entry, vector) for entry, vector in zip(entries, embeddings, strict=True)]
+    def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
+        """Stores entries with the digests of their pictures and their embeddings `[n, 64]`; an entry stored before is replaced whole."""
+        rows = [self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True)]
         with _translated(self._settings):
             for start in range(0, len(rows), UPSERT_ROWS):
                 self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS], timeout=self._settings.timeout_s)
@@ -194,7 +255,7 @@ class Store:
         with _translated(self._settings):
             self._client.flush(self.collection, timeout=self._settings.timeout_s)
             try:
-                with _refusal_is_an_answer():
+                with _silent("pymilvus.decorators"):  # it logs the stack of a refused call, which here is an answer
                     self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
             except MilvusException:
                 self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
@@ -214,7 +275,8 @@ class Store:
             StoreError: The search failed.
         """
         if where:
-            self._check_filter(where)
+            check_filter(where, FILTER_FIELDS)
+            where = keep_unknown_patients(where) if self._nullable else where
         with _translated(self._settings, where):
             hits = self._client.search(
                 self.collection,
@@ -232,23 +294,18 @@ class Store:
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
         """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""
-        rows = [row for batch in self._batches() for row in batch]
+        with _translated(self._settings):
+            rows = list(_rows(self._client, self.collection, 'key != ""', ["*"], self._settings.timeout_s))
         rows.sort(key=lambda row: str(row["key"]))
         return [_case(row) for row in rows], np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
 
-    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+    def prune(self, keep: Collection[str], sources: Collection[str | None]) -> list[str]:
+        """Removes the cases of these sources (None: of no source) whose key is not to be kept; returns the keys removed."""
         with _translated(self._settings):
-            iterator = self._client.query_iterator(
-                self.collection,
-                batch_size=1000,
-                filter='key != ""',
-                output_fields=["*"],
-                consistency_level="Strong",
-                timeout=self._settings.timeout_s,
-            )
-            while batch := iterator.next():
-                yield batch
-            iterator.close()
+            rows = _rows(self._client, self.collection, 'key != ""', ["key", "source"], self._settings.timeout_s)
+            gone = sorted(row["key"] for row in rows if row.get("source") in sources and row["key"] not in keep)
+            _delete(self._client, self.collection, gone, self._settings.timeout_s)
+        return gone
 
     def _create(self) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
@@ -273,7 +330,7 @@ class Store:
             self.collection, schema=schema, index_params=index, consistency_level="Strong", timeout=self._settings.timeout_s
         )
 
-    def _check_vectors(self) -> None:
+    def _check_schema(self) -> None:
         fields = {
             field["name"]: field for field in self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
         }
@@ -283,25 +340,20 @@ class Store:
                 f"collection {self.collection} does not fit this system",
                 expected=f"a field embedding of {EMBEDDING_SIZE} dimensions",
                 got=f"{got} dimensions" if got else f"fields {', '.join(sorted(fields))}",
-                next_step="drop or rename that collection and ingest again",
+                next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
+            )
+        wanted = {name: DataType.VARCHAR for name in _NAMED if self._nullable or name not in _OPTIONAL}
+        wanted |= {name: _MILVUS_TYPES[kind] for name, kind in CLINICAL_FIELDS.items()} if self._nullable else {}
+        other = sorted(name for name, kind in wanted.items() if fields.get(name, {}).get("type") != kind)
+        if other:
+            raise StoreError(
+                f"collection {self.collection} was made by another version of this system",
+                expected=f"fields {', '.join(f'{name} ({wanted[name].name})' for name in other)}",
+                got=", ".join(f"{name} ({DataType(fields[name]['type']).name})" if name in fields else f"no {name}" for name in other),
+                next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
 
-    def _check_filter(self, where: str) -> None:
-        """A server with dynamic fields would answer a misspelt name with silence."""
-        known = {"key", "extra", *_NAMED, *CLINICAL_FIELDS} - {"fingerprint"}
-        words = {"and", "or", "not", "in", "like", "true", "false", "null", "is", "exists"}
-        bare = re.sub(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'", "", where)
-        names = re.findall(r"[A-Za-z_]\w*(?!\w|\s*\()", bare)
-        unknown = sorted({name for name in names if name.lower() not in words and name not in known})
-        if unknown:
-            raise UsageError(
-                f"the filter names an unknown field: {', '.join(unknown)}",
-                expected=", ".join(sorted(known)),
-                got=where,
-                next_step='columns of your own are reached as extra["name"]',
-            )
-
-    def _row(self, entry: Entry, vector: NDArray[np.float32]) -> dict[str, Any]:
+    def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
         named = {
             "image_id": row.image_id,
@@ -310,7 +362,9 @@ class Store:
             "source": row.source,
             "split": row.split,
             "path": str(row.path.resolve()),
-            "fingerprint": entry.fingerprint,
+            "file": entry.file,
+            "facts": entry.facts,
+            "pixels": pixels,
         }
         optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
         values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional}
@@ -333,13 +387,82 @@ def list_collections(settings: MilvusSettings) -> dict[str, str]:
     Raises:
         StoreError: As `connect`.
     """
+    with _connected(settings) as client:
+        names = sorted(client.list_collections(timeout=settings.timeout_s))
+        return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
+
+
+def remove_cases(settings: MilvusSettings, where: str, *, dry_run: bool = False) -> dict[str, list[str]]:
+    """Takes the cases that meet a clause out of the galleries of every model version; returns the keys by collection, where there are any.
+
+    Args:
+        dry_run: Only look which they are.
+
+    Raises:
+        UsageError: The clause is malformed or names an unknown field.
+        StoreError: Not reachable, or the removal failed.
+    """
+    check_filter(where, FILTER_FIELDS)
+    found: dict[str, list[str]] = {}
+    with _connected(settings, where) as client:
+        for name in sorted(client.list_collections(timeout=settings.timeout_s)):
+            if not name.startswith(PREFIX):
+                continue
+            client.load_collection(name, timeout=settings.timeout_s)
+            keys = sorted(row["key"] for row in _rows(client, name, where, ["key"], settings.timeout_s))
+            if keys:
+                found[name] = keys
+            if not dry_run:
+                _delete(client, name, keys, settings.timeout_s)
+    return found
+
+
+def drop_gallery(settings: MilvusSettings, collection: str) -> int:
+    """Removes a whole gallery; returns how many cases it held.
+
+    Raises:
+        UsageError: No such gallery.
+        StoreError: Not reachable.
+    """
+    with _connected(settings) as client:
+        names = sorted(name for name in client.list_collections(timeout=settings.timeout_s) if name.startswith(PREFIX))
+        if collection not in names:
+            raise UsageError(
+                f"no gallery {collection}", expected=", ".join(names) or "a gallery; there is none", next_step="correct the name"
+            )
+        rows = int(client.get_collection_stats(collection, timeout=settings.timeout_s)["row_count"])
+        for alias in client.list_aliases(collection, timeout=settings.timeout_s)["aliases"]:
+            client.drop_alias(alias, timeout=settings.timeout_s)
+        client.drop_collection(collection, timeout=settings.timeout_s)
+        return rows
+
+
+@contextmanager
+def _connected(settings: MilvusSettings, where: str = "") -> Generator[Any]:
     client: Any = connect(settings)
     try:
-        with _translated(settings):
-            names = sorted(client.list_collections(timeout=settings.timeout_s))
-            return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
+        with _translated(settings, where):
+            yield client
     finally:
         _close(client, settings)
+
+
+def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
+    """Every row that meets the clause, in batches under the hood."""
+    with _silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
+        iterator = client.query_iterator(
+            collection, batch_size=1000, filter=where, output_fields=list(fields), consistency_level="Strong", timeout=timeout_s
+        )
+    while batch := iterator.next():
+        yield from batch
+    iterator.close()
+
+
+def _delete(client: Any, collection: str, keys: Sequence[str], timeout_s: float) -> None:
+    for start in range(0, len(keys), UPSERT_ROWS):
+        client.delete(collection, ids=list(keys[start : start + UPSERT_ROWS]), timeout=timeout_s)
+    if keys:
+        client.flush(collection, timeout=timeout_s)
 
 
 def connect(settings: MilvusSettings) -> MilvusClient:
@@ -409,7 +532,8 @@ def _case(row: Mapping[str, Any]) -> Case:
         row.get("split"),
         Path(row["path"]),
         facts,
-        row["fingerprint"],
+        row["file"],
+        row["pixels"],
     )
 
 
@@ -424,6 +548,8 @@ class _translated:  # noqa: N801 (read as a verb at its uses)
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, grpc.RpcError | grpc.FutureTimeoutError):  # pymilvus passes some on as they are, deadlines above all
+            raise self._explained(_status(error), " ".join(str(error).split())[:300]) from error
         if not isinstance(error, MilvusException):
             return
         reason = " ".join(str(error.message).split())[:300]
@@ -434,17 +560,39 @@ class _translated:  # noqa: N801 (read as a verb at its uses)
                 got=reason,
                 next_step="for example --where 'age > 60 and sex == \"F\"'",
             ) from error
-        raise StoreError(
-            f"Milvus at {self._settings.uri} cannot do this",
-            got=reason,
-            next_step="check that it runs (`cxr serve` starts one) and your credentials",
-        ) from error
+        raise self._explained(_status(error), reason) from error
+
+    def _explained(self, status: grpc.StatusCode, reason: str) -> StoreError:
+        uri = self._settings.uri
+        if status is grpc.StatusCode.UNAVAILABLE:
+            return StoreError(f"no Milvus answers at {uri}", got=reason, next_step="start one with `cxr serve`, or give --milvus")
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return StoreError(
+                f"Milvus at {uri} took too long",
+                expected=f"an answer within {self._settings.timeout_s:g} s",
+                got=reason,
+                next_step="give a longer --timeout, or look at the server's load",
+            )
+        if status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return StoreError(
+                f"Milvus at {uri} refused these credentials", got=reason, next_step="check --milvus-token, or user and password"
+            )
+        return StoreError(f"Milvus at {uri} cannot do this", got=reason, next_step="see the reason, and the server's log")
+
+
+def _status(error: BaseException) -> grpc.StatusCode:
+    """Of what pymilvus raises: a gRPC status that it passes on or wraps, or its own failure to connect."""
+    if isinstance(error, grpc.FutureTimeoutError | ConnectError) or getattr(error, "code", None) == _CONNECT_FAILED:
+        return grpc.StatusCode.UNAVAILABLE
+    code: Any = getattr(error, "code", None)
+    code = code() if callable(code) else code
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
 @contextmanager
-def _refusal_is_an_answer() -> Generator[None]:
-    """Pymilvus logs the stack of every refused call, also of one that is made to see whether it is refused. Not in here."""
-    logger = logging.getLogger("pymilvus.decorators")
+def _silent(module: str) -> Generator[None]:
+    """What pymilvus logs in one of its modules about calls that end as they should does not reach the user."""
+    logger = logging.getLogger(module)
     before, logger.disabled = logger.disabled, True
     try:
         yield

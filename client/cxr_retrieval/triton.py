@@ -11,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 import tritonclient.grpc as grpcclient
 from numpy.typing import NDArray
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, TensorSpec
-from cxr_retrieval.errors import InferenceError, UnusableOutputError
+from cxr_retrieval.errors import InferenceError, OverloadedError, UnusableOutputError
 from cxr_retrieval.settings import TritonSettings
 
 BATCH_SIZE: Final = 8
@@ -36,22 +37,17 @@ class TritonClient:
     def __init__(self, settings: TritonSettings) -> None:
         self._settings = settings
         self._client = grpcclient.InferenceServerClient(settings.url)
+        self._retried = Retrying(
+            retry=retry_if_exception_type(OverloadedError),
+            wait=wait_random_exponential(multiplier=0.1, max=5),
+            stop=stop_after_delay(settings.timeout_s),
+            reraise=True,
+        )
         try:
-            if not self._client.is_model_ready(ENSEMBLE, client_timeout=settings.timeout_s):
-                raise InferenceError(
-                    f"the model {ENSEMBLE} at {settings.url} is not ready",
-                    expected="all four models loaded",
-                    got=self._reasons(),
-                    next_step="wait until the server has started, or repair that model",
-                )
-            config: Any = self._client.get_model_config(ENSEMBLE, client_timeout=settings.timeout_s)
-        except InferenceServerException as error:
-            self._client.close()
-            raise self._translate(error) from error
-        except InferenceError:
+            self.model_version = self._announced_version()
+        except BaseException:
             self._client.close()
             raise
-        self.model_version = config.config.parameters[MODEL_VERSION_PARAMETER].string_value or "unknown"
 
     def __enter__(self) -> TritonClient:
         return self
@@ -70,16 +66,19 @@ class TritonClient:
             Output name → array `[n, ...]`.
 
         Raises:
-            InferenceError: Down, deadline exceeded, or an answer of the wrong shape or with NaN.
+            InferenceError: Down, deadline exceeded, still overloaded after as long, or an answer of the wrong shape or with NaN.
         """
         tensor = grpcclient.InferInput(IMAGE.name, list(images.shape), IMAGE.dtype)
         tensor.set_data_from_numpy(images)
         wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
+        result: Any = self._retried(self._request, tensor, wanted)
+        return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
+
+    def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput]) -> Any:
         try:
-            result: Any = self._client.infer(ENSEMBLE, [tensor], outputs=wanted, client_timeout=self._settings.timeout_s)
+            return self._client.infer(ENSEMBLE, [tensor], outputs=wanted, client_timeout=self._settings.timeout_s)
         except InferenceServerException as error:
             raise self._translate(error) from error
-        return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
 
     def embed(self, images: Images) -> NDArray[np.float32]:
         """Embeddings `[n, 64]` of unit length; the attention map is not computed."""
@@ -121,6 +120,29 @@ class TritonClient:
             )
         return values
 
+    def _announced_version(self) -> str:
+        """The version of the weights, once the ensemble is ready."""
+        url, timeout_s = self._settings.url, self._settings.timeout_s
+        try:
+            if not self._client.is_model_ready(ENSEMBLE, client_timeout=timeout_s):
+                raise InferenceError(
+                    f"the model {ENSEMBLE} at {url} is not ready",
+                    expected="all four models loaded",
+                    got=self._reasons(),
+                    next_step="wait until the server has started, or repair that model",
+                )
+            config: Any = self._client.get_model_config(ENSEMBLE, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            raise self._translate(error) from error
+        version = config.config.parameters[MODEL_VERSION_PARAMETER].string_value
+        if not version:  # a gallery of such embeddings could hold any weights'
+            raise InferenceError(
+                f"the model {ENSEMBLE} at {url} does not say which weights it has",
+                expected=f"parameter {MODEL_VERSION_PARAMETER} in its config.pbtxt",
+                next_step="serve a repository of `cxr build repository`",
+            )
+        return version
+
     def _reasons(self) -> str:
         index: Any = self._client.get_model_repository_index(client_timeout=self._settings.timeout_s)
         return (
@@ -129,15 +151,37 @@ class TritonClient:
         )
 
     def _translate(self, error: InferenceServerException) -> InferenceError:
-        status = error.status() or ""
+        """By gRPC status. UNAVAILABLE is what a full queue gives, and no server at all: then it is asked whether it lives."""
+        url, status = self._settings.url, (error.status() or "").rpartition(".")[2]
         reason = " ".join(str(error.message()).split())[:300]
-        if status.endswith("UNAVAILABLE"):
-            return InferenceError(f"no Triton server answers at {self._settings.url}", got=reason, next_step=_START)
-        if status.endswith(("DEADLINE_EXCEEDED", "CANCELLED")):
+        if status == "UNAVAILABLE" and not self._lives():
+            return InferenceError(f"no Triton server answers at {url}", got=reason, next_step=_START)
+        if status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
+            return OverloadedError(f"Triton at {url} has no room for this request now", got=reason, next_step="send less at once, or later")
+        if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
             return InferenceError(
-                f"Triton at {self._settings.url} took too long",
+                f"Triton at {url} took too long",
                 expected=f"an answer within {self._settings.timeout_s:g} s",
                 got=reason,
                 next_step="give a longer --timeout, or send less at once",
             )
-        return UnusableOutputError(f"Triton at {self._settings.url} refused the request", got=reason, next_step="see the server's log")
+        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            return InferenceError(f"Triton at {url} refused access", got=reason, next_step="check what the proxy before it asks for")
+        if status in ("NOT_FOUND", "UNIMPLEMENTED"):
+            return InferenceError(
+                f"Triton at {url} does not serve {ENSEMBLE}",
+                expected="all four models loaded",
+                got=reason,
+                next_step="check its repository",
+            )
+        if status == "INVALID_ARGUMENT":
+            return UnusableOutputError(f"Triton at {url} refused the request", got=reason, next_step="see the server's log")
+        return InferenceError(
+            f"Triton at {url} failed", got=reason or status, next_step="see the server's log; out of memory, send smaller batches"
+        )
+
+    def _lives(self) -> bool:
+        try:
+            return bool(self._client.is_server_live(client_timeout=min(5.0, self._settings.timeout_s)))
+        except InferenceServerException:
+            return False

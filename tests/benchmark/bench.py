@@ -34,6 +34,7 @@ from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, EMBEDDING, LUNG_SEGM
 from cxr_retrieval.image import letterbox
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
+from cxr_retrieval.retrieve import OWN_EXPECTED
 from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
 from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
@@ -203,14 +204,14 @@ def peer() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
         milvus = MilvusSettings(str(Path(folder) / "gallery.db"))
         with Store(milvus, "benchmark", create=True) as store:
-            store.upsert(synthetic_entries(0, PEER_GALLERY), synthetic_embeddings(PEER_GALLERY, seed=1))
+            store.upsert(synthetic_entries(0, PEER_GALLERY), [""] * PEER_GALLERY, synthetic_embeddings(PEER_GALLERY, seed=1))
             store.publish()
             for precision, segmentation in variants():
                 with serving(precision, segmentation) as (client, _):
 
                     def query(i: int, client: TritonClient = client) -> None:
                         outputs = client.infer(images[i % len(images)][None], (EMBEDDING, ATTENTION_MAP))
-                        store.search(np.asarray(outputs[EMBEDDING.name][0], np.float32), 10)
+                        store.search(np.asarray(outputs[EMBEDDING.name][0], np.float32), 10 + OWN_EXPECTED)
 
                     rate = in_flight(query, seconds=8.0)
                 found["ours"][f"{segmentation.value} {precision.value}"] = {

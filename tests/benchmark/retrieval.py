@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.manifest import ManifestRow
 from cxr_retrieval.progress import track
+from cxr_retrieval.retrieve import OWN_EXPECTED
 from cxr_retrieval.settings import MilvusSettings
 from cxr_retrieval.store import Entry, Store, make_entry
 
@@ -41,7 +42,7 @@ def synthetic_entries(start: int, count: int) -> list[Entry]:
         ManifestRow(folder, f"case-{i}", folder / f"{i}.png", "control", None, None, None, {"age": "50"})
         for i in range(start, start + count)
     ]
-    return [make_entry(row, b"") for row in rows]
+    return [make_entry(row, "") for row in rows]
 
 
 def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: int | None) -> list[dict[str, Any]]:
@@ -59,16 +60,16 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
             started = time.perf_counter()
             for at in track(range(0, len(fresh), 5000), f"{'Milvus Lite' if settings.is_lite else 'Milvus server'}: {size} cases"):
                 part = fresh[at : at + 5000]
-                store.upsert(synthetic_entries(len(gallery) + at, len(part)), part)
+                store.upsert(synthetic_entries(len(gallery) + at, len(part)), [""] * len(part), part)
             store.publish()
             seconds = time.perf_counter() - started
             gallery = np.concatenate([gallery, fresh])
             exact = np.argsort(-(queries @ gallery.T), axis=1)[:, :K]
-            store.search(queries[0], K)
+            store.search(queries[0], K + OWN_EXPECTED)
             times, hits = [], 0
             for query, nearest in zip(queries, exact, strict=True):
                 started = time.perf_counter()
-                found = store.search(query, K)
+                found = store.search(query, K + OWN_EXPECTED)[:K]
                 times.append(1000 * (time.perf_counter() - started))
                 hits += len({hit.case.image_id for hit in found} & {f"case-{i}" for i in nearest})
             rows.append(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.console import Console
 from cxr_retrieval.contract import LEAVES
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
-from cxr_retrieval.serving.repository import model_version, read_config
+from cxr_retrieval.serving.repository import announce, model_version, read_config
 from cxr_retrieval_build import tensorrt_engine
 from cxr_retrieval_build.lower_precision import engine_graph
 from cxr_retrieval_build.tensorrt_engine import (
@@ -27,6 +29,7 @@ from cxr_retrieval_build.tensorrt_engine import (
     gpu_compute_capability,
     require_fitting,
 )
+from tests_support import run_cxr
 
 QUIET = Console(quiet=True)
 
@@ -90,13 +93,99 @@ def test_int8_engines_are_built_from_the_graph_that_ships(engines: Path, reposit
 def test_engines_that_fit_are_kept_and_others_built_anew(engines: Path, repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "engines"
     shutil.copytree(engines, out)
-    before = {leaf.name: (out / leaf.name / "1" / PLAN).stat().st_mtime_ns for leaf in LEAVES}
+    before = times(out)
     damaged = out / "attention_map" / "1" / PLAN
     damaged.write_bytes(damaged.read_bytes()[:-1])
     build(repository, out)
-    after = {leaf.name: (out / leaf.name / "1" / PLAN).stat().st_mtime_ns for leaf in LEAVES}
-    assert {name for name in before if before[name] != after[name]} == {"attention_map"}
-    require_fitting(out, find_tensorrt())
+    assert {name for name, time in times(out).items() if time != before[name]} == {"attention_map"}
+    require_fitting(out, repository, find_tensorrt())
+
+
+def edited(repository: Path, folder: Path, model: str, old: str, new: str) -> Path:
+    """The production repository, its weights linked, with one edit in a `config.pbtxt`."""
+    target = folder / "edited"
+    shutil.copytree(repository, target, copy_function=lambda a, b: os.link(a, b) if str(a).endswith(".onnx") else shutil.copy(a, b))
+    path = target / model / "config.pbtxt"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    return target
+
+
+def times(out: Path) -> dict[str, int]:
+    return {leaf.name: (out / leaf.name / "1" / PLAN).stat().st_mtime_ns for leaf in LEAVES}
+
+
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [
+        ("lung_segmentation", "max_queue_delay_microseconds: 2000", "max_queue_delay_microseconds: 500"),
+        ("lung_segmentation", "count: 1 kind: KIND_GPU", "count: 2 kind: KIND_GPU"),
+        ("cxr_retrieval", "max_inflight_requests: 128", "max_inflight_requests: 64"),
+    ],
+)
+def test_an_edited_configuration_arrives_though_every_engine_fits(
+    engines: Path, repository: Path, tmp_path: Path, model: str, old: str, new: str
+) -> None:
+    """Until it has arrived, `--check` refuses to serve the one before."""
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    source = edited(repository, tmp_path, model, old, new)
+    assert read_config(out / model) != announce(read_config(source / model), Segmentation.ensemble)
+    with pytest.raises(SetupError, match=rf"{model}: config\.pbtxt in .* is not the one derived from .*Next: run `cxr build engines`"):
+        require_fitting(out, source, find_tensorrt())
+    before = times(out)
+    build(source, out)
+    assert times(out) == before, "the engines were kept"
+    assert read_config(out / model) == announce(read_config(source / model), Segmentation.ensemble)
+    require_fitting(out, source, find_tensorrt())
+
+
+def test_a_greater_batch_in_the_configuration_needs_another_engine(engines: Path, repository: Path, tmp_path: Path) -> None:
+    """Triton refuses a configuration whose batch is greater than the engine's profile allows."""
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    before = times(out)
+    report = build(edited(repository, tmp_path, "attention_map", "max_batch_size: 64", "max_batch_size: 96"), out)
+    assert {name for name, time in times(out).items() if time != before[name]} == {"attention_map"}
+    assert report["engines"]["attention_map"]["batch"]["max"] == read_config(out / "attention_map").max_batch_size == 96
+
+
+def test_a_build_that_was_broken_off_is_not_served(
+    engines: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of two precisions, under the report of the build before."""
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+
+    def second_fails(path: Path, leaf: str, *which: Any) -> onnx.ModelProto:
+        if leaf == "embedder":
+            raise KeyboardInterrupt
+        return engine_graph(path, leaf, *which)
+
+    monkeypatch.setattr(tensorrt_engine, "engine_graph", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        build(repository, out, EnginePrecision.fp32)
+    with pytest.raises(SetupError, match="lung_segmentation: this engine was built for another precision; expected fp16; got fp32"):
+        require_fitting(out, repository, find_tensorrt())
+
+
+def test_what_was_never_finished_is_not_served(engines: Path, repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    shutil.copytree(engines, out)
+    (out / "engines.json").unlink()
+    with pytest.raises(SetupError, match=r"no finished build; expected engines\.json"):
+        require_fitting(out, repository, find_tensorrt())
+
+
+def test_check_of_the_command_asks_for_both(engines: Path, repository: Path, tmp_path: Path) -> None:
+    fits = run_cxr("build", "engines", engines, "--check", "--repository", repository)
+    assert fits.returncode == 0, fits.stderr
+    assert "and their configurations the repository" in " ".join(fits.stderr.split())
+    source = edited(repository, tmp_path, "embedder", "kind: KIND_GPU", "kind: KIND_CPU")
+    differs = run_cxr("build", "engines", engines, "--check", "--repository", source)
+    assert differs.returncode == 2
+    assert "embedder: config.pbtxt in" in differs.stderr
 
 
 @pytest.mark.parametrize(
@@ -110,21 +199,23 @@ def test_engines_that_fit_are_kept_and_others_built_anew(engines: Path, reposito
         ({"plan_sha256": "0"}, "is not the engine that"),
     ],
 )
-def test_engines_of_another_tensorrt_or_gpu_are_refused(engines: Path, tmp_path: Path, change: dict[str, str], message: str) -> None:
+def test_engines_of_another_tensorrt_or_gpu_are_refused(
+    engines: Path, repository: Path, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
     out = tmp_path / "engines"
     shutil.copytree(engines, out)
     stamp = out / "embedder" / "1" / STAMP
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | change))
     with pytest.raises(SetupError, match=message):
-        require_fitting(out, find_tensorrt())
+        require_fitting(out, repository, find_tensorrt())
 
 
-def test_engines_without_a_stamp_are_refused(engines: Path, tmp_path: Path) -> None:
+def test_engines_without_a_stamp_are_refused(engines: Path, repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "engines"
     shutil.copytree(engines, out)
     (out / "lung_segmentation" / "1" / STAMP).unlink()
     with pytest.raises(SetupError, match="lung_segmentation: no stamped engine"):
-        require_fitting(out, find_tensorrt())
+        require_fitting(out, repository, find_tensorrt())
 
 
 def test_a_precision_that_missed_its_gate_is_not_built(repository: Path, tmp_path: Path) -> None:
@@ -161,10 +252,10 @@ def test_batches_come_from_the_configuration(repository: Path) -> None:
     assert batch_range(read_config(repository / "attention_map")) == (1, 64, 64)
 
 
-def test_no_gpu_is_seen_where_none_is() -> None:
-    if Path("/dev/nvidiactl").exists():
-        pytest.skip("there is a GPU")
-    assert gpu_compute_capability() is None
+def test_a_gpu_is_seen_where_there_is_one_and_only_there() -> None:
+    found = gpu_compute_capability()
+    assert (found is not None) == Path("/dev/nvidiactl").exists()
+    assert re.fullmatch(r"\d+\.\d+|None", str(found))
 
 
 def test_container_engines_belong_to_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

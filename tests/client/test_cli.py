@@ -8,8 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cxr_retrieval.cli.console import print_problems
+from cxr_retrieval.cli.query import print_result
+from cxr_retrieval.embedding import Problem
+from cxr_retrieval.errors import ImageError
+from cxr_retrieval.image import Letterbox
+from cxr_retrieval.retrieve import Explanation, QueryResult
+from cxr_retrieval.store import Case, Neighbour
+from cxr_retrieval.voting import weighted_vote
 from tests_support import run_cxr
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -20,6 +29,9 @@ COMMANDS = (
     "ingest",
     "query",
     "evaluate",
+    "gallery",
+    "gallery remove",
+    "gallery drop",
     "loadtest",
     "info",
     "train",
@@ -64,6 +76,27 @@ def test_info_is_light_and_complete() -> None:
     assert re.fullmatch(r"[0-9a-f]{12}", facts["models"]["model version"])
 
 
+def test_info_speaks_plainly() -> None:
+    said = run_cxr("info", "--triton", "127.0.0.1:1", "--milvus", "http://127.0.0.1:1")
+    assert "url 127.0.0.1:1, answers no" in said.stdout
+    assert not re.search(r"\b(True|False)\b", said.stdout)
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """`[copy]` is no markup, `[/x]` no crash, `:x:` no picture."""
+    names = ["film[copy].dcm", "case[/x]", "film :dog: [red]"]
+    print_problems([Problem(name, ImageError(f"{name}: the file is empty")) for name in names])
+    assert capsys.readouterr().err.splitlines() == [f"failed {name}: {name}: the file is empty." for name in names]
+    hits = tuple(Neighbour(Case("k", name, name, None, None, None, Path("x"), {"sex": "[b]"}, "", ""), 0.5) for name in names)
+    vote = weighted_vote([(hit.case.label, hit.similarity) for hit in hits])
+    square = np.zeros((256, 256), np.uint8)
+    explanation = Explanation(square, Letterbox(1.0, 0, 0, 256, 256), square, np.zeros((256, 256), np.float32))
+    print_result(QueryResult("film[copy].dcm", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), explanation))
+    shown = capsys.readouterr().out
+    for words in (*names, "film[copy].dcm: case[/x], confidence 33%", "sex [b]", "warning: look at [/x]", "not in the vote"):
+        assert words in shown
+
+
 def test_the_client_never_imports_torch() -> None:
     code = (
         "import sys, pkgutil, importlib, cxr_retrieval\n"
@@ -103,6 +136,9 @@ def test_groups_print_the_pip_line_when_their_extra_is_missing(group: str, tmp_p
         (("build", "repository", "."), "already exists", 2),
         (("serve", "--host", "somewhere"), "the address somewhere is not one", 2),
         (("query",), "Missing argument", 2),
+        (("gallery", "remove"), "which cases?; expected one of --image, --patient", 2),
+        (("gallery", "remove", "--image", "a", "--source", "north"), "which cases?", 2),
+        (("gallery", "remove", "--image", "a", "--milvus", "http://127.0.0.1:1", "--audit", "a.log"), "no Milvus answers", 2),
     ],
 )
 def test_one_clear_error_and_the_right_exit_code(arguments: tuple[str, ...], words: str, code: int, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from cxr_retrieval.evaluation import (
     balanced_interval,
     comparable_patients,
     evaluate,
-    pixel_digest,
     rank,
 )
+from cxr_retrieval.image import pixel_digest
 from cxr_retrieval.manifest import ManifestRow
 
 
@@ -254,13 +254,12 @@ def test_calibration_and_selection() -> None:
 def naive_order(gallery: LabelledSet, query: int, queries: LabelledSet, compared: Gallery) -> tuple[list[int], list[float]]:
     """What `Ranking` promises, image by image and string by string."""
     similarity: list[float] = (gallery.embeddings @ queries.embeddings[query]).tolist()
-    own = {source == queries.sources[query] for source in gallery.sources}
-    admitted = {Gallery.everything: own, Gallery.own_source: {True}, Gallery.other_sources: {False}}[compared]
-    kept = [
-        i
-        for i in range(len(similarity))
-        if gallery.patients[i] != queries.patients[query] and (gallery.sources[i] == queries.sources[query]) in admitted
-    ]
+    allowed = {
+        Gallery.everything: lambda source: True,
+        Gallery.own_source: lambda source: source == queries.sources[query],
+        Gallery.other_sources: lambda source: source != queries.sources[query],
+    }[compared]
+    kept = [i for i in range(len(similarity)) if gallery.patients[i] != queries.patients[query] and allowed(gallery.sources[i])]
     kept.sort(key=lambda i: (-similarity[i], gallery.image_ids[i]))
     return kept, [similarity[i] for i in kept]
 

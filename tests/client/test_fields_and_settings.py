@@ -10,10 +10,38 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 def test_known_columns_get_their_type_and_own_columns_a_guess() -> None:
     known, extra = parse_clinical({"age": "61.5", "went_icu": "Y", "survival": "n", "sex": "F", "crp": "12", "ward": "B2", "sha256": "ff"})
     assert known == {"age": 61.5, "went_icu": True, "survival": False, "sex": "F"}
-    assert extra == {"crp": 12.0, "ward": "B2"}, "file facts such as sha256 are not kept"
+    assert extra == {"crp": 12, "ward": "B2"}, "file facts such as sha256 are not kept"
 
 
-@pytest.mark.parametrize(("column", "text"), [("age", "fifty"), ("age", "nan"), ("spo2", "inf"), ("went_icu", "maybe")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ("-3", -3),
+        ("0", 0),
+        ("38.1", 38.1),
+        ("12.50", 12.5),
+        ("00012345", "00012345"),
+        ("123_456", "123_456"),
+        ("1e3", "1e3"),
+        ("+5", "+5"),
+        (".5", ".5"),
+        ("nan", "nan"),
+        ("1234567890123456789", "1234567890123456789"),
+        ("0.1234567890123456789", "0.1234567890123456789"),
+        ("٣", "٣"),
+    ],
+)
+def test_only_what_round_trips_is_a_number(text: str, value: object) -> None:
+    """Identifiers stay what they are: text that would come back otherwise is no number."""
+    _, extra = parse_clinical({"own": text})
+    assert extra["own"] == value
+    assert type(extra["own"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"), [("age", "fifty"), ("age", "nan"), ("age", "6_0"), ("spo2", "inf"), ("spo2", "1e999"), ("went_icu", "maybe")]
+)
 def test_values_that_are_none_are_refused(column: str, text: str) -> None:
     with pytest.raises(InputError, match=f"column {column}: not understood"):
         parse_clinical({column: text})

@@ -124,6 +124,52 @@ def with_padding() -> bytes:
     return written(dicom(stored, padded))
 
 
+def elements(**values: object) -> Callable[[pydicom.Dataset], None]:
+    """Sets elements by keyword; None leaves one in place without a value, as anonymisers do."""
+
+    def change(dataset: pydicom.Dataset) -> None:
+        for name, value in values.items():
+            setattr(dataset, name, value)
+
+    return change
+
+
+def with_hot_pixel(top: int, hot: int) -> NDArray[np.generic]:
+    stored = ramp(top)
+    stored[0, 5] = hot
+    return stored
+
+
+def padded_at(columns: int, value: int, photometric: str = "MONOCHROME2", **further: object) -> bytes:
+    """The first columns hold a padding value that no other pixel has."""
+    stored = ramp(3000)
+    stored[:, :columns] = value
+    return written(dicom(stored, elements(PixelPaddingValue=value, PhotometricInterpretation=photometric, **further)))
+
+
+def colour_12_in_16() -> bytes:
+    stored = np.repeat(ramp(4095)[..., None], 3, axis=2)
+    rgb = elements(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+    return written(dicom(stored, rgb))
+
+
+def white_is_zero(values: NDArray[np.generic]) -> bytes:
+    return encoded(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+
+
+def black_up_to(columns: int, values: NDArray[np.int_]) -> NDArray[np.int_]:
+    return np.where(np.arange(67) < columns, 0, values)
+
+
+def stretched(columns: int, top: int = 3000) -> NDArray[np.int_]:
+    """The ramp when only what is no padding counts."""
+    stored = np.round(np.linspace(0, top, 67))
+    return np.clip(np.round((stored - stored[columns]) / (top - stored[columns]) * 255), 0, 255).astype(int)
+
+
+SIGMOID = np.round(255 / (1 + np.exp(-4 * (np.round(np.linspace(0, 4095, 67)) - 2048) / 1024))).astype(int)
+EXACT = np.clip(np.round((np.round(np.linspace(0, 4095, 67)) - 1024) / 2048 * 255), 0, 255).astype(int)
+
 REFERENCE: dict[str, tuple[Callable[[], bytes], NDArray[np.int_], int]] = {
     # name: (file, expected value of each column in the last row, tolerance)
     "PNG 8-bit grey": (lambda: encoded(Image.fromarray(ramp(255, "uint8")), "PNG"), EXPECTED, 0),
@@ -154,6 +200,55 @@ REFERENCE: dict[str, tuple[Callable[[], bytes], NDArray[np.int_], int]] = {
     "DICOM MONOCHROME1": (lambda: written(dicom(ramp(4095), monochrome1)), 255 - EXPECTED, 1),
     "DICOM VOI LUT": (lambda: written(dicom(ramp(255, "uint8"), voi_lut, bits=8)), 255 - EXPECTED, 1),
     "DICOM padding left out": (with_padding, EXPECTED, 1),
+    "DICOM window without values": (lambda: written(dicom(ramp(3000), elements(WindowCenter=None, WindowWidth=None))), EXPECTED, 1),
+    "DICOM VOI LUT without items": (lambda: written(dicom(ramp(3000), elements(VOILUTSequence=DicomSequence([])))), EXPECTED, 1),
+    "DICOM empty rescale": (lambda: written(dicom(ramp(3000), elements(RescaleSlope=None, RescaleIntercept=None))), EXPECTED, 1),
+    "DICOM empty padding": (lambda: written(dicom(ramp(3000), elements(PixelPaddingValue=None))), EXPECTED, 1),
+    "DICOM several windows, the first counts": (
+        lambda: written(dicom(ramp(4095), elements(WindowCenter=[2048, 100], WindowWidth=[4096, 50]))),
+        EXPECTED,
+        1,
+    ),
+    "DICOM negative slope with a window": (
+        lambda: written(dicom(ramp(4095), elements(RescaleSlope=-1, RescaleIntercept=4095, WindowCenter=2048, WindowWidth=4096))),
+        255 - EXPECTED,
+        1,
+    ),
+    "DICOM window SIGMOID": (
+        lambda: written(dicom(ramp(4095), elements(WindowCenter=2048, WindowWidth=1024, VOILUTFunction="SIGMOID"))),
+        SIGMOID,
+        1,
+    ),
+    "DICOM window LINEAR_EXACT": (
+        lambda: written(dicom(ramp(4095), elements(WindowCenter=2048, WindowWidth=2048, VOILUTFunction="LINEAR_EXACT"))),
+        EXACT,
+        1,
+    ),
+    "DICOM window of no width": (lambda: written(dicom(ramp(3000), elements(WindowCenter=40, WindowWidth=0))), EXPECTED, 1),
+    "DICOM window beside all values": (lambda: written(dicom(ramp(3000), elements(WindowCenter=-9000, WindowWidth=400))), EXPECTED, 1),
+    "DICOM one hot pixel": (lambda: written(dicom(with_hot_pixel(3000, 65535), bits=16)), EXPECTED, 1),
+    "PNG one hot pixel": (lambda: encoded(Image.fromarray(with_hot_pixel(3000, 65535)), "PNG"), EXPECTED, 1),
+    "TIFF 16-bit WhiteIsZero": (lambda: white_is_zero(ramp(4095)), 255 - EXPECTED, 1),
+    "DICOM padding range": (
+        lambda: padded_at(5, 4000, PixelPaddingRangeLimit=4095, WindowCenter=2048, WindowWidth=4096),
+        black_up_to(5, np.round(np.round(np.linspace(0, 3000, 67)) / 4095 * 255).astype(int)),
+        1,
+    ),
+    "DICOM padding is black without a window": (lambda: padded_at(5, 4095), black_up_to(5, stretched(5)), 1),
+    "DICOM padding is black in MONOCHROME1": (lambda: padded_at(5, 0, "MONOCHROME1"), black_up_to(5, 255 - stretched(5)), 1),
+    "DICOM RGB with 12 bits in 16": (colour_12_in_16, EXPECTED, 1),
+    "DICOM Presentation LUT INVERSE": (lambda: written(dicom(ramp(4095), elements(PresentationLUTShape="INVERSE"))), 255 - EXPECTED, 1),
+    "DICOM MONOCHROME1 with INVERSE, once": (
+        lambda: written(dicom(ramp(4095), elements(PresentationLUTShape="INVERSE", PhotometricInterpretation="MONOCHROME1"))),
+        255 - EXPECTED,
+        1,
+    ),
+    "DICOM MONOCHROME1 with IDENTITY": (
+        lambda: written(dicom(ramp(4095), elements(PresentationLUTShape="IDENTITY", PhotometricInterpretation="MONOCHROME1"))),
+        255 - EXPECTED,
+        1,
+    ),
+    "DICOM MONOCHROME2 with IDENTITY": (lambda: written(dicom(ramp(4095), elements(PresentationLUTShape="IDENTITY"))), EXPECTED, 1),
     "DICOM RLE": (lambda: compressed(RLELossless, ramp(4095), 12), EXPECTED, 1),
     "DICOM JPEG 2000": (lambda: compressed(JPEG2000Lossless, ramp(4095), 12), EXPECTED, 1),
     "DICOM JPEG Baseline": (jpeg_baseline, EXPECTED, 3),
@@ -192,6 +287,67 @@ def test_exif_orientation_is_applied() -> None:
     assert pixels[0].mean() < pixels[-1].mean()
 
 
+@pytest.mark.parametrize(
+    ("element", "between", "shape"),
+    [
+        ("PixelSpacing", [0.4, 0.2], (2 * SIDE, 67)),
+        ("PixelSpacing", [0.2, 0.4], (SIDE, 2 * 67)),
+        ("ImagerPixelSpacing", [0.3, 0.2], (96, 67)),
+        ("NominalScannedPixelSpacing", [0.2, 0.3], (SIDE, 100)),
+        ("PixelAspectRatio", [3, 2], (96, 67)),
+        ("PixelSpacing", [0.1430, 0.1431], (SIDE, 67)),
+        ("PixelSpacing", [9.0, 0.1], (SIDE, 67)),
+        ("PixelSpacing", None, (SIDE, 67)),
+    ],
+)
+def test_pixels_are_made_square(element: str, between: list[float] | None, shape: tuple[int, int]) -> None:
+    """The distance between rows comes first; what cannot be believed is said and left alone."""
+    found = read_radiograph(written(dicom(ramp(4095), elements(**{element: between}))))
+    assert found.pixels.shape == shape
+    assert bool(found.warnings) == (between == [9.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        elements(ViewPosition="PA", SeriesDescription="CHEST PA AND LAT"),
+        elements(ViewPosition="AP", SeriesDescription="Thorax lateral"),
+        elements(ViewPosition=None, SeriesDescription="bilateral lower lobes, platelike"),
+        elements(ViewPosition=None, PatientOrientation=["L", "F"]),
+        elements(ViewPosition=None, PatientOrientation=None, SeriesDescription=None),
+    ],
+)
+def test_frontal_films_are_not_taken_for_laterals(change: Callable[[pydicom.Dataset], None]) -> None:
+    assert read_radiograph(written(dicom(ramp(4095), change))).warnings == ()
+
+
+def test_what_dicom_says_of_the_film_is_passed_on() -> None:
+    def warnings(**values: object) -> str:
+        return "; ".join(read_radiograph(written(dicom(ramp(4095), elements(**values)))).warnings)
+
+    assert "it may name the patient" in warnings(BurnedInAnnotation="YES")
+    assert warnings(BurnedInAnnotation="NO") == ""
+    assert "is this the frontal one?" in warnings(ViewPosition=None, SeriesDescription="Thorax PA LAT")
+    assert "over the range of its values" in warnings(WindowCenter=-9000, WindowWidth=400)
+
+
+def test_the_patient_is_known_from_dicom_alone() -> None:
+    def patient(value: object) -> str | None:
+        return read_radiograph(written(dicom(ramp(4095), elements(PatientID=value)))).patient_id
+
+    assert [patient(" P 12 "), patient(""), patient(None)] == ["P 12", None, None]
+    assert read_radiograph(written(dicom(ramp(4095)))).patient_id is None
+    assert read_radiograph(encoded(Image.fromarray(ramp(255, "uint8")), "PNG")).patient_id is None
+
+
+def test_no_message_names_the_patient() -> None:
+    who = elements(PatientID="Q4711", PatientName="MUELLER^ADA", SeriesDescription="MUELLER LAT 1955", ViewPosition=None)
+    with pytest.raises(ImageError) as caught:
+        read_radiograph(written(dicom(ramp(4095), who)), "film")
+    assert "SeriesDescription LAT" in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("MUELLER", "Q4711", "1955"))
+
+
 def test_body_part_other_than_chest_is_a_warning() -> None:
     dataset = dicom(ramp(4095), lambda d: setattr(d, "BodyPartExamined", "HAND"))
     assert "HAND" in read_radiograph(written(dataset)).warnings[0]
@@ -228,6 +384,16 @@ def tag(name: str, value: object) -> Callable[[], bytes]:
     return lambda: written(dicom(ramp(4095), lambda dataset: setattr(dataset, name, value)))
 
 
+def view_code(scheme: str, code: str) -> Callable[[], bytes]:
+    item = pydicom.Dataset()
+    item.CodingSchemeDesignator, item.CodeValue, item.CodeMeaning = scheme, code, "of a view"
+    return lambda: written(dicom(ramp(4095), elements(ViewPosition=None, ViewCodeSequence=DicomSequence([item]))))
+
+
+def described(name: str, text: str) -> Callable[[], bytes]:
+    return lambda: written(dicom(ramp(4095), elements(**{name: text, "ViewPosition": None})))
+
+
 def not_finite() -> bytes:
     values = ramp(100, "float32")
     values[3, 3] = np.nan
@@ -262,6 +428,14 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "DICOM truncated": (truncated_dicom, "cannot be decoded"),
     "DICOM CT": (tag("Modality", "CT"), "not a projection"),
     "DICOM lateral": (tag("ViewPosition", "LL"), "frontal"),
+    "DICOM LAT": (tag("ViewPosition", "LAT"), "View Position (0018,5101) LAT"),
+    "DICOM LLAT": (tag("ViewPosition", "LLAT"), "frontal"),
+    "DICOM oblique": (tag("ViewPosition", "RLO"), "frontal"),
+    "DICOM lateral by orientation": (tag("PatientOrientation", ["A", "F"]), "Patient Orientation (0020,0020) A\\F"),
+    "DICOM lateral by code": (view_code("SCT", "399067008"), "View Code Sequence (0054,0220) 399067008"),
+    "DICOM lateral by older code": (view_code("SNM3", "R-10236"), "View Code Sequence (0054,0220) R-10236"),
+    "DICOM lateral by description": (described("SeriesDescription", "CHEST_LAT"), "SeriesDescription LAT"),
+    "DICOM lateral by protocol": (described("ProtocolName", "Thorax seitlich"), "ProtocolName SEITLICH"),
     "DICOM huge": (tag("Rows", 65_000), ""),
 }
 

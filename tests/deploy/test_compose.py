@@ -61,8 +61,11 @@ def test_every_image_is_pinned_to_a_version(text: str) -> None:
 
 def test_nothing_is_published_beyond_this_machine() -> None:
     source = (ROOT / "compose.yaml").read_text()
-    for ports in re.findall(r"ports: \[(.*)\]", source):
-        assert all(port.strip().startswith('"127.0.0.1:') for port in ports.split(","))
+    lists = re.findall(r"ports: \[(.*)\]", source)
+    assert len(lists) == source.count("ports:") == 4
+    published = [port.strip() for ports in lists for port in ports.split(",")]
+    assert {port.split(":")[1] for port in published} == {"8000", "8001", "8002", "19530", "9090", "3000"}
+    assert all(port.startswith('"127.0.0.1:') for port in published)
 
 
 def test_triton_loads_the_contracts_models_explicitly_from_a_read_only_folder(text: str) -> None:
@@ -87,7 +90,51 @@ def test_dashboard_asks_triton_for_what_it_exports(server: Endpoints, triton: Tr
 def test_prometheus_and_grafana_find_each_other() -> None:
     targets = (ROOT / "deploy" / "prometheus.yaml").read_text()
     services = set(compose("config", "--services", GRAFANA_PASSWORD="x").stdout.split())
-    assert set(re.findall(r'targets: \["(\w+):', targets)) <= services
+    scraped = set(re.findall(r'targets: \["(\w+):', targets))
+    assert scraped == {"triton", "milvus"}
+    assert scraped <= services
     source = (ROOT / "deploy" / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text()
     used = {panel["datasource"]["uid"] for panel in json.loads(DASHBOARD.read_text())["panels"]}
-    assert used == set(re.findall(r"uid: (\w+)", source))
+    assert used == set(re.findall(r"uid: (\w+)", source)) == {"prometheus"}
+
+
+def service(text: str, name: str) -> str:
+    """What `config` says of one service."""
+    found = re.search(rf"^  {name}:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+    assert found, f"no service {name}"
+    return found[1]
+
+
+def test_a_clients_shared_memory_is_in_tritons_sight(text: str) -> None:
+    """`cxr loadtest --shared-memory` maps a file of /dev/shm on both sides; by itself every container has a /dev/shm of its own."""
+    assert re.search(r"^    ipc: shareable$", service(text, "triton"), re.MULTILINE)
+    client = compose("--profile", "client", "config", GRAFANA_PASSWORD="of-the-test")
+    assert client.returncode == 0, client.stderr
+    assert re.search(r"^    ipc: service:triton$", service(client.stdout, "client"), re.MULTILINE)
+
+
+def test_milvus_is_run_as_its_own_script_runs_it(text: str) -> None:
+    """Of standalone_embed.sh: embedded etcd, local storage, no filter of system calls; and the write-ahead log is chosen, not defaulted."""
+    milvus = service(text, "milvus")
+    expected = {
+        "COMMON_STORAGETYPE": "local",
+        "DEPLOY_MODE": "STANDALONE",
+        "ETCD_CONFIG_PATH": "/milvus/configs/embedEtcd.yaml",
+        "ETCD_DATA_DIR": "/var/lib/milvus/etcd",
+        "ETCD_USE_EMBED": "true",
+        "MQ_TYPE": "rocksmq",
+    }
+    assert {name: value.strip("'\"") for name, value in re.findall(r"^      ([A-Z_]+): (\S+)$", milvus, re.MULTILINE)} == expected
+    assert set(re.findall(r"^    - ((?:no-new|seccomp)\S+)$", milvus, re.MULTILINE)) == {"no-new-privileges:true", "seccomp:unconfined"}
+    etcd = dict(re.findall(r"^([a-z-]+): (\S+)$", (ROOT / "deploy" / "milvus-etcd.yaml").read_text(), re.MULTILINE))
+    assert etcd == {
+        "listen-client-urls": "http://127.0.0.1:2379",
+        "advertise-client-urls": "http://127.0.0.1:2379",
+        "quota-backend-bytes": "4294967296",
+        "auto-compaction-mode": "revision",
+        "auto-compaction-retention": '"1000"',
+    }
+
+
+def test_no_other_service_goes_without_the_filter_of_system_calls(text: str) -> None:
+    assert text.count("unconfined") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cxr_retrieval.phantoms import make_phantom, write_dicom
+from cxr_retrieval.store import case_key
 from tests_support import ENVIRONMENT, cxr_command, leftovers, run_cxr
 
 
@@ -105,6 +107,41 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows"]
 
 
+def test_cases_leave_the_gallery_and_the_log_says_so(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
+    """By image, by patient, and by a manifest that no longer lists them; what another source holds stays."""
+    images = sorted((phantom_manifest.parent / "images").glob("*.png"))[:4]
+    for image in images:
+        shutil.copy(image, tmp_path)
+    rows = [f"r{i},{image.name},control,p{i},pruned-north" for i, image in enumerate(images)]
+    log = tmp_path / "audit.jsonl"
+
+    def ingest(lines: list[str], *options: str) -> str:
+        (tmp_path / "m.csv").write_text("image_id,path,label,patient_id,source\n" + "\n".join(lines) + "\n")
+        result = run_cxr("ingest", "--manifest", tmp_path / "m.csv", "--audit", log, *options, *served.servers)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert ingest(rows).startswith("4 stored, 0 unchanged, 0 failed; ")
+    assert ingest(rows[1:]).startswith("0 stored, 3 unchanged, 0 failed; "), "without --prune nothing goes"
+    assert ingest(rows[1:], "--prune").startswith("0 stored, 3 unchanged, 0 failed, 1 pruned; ")
+    assert ingest([rows[1].replace(",control,", ",covid19,"), *rows[2:]]).startswith("0 stored, 2 unchanged, 0 failed, 1 corrected; ")
+    milvus = served.servers[2:]
+    looked = run_cxr("gallery", "remove", "--patient", "p1", "--source", "pruned-north", "--dry-run", "--audit", log, *milvus)
+    assert "1 cases would be removed" in looked.stdout
+    removed = run_cxr("gallery", "remove", "--patient", "p1", "--reason", "consent withdrawn", "--audit", log, *milvus)
+    assert removed.returncode == 0, removed.stderr
+    assert "1 cases removed" in removed.stdout
+    again = run_cxr("gallery", "remove", "--patient", "p1", "--audit", log, *milvus)
+    assert again.returncode == 1
+    assert "no case to remove" in again.stderr
+    assert run_cxr("gallery", "remove", "--image", "r2", "--image", "r3", "--audit", log, *milvus).returncode == 0
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    keys = [[key for keys in line["removed"].values() for key in keys] for line in told if line["state"] == "done"]
+    assert keys == [[case_key("r0")], [case_key("r1")], [], sorted([case_key("r2"), case_key("r3")])]
+    assert "p1" not in log.read_text(), "no patient in the log"
+    assert run_cxr("query", images[0], "--where", 'source == "pruned-north"', *served.servers).returncode == 2
+
+
 def test_a_bad_file_in_a_batch_gives_exit_code_1(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
     good = next((phantom_manifest.parent / "images").glob("*.png"))
     (tmp_path / "good.png").write_bytes(good.read_bytes())
@@ -129,7 +166,7 @@ def test_milvus_down(served: Served, tmp_path: Path) -> None:
     write_dicom(make_phantom(31, "control"), tmp_path / "film.dcm")
     result = run_cxr("query", tmp_path / "film.dcm", *served.servers[:2], "--milvus", "http://127.0.0.1:1", "--timeout", "5")
     assert result.returncode == 2
-    assert "Milvus at http://127.0.0.1:1" in result.stderr
+    assert "no Milvus answers at http://127.0.0.1:1" in result.stderr
 
 
 def test_two_servers_cannot_share_a_port(served: Served, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cxr_retrieval.serving.server as server_module
 from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, LEAVES, LUNG_SEGMENTATION, TensorSpec
+from cxr_retrieval.decoding import FilmReader
 from cxr_retrieval.embedding import ingest
 from cxr_retrieval.errors import InferenceError, UnusableOutputError
 from cxr_retrieval.manifest import read_manifest
@@ -92,7 +93,7 @@ def tiny(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, tmp_path: Path) -> None:
+def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, reader: FilmReader, tmp_path: Path) -> None:
     levels = {"dark": 40, "bright": 240, "grey": 120}
     for name, level in levels.items():
         pixels = np.full((128, 128), level, np.uint8)
@@ -104,14 +105,14 @@ def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, tmp_path: Path) ->
         TritonClient(TritonSettings(server.grpc)) as client,
         Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, create=True) as store,
     ):
-        report = ingest(read_manifest(tmp_path / "m.csv").rows, client, store, lambda count: None)
+        report = ingest(read_manifest(tmp_path / "m.csv").rows, reader, client, store, lambda count: None)
         assert report.stored == store.count() == 2
         (problem,) = report.problems
         assert problem.image_id == "bright"
         assert "is not finite" in str(problem.error)
         with pytest.raises(UnusableOutputError, match="is not finite"):
-            query(tmp_path / "bright.png", client, store)
-        assert query(tmp_path / "dark.png", client, store).prediction.label == "control"
+            query(tmp_path / "bright.png", reader, client, store)
+        assert query(tmp_path / "dark.png", reader, client, store).prediction.label == "control"
 
 
 def test_model_not_ready(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

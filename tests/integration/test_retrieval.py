@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
 
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.decoding import FilmReader
 from cxr_retrieval.embedding import embed_rows, ingest
 from cxr_retrieval.errors import ImageError, UsageError
 from cxr_retrieval.evaluation import LabelledSet, rank
 from cxr_retrieval.image import letterbox
-from cxr_retrieval.manifest import read_manifest
+from cxr_retrieval.manifest import ManifestRow, read_manifest
 from cxr_retrieval.phantoms import make_phantom, write_dicom
-from cxr_retrieval.retrieve import lung_warnings, query
+from cxr_retrieval.retrieve import lung_warnings, nearest_others, query
 from cxr_retrieval.settings import MilvusSettings
-from cxr_retrieval.store import Store
+from cxr_retrieval.store import Case, Neighbour, Store
 from cxr_retrieval.triton import TritonClient
 
 
@@ -27,42 +31,98 @@ def silent(count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def gallery(triton: TritonClient, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def gallery(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("store")
     with Store(MilvusSettings(str(folder / "gallery.db")), triton.model_version, create=True) as store:
-        report = ingest(read_manifest(phantom_manifest).rows, triton, store, silent)
+        report = ingest(read_manifest(phantom_manifest).rows, reader, triton, store, silent)
         assert (report.stored, report.unchanged, report.problems) == (9, 0, ())
         yield store
 
 
-def test_a_gallery_image_finds_itself_first(gallery: Store, triton: TritonClient, phantom_manifest: Path) -> None:
+def test_a_gallery_image_finds_itself_but_does_not_vote(
+    gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+) -> None:
+    """The same pixels under another name, in another format, without a patient: shown apart, and counted only if asked for."""
     row = read_manifest(phantom_manifest).rows[4]
-    result = query(row.path, triton, gallery, top_k=4)
-    first = result.neighbours[0]
-    assert first.case.image_id == row.image_id
-    assert first.similarity == pytest.approx(1, abs=1e-3)
-    assert result.prediction.label == row.label
-    assert len(result.neighbours) == 4
-    assert first.case.metadata["age"] == float(row.fields["age"])
+    with Image.open(row.path) as image:
+        image.save(tmp_path / "again.tiff")
+    for path in (row.path, tmp_path / "again.tiff"):
+        result = query(path, reader, triton, gallery, top_k=4)
+        assert [hit.case.image_id for hit in result.own] == [row.image_id]
+        assert result.own[0].similarity == pytest.approx(1, abs=1e-3)
+        assert result.own[0].case.metadata["age"] == float(row.fields["age"])
+        assert row.image_id not in {hit.case.image_id for hit in result.neighbours}
+        assert len(result.neighbours) == 4
+        assert "they do not vote" in result.warnings[-1]
+    counted = query(row.path, reader, triton, gallery, top_k=4, include_own=True)
+    assert counted.neighbours[0].case.image_id == row.image_id
+    assert (counted.prediction.label, counted.own) == (row.label, ())
 
 
-def test_published_json(gallery: Store, triton: TritonClient, phantom_manifest: Path) -> None:
-    answer = query(read_manifest(phantom_manifest).rows[0].path, triton, gallery, top_k=3).as_json()
-    assert set(answer) == {"image_id", "model_version", "prediction", "neighbours", "timings_ms", "warnings"}
+def test_the_patients_own_earlier_film_does_not_decide(reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+    """One own control film hardly changed, beside others' COVID-19: known by DICOM's Patient ID, or by --patient; unknown patients stay."""
+    phantom = make_phantom(60, "control")
+    earlier = phantom.pixels.copy()
+    earlier[:3] = np.minimum(earlier[:3], 200) + 1
+    Image.fromarray(earlier).save(tmp_path / "earlier.png")
+    write_dicom(phantom, tmp_path / "now.dcm")  # its Patient ID is the phantom's image_id
+    lines = [f"earlier,earlier.png,control,{phantom.image_id}"]
+    for seed, patient in ((70, "p1"), (71, ""), (72, "")):
+        Image.fromarray(make_phantom(seed, "covid19").pixels).save(tmp_path / f"{seed}.png")
+        lines.append(f"{seed},{seed}.png,covid19,{patient}")
+    (tmp_path / "m.csv").write_text("image_id,path,label,patient_id\n" + "\n".join(lines) + "\n")
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+        assert ingest(read_manifest(tmp_path / "m.csv").rows, reader, triton, store, silent).stored == 4
+        found = query(tmp_path / "now.dcm", reader, triton, store, top_k=3)
+        assert [hit.case.image_id for hit in found.own] == ["earlier"]
+        assert {hit.case.image_id for hit in found.neighbours} == {"70", "71", "72"}
+        assert found.prediction.scores == {"covid19": pytest.approx(1)}
+        Image.fromarray(phantom.pixels).save(tmp_path / "now.png")
+        unknown = query(tmp_path / "now.png", reader, triton, store, top_k=3)
+        assert unknown.neighbours[0].case.image_id == "earlier", "nobody said whose it is"
+        told = query(tmp_path / "now.png", reader, triton, store, top_k=3, patient=phantom.image_id)
+        assert [hit.case.image_id for hit in told.own] == ["earlier"]
+        counted = query(tmp_path / "now.dcm", reader, triton, store, top_k=3, include_own=True)
+        assert counted.neighbours[0].case.image_id == "earlier"
+        with pytest.raises(UsageError, match=r"none, but 1 of this patient.*--include-own"):
+            query(tmp_path / "now.dcm", reader, triton, store, where='image_id == "earlier"')
+
+
+@pytest.mark.parametrize(("own", "searches"), [(0, 1), (8, 1), (9, 2), (40, 4), (90, 5), (100, 5)])
+def test_more_own_films_than_one_search_looks_at(own: int, searches: int) -> None:
+    """The search goes on until enough of others are found: none is missing because a patient has many films."""
+    cases = [Case(f"{i}", f"{i}", "control", "P" if i < own else None, None, None, Path("x"), {}, "", "") for i in range(100)]
+    hits = [Neighbour(case, 1 - i / 100) for i, case in enumerate(cases)]
+    asked: list[int] = []
+
+    def search(limit: int) -> list[Neighbour]:
+        asked.append(limit)
+        return hits[:limit]
+
+    others, mine = nearest_others(search, 2, lambda case: case.patient_id == "P")
+    assert others == hits[own : own + 2]
+    assert mine == hits[:own]
+    assert len(asked) == searches
+
+
+def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path) -> None:
+    answer = query(read_manifest(phantom_manifest).rows[0].path, reader, triton, gallery, top_k=3).as_json()
+    assert set(answer) == {"image_id", "model_version", "prediction", "neighbours", "earlier_films", "timings_ms", "warnings"}
     assert set(answer["prediction"]) == {"label", "confidence", "scores"}
     assert [set(neighbour) for neighbour in answer["neighbours"]] == [{"rank", "image_id", "similarity", "label", "metadata"}] * 3
+    assert [set(film) for film in answer["earlier_films"]] == [{"image_id", "similarity", "label", "metadata"}]
     assert [neighbour["rank"] for neighbour in answer["neighbours"]] == [1, 2, 3]
     assert sum(answer["prediction"]["scores"].values()) == pytest.approx(1)
     assert answer["timings_ms"]["total"] > 0
 
 
-def test_dicom_query_and_where(gallery: Store, triton: TritonClient, tmp_path: Path) -> None:
+def test_dicom_query_and_where(gallery: Store, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
     write_dicom(make_phantom(77, "covid19"), tmp_path / "q.dcm")
-    result = query(tmp_path / "q.dcm", triton, gallery, where='label != "covid19"')
+    result = query(tmp_path / "q.dcm", reader, triton, gallery, where='label != "covid19"')
     assert {hit.case.label for hit in result.neighbours} == {"control", "non_covid_pneumonia"}
     assert "only 6 of 10 neighbours" in result.warnings[-1]
     with pytest.raises(UsageError, match="no case to compare with"):
-        query(tmp_path / "q.dcm", triton, gallery, where="age > 200")
+        query(tmp_path / "q.dcm", reader, triton, gallery, where="age > 200")
 
 
 def test_hardly_any_lung_is_a_warning() -> None:
@@ -88,23 +148,54 @@ def test_networks_that_disagree_are_a_warning(triton: TritonClient) -> None:
     assert lung_warnings(np.asarray(found["LUNG_MASK"][1, 0], np.uint8), box, float(agreed[1])) != []
 
 
-def test_ingest_is_idempotent_and_notices_changes(triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_ingest_is_idempotent_and_notices_changes(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
     rows = read_manifest(phantom_manifest).rows
     with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
-        first = ingest(rows[:3], triton, store, silent)  # as if interrupted here
-        again = ingest(rows[:5], triton, store, silent)
+        first = ingest(rows[:3], reader, triton, store, silent)  # as if interrupted here
+        again = ingest(rows[:5], reader, triton, store, silent)
         assert (first.stored, again.stored, again.unchanged) == (3, 2, 3)
+        before = store.vectors()[1]
         corrected = [
             type(row)(row.folder, row.image_id, row.path, "control", row.patient_id, row.source, row.split, row.fields) for row in rows[3:5]
         ]
-        third = ingest(corrected, triton, store, silent)
-        assert (third.stored, third.unchanged) == (2, 0)
+        third = ingest(corrected, reader, triton, store, silent)
+        assert (third.stored, third.corrected, third.unchanged) == (0, 2, 0), "a corrected label needs no new embedding"
         assert store.count() == 5
-        cases, _ = store.vectors()
+        cases, after = store.vectors()
+        assert np.array_equal(before, after)
         assert {case.label for case in cases if case.image_id in {row.image_id for row in corrected}} == {"control"}
 
 
-def test_bad_files_are_reported_and_the_rest_goes_on(triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_a_folder_that_moved_is_not_embedded_anew(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+        shutil.copytree(phantom_manifest.parent, tmp_path / "here")
+        assert ingest(read_manifest(tmp_path / "here" / "manifest.csv").rows, reader, triton, store, silent).stored == 9
+        (tmp_path / "here").rename(tmp_path / "there")
+        moved = ingest(read_manifest(tmp_path / "there" / "manifest.csv").rows, reader, triton, store, silent)
+        assert (moved.stored, moved.corrected, moved.problems) == (0, 9, ())
+        assert all(case.path.is_file() for case in store.vectors()[0]), "and its pictures are found"
+
+
+def test_two_sources_that_number_their_films_alike(reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+    """The second must not replace the first without a word; the same film under a corrected source does."""
+    for name, seed in (("one", 1), ("two", 2)):
+        Image.fromarray(make_phantom(seed, "control").pixels).save(tmp_path / f"{name}.png")
+
+    def rows(path: str, source: str) -> tuple[ManifestRow, ...]:
+        (tmp_path / "m.csv").write_text(f"image_id,path,label,source\n0001,{path},control,{source}\n")
+        return read_manifest(tmp_path / "m.csv").rows
+
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+        assert ingest(rows("one.png", "north"), reader, triton, store, silent).stored == 1
+        refused = ingest(rows("two.png", "south"), reader, triton, store, silent)
+        assert "image_id 0001 is taken by another film" in str(refused.problems[0].error)
+        assert ingest(rows("one.png", "south"), reader, triton, store, silent).corrected == 1
+        assert [(case.image_id, case.source) for case in store.vectors()[0]] == [("0001", "south")]
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+) -> None:
     good = read_manifest(phantom_manifest).rows[0]
     files = {
         "good": good.path.read_bytes(),
@@ -120,28 +211,49 @@ def test_bad_files_are_reported_and_the_rest_goes_on(triton: TritonClient, phant
         writer.writerow(["image_id", "path", "label", "age"])
         writer.writerows([name, f"{name}.png", "control", ""] for name in (*files, "absent"))
         writer.writerow(["odd", "good.png", "control", "very old"])
+        writer.writerow(["long", "good.png", "c" * 257, ""])
     with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
-        report = ingest(read_manifest(tmp_path / "manifest.csv").rows, triton, store, silent)
+        report = ingest(read_manifest(tmp_path / "manifest.csv").rows, reader, triton, store, silent)
         assert report.stored == store.count() == 2
     reasons = {problem.image_id: str(problem.error) for problem in report.problems}
-    assert set(reasons) == {"empty", "text", "cut", "absent", "odd"}
+    assert set(reasons) == {"empty", "text", "cut", "absent", "odd", "long"}
     assert "empty" in reasons["empty"]
     assert "not an image" in reasons["text"]
     assert "damaged" in reasons["cut"]
     assert "relative to the manifest's folder" in reasons["absent"]
     assert "column age: not understood" in reasons["odd"]
+    assert "column label: too long" in reasons["long"]
 
 
-def test_bad_query_file(gallery: Store, triton: TritonClient, tmp_path: Path) -> None:
+def test_a_file_that_kills_its_decoder_costs_only_itself(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+) -> None:
+    """It used to end the whole ingest with it (exit code 134)."""
+    data = bytearray(Path(str(get_testdata_file("SC_rgb_jpeg.dcm"))).read_bytes())
+    data[1005 : 1005 + 64] = bytes(64)
+    (tmp_path / "deadly.dcm").write_bytes(data)
+    good = [row.path for row in read_manifest(phantom_manifest).rows[:4]]
+    for path in good:
+        shutil.copy(path, tmp_path)
+    names = [good[0].name, good[1].name, "deadly.dcm", good[2].name, good[3].name]
+    (tmp_path / "m.csv").write_text("image_id,path,label\n" + "".join(f"{name},{name},control\n" for name in names))
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+        report = ingest(read_manifest(tmp_path / "m.csv").rows, reader, triton, store, silent)
+        assert (report.stored, store.count()) == (4, 4)
+    (problem,) = report.problems
+    assert str(problem.error).startswith("deadly.dcm: the decoder crashed (signal 6)")
+
+
+def test_bad_query_file(gallery: Store, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"x\.png: the file is empty"):
-        query(tmp_path / "x.png", triton, gallery)
+        query(tmp_path / "x.png", reader, triton, gallery)
 
 
-def test_evaluation_ranks_as_the_store_searches(gallery: Store, triton: TritonClient, phantom_manifest: Path) -> None:
+def test_evaluation_ranks_as_the_store_searches(gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path) -> None:
     """Exact neighbours in memory are what a user's query gets from Milvus."""
     rows = read_manifest(phantom_manifest).rows
-    embedded = embed_rows(rows, triton, gallery, silent)
+    embedded = embed_rows(rows, reader, triton, gallery, silent)
     assert embedded.from_store == len(rows), "nothing is computed twice"
     ids = [entry.row.image_id for entry in embedded.entries]
     everything = LabelledSet(ids, embedded.embeddings, [entry.row.label for entry in embedded.entries], ids, [""] * len(ids))

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tritonclient.grpc as grpcclient
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK, LUNG_SEGMENTATION, TensorSpec
-from cxr_retrieval.errors import InferenceError, SetupError, UnusableOutputError
+from cxr_retrieval.errors import InferenceError, OverloadedError, SetupError, UnusableOutputError
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
@@ -118,6 +120,64 @@ def test_wrong_input_is_refused_and_the_server_goes_on(triton: TritonClient, squ
     with pytest.raises(UnusableOutputError, match="refused the request"):
         triton.infer(np.zeros((1, 1, 128, 128), np.uint8))
     assert triton.embed(squares[:1]).shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        ("INTERNAL", InferenceError, "failed; got CUDA out of memory"),
+        ("NOT_FOUND", InferenceError, "does not serve cxr_retrieval"),
+        ("UNAUTHENTICATED", InferenceError, "refused access"),
+        ("INVALID_ARGUMENT", UnusableOutputError, "refused the request"),
+        ("RESOURCE_EXHAUSTED", OverloadedError, "no room for this request now"),
+        ("UNAVAILABLE", OverloadedError, "no room for this request now"),
+    ],
+)
+def test_failures_are_told_apart_by_status(
+    server: Endpoints, squares: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, status: str, kind: type[InferenceError], said: str
+) -> None:
+    """A server that lives refuses for a while: only what may pass is tried again, and only bad images are blamed on the images."""
+    tries: list[int] = []
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        tries.append(1)
+        raise InferenceServerException("CUDA out of memory", status=f"StatusCode.{status}")
+
+    with TritonClient(TritonSettings(server.grpc, timeout_s=1.0)) as client:
+        monkeypatch.setattr(grpcclient.InferenceServerClient, "infer", refuse)
+        with pytest.raises(kind, match=said) as caught:
+            client.embed(squares[:1])
+    assert type(caught.value) is kind
+    assert (len(tries) > 1) == (kind is OverloadedError)
+
+
+def test_a_full_queue_is_waited_out(server: Endpoints, squares: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tries = grpcclient.InferenceServerClient.infer, []
+
+    def full_twice(*arguments: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise InferenceServerException("Exceeds maximum queue size", status="StatusCode.UNAVAILABLE")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(grpcclient.InferenceServerClient, "infer", full_twice)
+    with TritonClient(TritonSettings(server.grpc)) as client:
+        assert client.embed(squares[:1]).shape == (1, 64)
+    assert len(tries) == 3
+
+
+def test_weights_without_a_version_are_refused(repository: Path, server: Endpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gallery could hold any other weights' embeddings."""
+
+    def unnamed(*arguments: Any, **options: Any) -> Any:
+        config: Any = real(*arguments, **options)
+        config.config.parameters["model_version"].string_value = ""
+        return config
+
+    real = grpcclient.InferenceServerClient.get_model_config
+    monkeypatch.setattr(grpcclient.InferenceServerClient, "get_model_config", unnamed)
+    with pytest.raises(InferenceError, match="does not say which weights it has"):
+        TritonClient(TritonSettings(server.grpc))
 
 
 def test_deadline(server: Endpoints, squares: NDArray[np.uint8]) -> None:

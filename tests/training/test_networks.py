@@ -27,7 +27,7 @@ from cxr_retrieval_training.embedder import (
     Strata,
 )
 from cxr_retrieval_training.imagenet import imagenet_state
-from cxr_retrieval_training.normalisation import REACH, from_box, lung_box, sampling, standardised_lungs
+from cxr_retrieval_training.normalisation import REACH, between_boxes, from_box, lung_box, sampling, standardised_lungs
 from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands, expected_dice
 
 
@@ -121,6 +121,53 @@ def test_members_share_the_embedding() -> None:
     torch.testing.assert_close(features, (parts[0].features + parts[1].features + parts[2].features) / 3)
     assert attention.shape == (5, 1, 16, 16)
     assert 0 < attention.min() < attention.max() < 1
+
+
+def test_attention_as_published_is_the_sigmoid_of_the_average() -> None:
+    """A brighter map is a brighter mask; standardised, it is the same mask, and has a gain to learn."""
+    torch.manual_seed(6)
+    published, ours = SpatialAttention(8, 32, standardised=False).eval(), SpatialAttention(8, 32).eval()
+    assert "gain" not in dict(published.named_parameters())
+    assert "gain" in dict(ours.named_parameters())
+    ours.load_state_dict({**published.state_dict(), "gain": torch.ones(())})
+    x = torch.rand((2, 8, 16, 16))
+    with torch.inference_mode():
+        averaged = published.squeeze_excitation(published.blocks(x)).mean(dim=1, keepdim=True)
+        assert torch.allclose(published(x), torch.sigmoid(averaged))
+        z = (averaged - averaged.mean(dim=(2, 3), keepdim=True)) / averaged.std(dim=(2, 3), keepdim=True, correction=0)
+        assert torch.allclose(ours(x), torch.sigmoid(z), atol=0.02)
+
+
+def test_framed_network_sees_where_in_the_frame_the_lungs_lie() -> None:
+    """The box forgets position; the frame does not. Its attention still comes over the lungs' box, as the next graph expects it."""
+    torch.manual_seed(7)
+    here = torch.zeros((1, 2, 128, 128), dtype=torch.uint8)
+    here[:, 0, 20:70, 24:64] = torch.randint(60, 200, (50, 40), dtype=torch.uint8)
+    here[:, 1, 20:70, 24:64] = 255
+    there = here.roll((32, 32), dims=(2, 3))
+    boxed, framed = Embedder(sizes=(128,)).eval(), Embedder(sizes=(128,), framed=True).eval()
+    framed.load_state_dict(boxed.state_dict())
+    with torch.inference_mode():
+        assert torch.allclose(boxed(here)[1], boxed(there)[1], atol=1e-3)
+        assert not torch.allclose(framed(here)[1], framed(there)[1], atol=1e-3)
+        member = framed.each()[0]
+        in_frame = nn.functional.interpolate(member(here).attention, size=(16, 16), mode="bilinear", align_corners=False)
+        box = lung_box(here[:, 1:].float())
+        back, seen = (
+            from_box(values, edges, 128, 128)[0, 0, 30:60, 34:54]
+            for values, edges in ((framed(here)[2], box), (in_frame, torch.tensor([[0.0, 128.0, 0.0, 128.0]])))
+        )
+    assert (back - seen).abs().max() < 0.02 + 0.2 * (seen.max() - seen.min())
+
+
+def test_a_map_between_boxes() -> None:
+    """A ramp over rows 0…160 read over rows 40…120, and one over columns likewise; onto its own box it is itself."""
+    box, other = torch.tensor([[0.0, 160.0, 0.0, 320.0]]), torch.tensor([[40.0, 120.0, 80.0, 160.0]])
+    centres = torch.arange(16) + 0.5
+    rows, columns = (10 * centres[:, None].expand(16, 16))[None, None], (20 * centres[None, :].expand(16, 16))[None, None]
+    assert torch.allclose(between_boxes(rows, box, other)[0, 0, :, 3], 40 + 5 * centres, atol=1e-3)
+    assert torch.allclose(between_boxes(columns, box, other)[0, 0, 5], 80 + 5 * centres, atol=1e-3)
+    assert torch.allclose(between_boxes(rows + columns, box, box), rows + columns, atol=1e-3)
 
 
 def test_without_attention_the_mask_is_all_ones() -> None:

@@ -94,7 +94,7 @@ def test_sources_are_drawn_by_the_power_of_their_size(power: float, share: float
     assert (sources[drawn] == 0).mean() == pytest.approx(share, abs=0.02)
 
 
-def test_info_nce_is_equation_5() -> None:
+def test_info_nce_written_out() -> None:
     """−log of e^{s/τ} of a positive over itself and all negatives, mean over positive pairs, τ = 0.1, written out."""
     torch.manual_seed(0)
     x, y = torch.nn.functional.normalize(torch.randn(9, 7), dim=1), torch.arange(9) % 3
@@ -224,6 +224,29 @@ def test_embedding_augmentation_keeps_black_black_and_lesions_inside() -> None:
     assert (pixels[0] != pixels[1]).any(), "every image gets its own"
 
 
+def test_without_augmentation_films_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    lungs, lesions = torch.randint(1, 256, (16, 2, 64, 64), dtype=torch.uint8), torch.zeros((16, 1, 64, 64), dtype=torch.uint8)
+    plain, _ = EmbeddingAugment(plain=True)(lungs, lesions)
+    assert (plain - lungs).abs().max() < 1e-3
+    usual, _ = EmbeddingAugment()(lungs, lesions)
+    assert (usual - lungs).abs().max() > 10
+
+
+def test_crops_keep_the_aspect_and_stay_in_the_frame() -> None:
+    torch.manual_seed(0)
+    box = torch.tensor([[0.0, 200.0, 10.0, 110.0]]).expand(500, 4)
+    cropped = embedder_training._cropped(box, 0.1)  # pyright: ignore[reportPrivateUsage]
+    height, width = cropped[:, 1] - cropped[:, 0], cropped[:, 3] - cropped[:, 2]
+    assert torch.allclose(height, torch.tensor(180.0), atol=1e-3)
+    assert torch.allclose(width, torch.tensor(90.0), atol=1e-3)
+    assert cropped[:, 0].min() >= 0
+    assert cropped[:, 1].max() <= 200 + 1e-3
+    assert cropped[:, 2].min() >= 10
+    assert cropped[:, 3].max() <= 110 + 1e-3
+    assert cropped[:, 0].max() - cropped[:, 0].min() > 15, "anywhere in it"
+
+
 # -------------------------------------------------------------------------------------------- configs and checkpoints
 
 
@@ -239,6 +262,18 @@ def test_published_numbers() -> None:
     segmentation = load_config(config_path("segmentation-published"), SegmentationConfig)
     assert (segmentation.learning_rate, segmentation.batch_size, segmentation.stages[0].epochs) == (1e-4, 8, 200)
     assert len(segmentation.members) == 5
+    assert (segmentation.schedule, segmentation.keep) == ("constant", "last")
+    assert (published.schedule, published.keep, published.view) == ("constant", "last", "frame")
+    assert (published.augmented, published.attention_standardised, published.mirrored, published.lesion_weight) == (False, False, False, 0)
+    assert (published.clip_gradients, published.weight_decay, published.frozen_layers, published.warm_up_iterations) == (0, 0, 0, 0)
+
+
+def test_configs_of_before_these_knobs_mean_what_they_meant() -> None:
+    """A checkpoint's config names only what there was when it was made."""
+    old = EmbedderConfig.model_validate({"members": [{"stages": [{"image_size": 128, "iterations": 1, "learning_rate": 1e-3}]}]})
+    assert (old.attention_standardised, old.view, old.augmented, old.clip_gradients, old.keep) == (True, "lungs", True, 5.0, "best")
+    segmentation = SegmentationConfig(stages=(SegmentationStage(image_size=64, epochs=1),))
+    assert (segmentation.schedule, segmentation.keep) == ("cosine", "best")
 
 
 @pytest.mark.parametrize(
@@ -639,6 +674,43 @@ def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path:
     with np.load(path.parent / "vectors-val.npz") as stored:
         assert stored[config.retrieve_with].shape == (6, 2048 if config.retrieve_with == "features" else 64)
         assert np.isfinite(stored[config.retrieve_with]).all()
+
+
+def test_published_embedder_trains(trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two iterations, small: no gradient is clipped, and the last state is kept though the first did better on val."""
+    published = load_config(config_path("embedder-published"), EmbedderConfig)
+    stage = published.members[0].stages[0].model_copy(update={"iterations": 2, "image_size": 64})
+    small = {"images_per_class": 2, "validate_every": 1, "members": (EmbedderMemberConfig(stages=(stage,)),)}
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(embedder_training, "leave_one_out_recall", lambda *_: next(scores))
+
+    def clipped(*_: object) -> None:
+        raise AssertionError("a gradient was clipped")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    path = train_embedder(published.model_copy(update=small), manifest, trained, tmp_path, CPU)
+    assert load_checkpoint(path)["members"][0]["iteration"] == 2
+    network = load_embedder(path, CPU)
+    assert network.each()[0].framed
+    assert not any(name.endswith("gain") for name in network.state_dict())
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["learning_rate"] for record in log] == [3e-5, 3e-5]
+    with np.load(tmp_path / "vectors-val.npz") as stored:
+        assert np.isfinite(stored["embedding"]).all()
+
+
+def test_published_segmentation_trains(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of one member, small: the learning rate stays, no member stops early, the last epoch is kept though the first did better."""
+    import cxr_retrieval_training.train_segmenter as module
+
+    published = load_config(config_path("segmentation-published"), SegmentationConfig)
+    scores = iter([0.9, 0.1, 0.1])
+    monkeypatch.setattr(module, "member_dice", lambda *_: np.array([next(scores)]))
+    small = {"members": ("linknet",), "patience_epochs": 1, "stages": (SegmentationStage(image_size=64, epochs=3),)}
+    train_segmentation(published.model_copy(update=small), manifest, tmp_path, CPU)
+    assert load_checkpoint(tmp_path / "segmenter-linknet-best.pt")["epoch"] == 3
+    last = load_checkpoint(tmp_path / "segmenter-linknet-last.pt")
+    assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4, rel=1e-9)
 
 
 def test_lungs_without_anatomy() -> None:

@@ -2,8 +2,8 @@
 
 Segmentation: the list of section 2.3 (horizontal flip, Gaussian noise, perspective, sharpness, blurring, contrast, gamma,
 brightness, CLAHE, grid distortion, affine, elastic). kornia has no grid distortion; its thin-plate spline, which moves a
-grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3), which the jitter of the lungs'
-box does here; the rest is ours, against what tells sources apart.
+grid of control points, stands in. Embedding: the paper has random crop alone (section 2.4.3; `augmented = false`), which
+the jitter of the lungs' box does here; the rest is ours, against what tells sources apart.
 """
 
 from __future__ import annotations
@@ -55,20 +55,23 @@ class EmbeddingAugment(nn.Module):
     """Rotation, shear and stretch; exposure, sharpness and noise inside the lungs; patches cut out; mirrored, half of them, if asked.
 
     Position and scale are left to the jitter of the lungs' box (`Embedder`), linear changes of exposure to its standardisation.
+
+    Args:
+        plain: Nothing but the mirroring.
     """
 
-    def __init__(self, *, mirrored: bool = False) -> None:
+    def __init__(self, *, mirrored: bool = False, plain: bool = False) -> None:
         super().__init__()
         self.geometry = nn.Sequential(
             aug.RandomHorizontalFlip(p=0.5 if mirrored else 0.0),
-            aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.8),
+            aug.RandomAffine(degrees=10.0, scale=(0.9, 1.1, 0.9, 1.1), shear=(-5.0, 5.0), p=0.0 if plain else 0.8),
         )
         self.exposure = nn.Sequential(
-            aug.RandomGamma(gamma=(0.6, 1.6), p=0.5),
-            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 1.5), p=0.2),
-            aug.RandomGaussianNoise(std=0.03, p=0.1),
+            aug.RandomGamma(gamma=(0.6, 1.6), p=0.0 if plain else 0.5),
+            aug.RandomGaussianBlur(kernel_size=(5, 5), sigma=(0.3, 1.5), p=0.0 if plain else 0.2),
+            aug.RandomGaussianNoise(std=0.03, p=0.0 if plain else 0.1),
         )
-        self.erasing = aug.RandomErasing(scale=(0.01, 0.06), ratio=(0.4, 2.5), p=0.15)
+        self.erasing = aug.RandomErasing(scale=(0.01, 0.06), ratio=(0.4, 2.5), p=0.0 if plain else 0.15)
 
     @torch.no_grad()
     def forward(

@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 SegmenterName = Literal["unet", "unetplusplus", "fpn", "linknet", "deeplabv3plus"]
 BackboneName = Literal["resnet50", "efficientnet_lite0"]
+KeptName = Literal["best", "last"]
+"""Of a network: the state that did best on val, or the one that training ends with."""
 LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy", "source_adversary"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -50,8 +52,12 @@ class SegmentationConfig(_Frozen):
     learning_rate: PositiveFloat = 1e-4
     member_learning_rates: dict[SegmenterName, PositiveFloat] = {}
     """Where a member needs another one."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate: as it is, or falling to a fiftieth."""
     patience_epochs: PositiveInt = 20
-    """A member stops when its val Dice at the served size has not risen for so many epochs; its best epoch is kept."""
+    """A member stops when its val Dice at the served size has not risen for so many epochs."""
+    keep: KeptName = "best"
+    """With `last` no member stops before its last epoch."""
     stages: tuple[SegmentationStage, ...]
 
 
@@ -84,6 +90,12 @@ class EmbedderConfig(_Frozen):
     mirrored: bool = False
     """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
+    attention_standardised: bool = True
+    """The attention map is standardised over its cells before the sigmoid, with a learnt gain; as published it is not."""
+    view: Literal["lungs", "frame"] = "lungs"
+    """What is brought to a square: the box around the lungs, whatever its aspect; or, as published, the frame with the lungs alone."""
+    augmented: bool = True
+    """All of `EmbeddingAugment`; False: random crops (`jitter`) alone, as published."""
     lungs_only: bool = True
     """False: the whole radiograph (ablation)."""
     lungs_from: SegmenterName | None = None
@@ -108,7 +120,7 @@ class EmbedderConfig(_Frozen):
     across_sources: bool = False
     """Pair losses take positives from other sources only, where the batch has any."""
     jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Each edge of the lungs' box moves by up to this share of its size."""
+    """Each edge of the lungs' box moves by up to this share of its size; of a frame, a window smaller by so much is cut out at random."""
     lesion_images: Annotated[int, Field(ge=0)] = 0
     """Extra images a batch with radiologist-drawn lesions (column lesion_mask_path), on which attention is supervised."""
     lesion_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -117,6 +129,10 @@ class EmbedderConfig(_Frozen):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the exponential moving average of the weights, which is what is kept; 0 keeps the weights themselves."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled (AdamW); with 0 it is Adam."""
+    clip_gradients: Annotated[float, Field(ge=0)] = 5.0
+    """To this length of all together; 0: not."""
+    keep: KeptName = "best"
     validate_every: PositiveInt = 200
     alpha: PositiveFloat = 2.0
     beta: PositiveFloat = 20.0

@@ -28,7 +28,7 @@ from cxr_retrieval.errors import UsageError
 from cxr_retrieval_training.config import BackboneName
 from cxr_retrieval_training.imagenet import BACKBONE as LITE0
 from cxr_retrieval_training.imagenet import imagenet_state
-from cxr_retrieval_training.normalisation import from_box, lung_box, standardised_lungs
+from cxr_retrieval_training.normalisation import between_boxes, from_box, lung_box, standardised_lungs, whole_frame
 
 _HELD: Final = 2.0**15
 """Well within what fp16, in which weights ship, can hold."""
@@ -68,9 +68,15 @@ class SpatialAttention(nn.Module):
     The first block halves the resolution, so that a 256×256 image gets the published 16×16 mask. Before the sigmoid we
     standardise the averaged map over its 256 cells and scale it by a learnt gain: the plain mean of so many rectified
     channels hardly varies over the image, and the sigmoid of it would be nearly flat.
+
+    So the mask says which places of a film stand out from the rest of that film; it does not tell a sick film from a healthy one
+    (measured: CARD.md of the embedder). What the map is before it is standardised tells the source, and hardly the disease.
+
+    Args:
+        standardised: False: the sigmoid of the averaged map itself, as published.
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, standardised: bool = True) -> None:
         super().__init__()
         width = channels_out // Bottleneck.expansion
         shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=2, bias=False), nn.BatchNorm2d(channels_out))
@@ -78,11 +84,13 @@ class SpatialAttention(nn.Module):
             Bottleneck(channels_in, width, stride=2, downsample=shortcut), Bottleneck(channels_out, width), Bottleneck(channels_out, width)
         )
         self.squeeze_excitation = SqueezeExcitation(channels_out, channels_out // 16)
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(())) if standardised else None
 
     def forward(self, f1: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height/2 width/2"]:
         """Returns the mask m(x) in (0, 1)."""
         averaged = self.squeeze_excitation(self.blocks(f1)).float().mean(dim=1, keepdim=True)
+        if self.gain is None:
+            return torch.sigmoid(averaged)
         centred = averaged - averaged.mean(dim=(2, 3), keepdim=True)
         deviation = (centred.square().mean(dim=(2, 3), keepdim=True) + 1e-5).sqrt()
         return torch.sigmoid(self.gain * centred / deviation)
@@ -182,6 +190,8 @@ class EmbedderMember(nn.Module):
         learned_size: Numbers of its own share of the embedding.
         mirrored: Outside training it looks at the lungs and at their mirror image, and finds the mean of both.
         size: Side of the square the lungs are brought to: the size trained on (the published is 256).
+        attention_standardised: See `SpatialAttention`.
+        framed: It looks at the whole frame, as published, and not at the box around the lungs.
     """
 
     def __init__(
@@ -193,13 +203,17 @@ class EmbedderMember(nn.Module):
         imagenet: bool = False,
         mirrored: bool = False,
         size: int = IMAGE_SIZE,
+        attention_standardised: bool = True,
+        framed: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.learned_size, self.mirrored = size, learned_size, mirrored
+        self.size, self.learned_size, self.mirrored, self.framed = size, learned_size, mirrored, framed
         parts = _resnet50() if backbone == "resnet50" else _efficientnet_lite0(imagenet=imagenet)
         self.f1, self.f2 = parts.f1, parts.f2
         self.layout_size = 4 * parts.f2_channels
-        self.attention = SpatialAttention(parts.f1_channels, parts.attention_channels) if attention else None
+        self.attention = (
+            SpatialAttention(parts.f1_channels, parts.attention_channels, standardised=attention_standardised) if attention else None
+        )
         self.rest = nn.Sequential(*parts.rest, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         # The paper gives the 64 of the second layer; the width of the first, and the ReLU between, are ours.
         self.head = nn.Sequential(nn.Linear(FEATURE_SIZE, 512), nn.ReLU(inplace=True), nn.Linear(512, learned_size))
@@ -210,6 +224,10 @@ class EmbedderMember(nn.Module):
             module.requires_grad_(requires_grad=False)
             module.eval()
 
+    def box(self, share: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 4"]:
+        """What of LUNGS it looks at, given how much each pixel counts as lung: the box around the lungs, or the frame."""
+        return whole_frame(share) if self.framed else lung_box(share)
+
     def forward(
         self,
         lungs: UInt8[Tensor, "batch 2 height width"] | Float[Tensor, "batch 2 height width"],
@@ -218,7 +236,7 @@ class EmbedderMember(nn.Module):
     ) -> Description:
         """Looks at LUNGS, 0…255 (float when it comes from augmentation); size and box its own by default."""
         values = lungs.float()
-        seen = standardised_lungs(values, lung_box(values[:, 1:]) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
+        seen = standardised_lungs(values, self.box(values[:, 1:]) if box is None else box, size or self.size).expand(-1, 3, -1, -1)
         if self.training or not self.mirrored:
             return self._described(*self._look(seen))
         # unflatten, for chunk would fix the batch size in the exported graph
@@ -258,7 +276,7 @@ class Embedder(nn.Module):
         appearance_size: So many of them are appearance; 0 as published.
         appearance_share: Its weight in the cosine similarity of two embeddings.
         sizes: For each member, the side of the square the lungs are brought to.
-        mirrored: See `EmbedderMember`.
+        mirrored: See `EmbedderMember`; so for attention_standardised and framed.
     """
 
     def __init__(
@@ -273,12 +291,23 @@ class Embedder(nn.Module):
         appearance_size: int = 0,
         appearance_share: float = 0.0,
         sizes: Sequence[int] = (IMAGE_SIZE,),
+        attention_standardised: bool = True,
+        framed: bool = False,
     ) -> None:
         super().__init__()
         left = embedding_size - appearance_size
         learned_size = learned_size or left
         self.members = nn.ModuleList(
-            EmbedderMember(learned_size, backbone=backbone, attention=attention, imagenet=imagenet, mirrored=mirrored, size=size)
+            EmbedderMember(
+                learned_size,
+                backbone=backbone,
+                attention=attention,
+                imagenet=imagenet,
+                mirrored=mirrored,
+                size=size,
+                attention_standardised=attention_standardised,
+                framed=framed,
+            )
             for size in sizes
         )
         self.joint = PrincipalAxes(len(sizes) * learned_size, left, whitened=False) if len(sizes) * learned_size != left else None
@@ -309,6 +338,9 @@ class Embedder(nn.Module):
             functional.interpolate(part.attention, size=(ATTENTION_SIZE, ATTENTION_SIZE), mode="bilinear", align_corners=False)
             for part in parts
         ]
+        if any(member.framed for member in self.each()):
+            share = lungs[:, 1:].float()
+            masks = [between_boxes(mask, whole_frame(share), lung_box(share)) for mask in masks]
         return Description(
             functional.normalize(torch.cat([part.learned for part in parts], dim=1), dim=1),
             torch.stack([part.features for part in parts]).mean(dim=0),

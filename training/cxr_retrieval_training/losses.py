@@ -2,7 +2,8 @@
 
 multi_similarity    Wang et al. 2019, as Zhong et al. 2020, eq. 2, with hard mining
 normalized_softmax  Zhai & Wu 2019: one proxy per class
-info_nce            Zhong et al. 2020, eq. 5 (section 3.3.2): every positive of the batch against all negatives
+info_nce            InfoNCE (van den Oord et al. 2018; Zhong et al. 2020, section 3.3.2, no formula there): every positive of the
+                    batch against all negatives
 cross_entropy       a linear classifier on the pooled features (the baseline of Table 3 and 4, right)
 source_adversary    Ganin & Lempitsky 2015, conditioned on the label as Long et al. 2018 do: a classifier tries to tell the
                     source from embedding and label, and the embedding learns to defeat it

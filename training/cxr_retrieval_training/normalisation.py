@@ -40,6 +40,12 @@ def lung_box(share: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "bat
     return torch.stack([top, bottom, left, right], dim=1)
 
 
+def whole_frame(share: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 4"]:
+    """The frame's own edges, as `lung_box` gives them."""
+    height, width = share.shape[2:]
+    return share.new_tensor([0.0, height, 0.0, width]).expand(share.shape[0], 4)
+
+
 def _extent(count: Float[Tensor, "batch length"], before: float, behind: float) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Both edges along one axis, given how much lung is in each row (or column): from the centre so many root mean squares of what lies
     on that side; a pixel is one wide, hence the 1/24.
@@ -89,6 +95,18 @@ def from_box(
     rows = _placing(box[:, 0], box[:, 1], height, values.shape[2])
     columns = _placing(box[:, 2], box[:, 3], width, values.shape[3])
     return (rows @ values[:, 0] @ columns.transpose(1, 2)).unsqueeze(1)
+
+
+def between_boxes(
+    values: Float[Tensor, "batch 1 rows columns"], box: Float[Tensor, "batch 4"], other: Float[Tensor, "batch 4"]
+) -> Float[Tensor, "batch 1 rows columns"]:
+    """A map over one box read at the cells of another (bilinear; the map's edge goes on outside its box)."""
+    rows, columns = values.shape[2:]
+    start, step = other[:, ::2], (other[:, 1::2] - other[:, ::2]) / torch.tensor([rows, columns], device=other.device, dtype=other.dtype)
+    low, high = (box[:, ::2] - start) / step, (box[:, 1::2] - start) / step  # in cells of the other, which take the place of pixels
+    return (
+        _placing(low[:, 0], high[:, 0], rows, rows) @ values[:, 0] @ _placing(low[:, 1], high[:, 1], columns, columns).transpose(1, 2)
+    ).unsqueeze(1)
 
 
 def _placing(low: Float[Tensor, " batch"], high: Float[Tensor, " batch"], length: int, size: int) -> Float[Tensor, "batch length size"]:

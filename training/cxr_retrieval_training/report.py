@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation import Gallery, LabelledSet, Ranking, balanced_interval, evaluate, mean_interval, pixel_digest
+from cxr_retrieval.evaluation import Gallery, LabelledSet, Ranking, balanced_interval, evaluate, mean_interval
+from cxr_retrieval.image import pixel_digest
 from cxr_retrieval.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.progress import track
 from cxr_retrieval.voting import DEFAULT_K, weighted_vote

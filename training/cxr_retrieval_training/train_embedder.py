@@ -35,7 +35,7 @@ from cxr_retrieval_training.datasets import Images, load_images, load_lesion_mas
 from cxr_retrieval_training.embedder import Embedder, EmbedderMember, Strata
 from cxr_retrieval_training.losses import Criterion, attention_on_lesions
 from cxr_retrieval_training.lungs import find_lungs
-from cxr_retrieval_training.normalisation import from_box, lung_box
+from cxr_retrieval_training.normalisation import from_box
 from cxr_retrieval_training.shipped import as_shipped
 
 SAVE_EVERY = 25
@@ -69,7 +69,8 @@ def train_embedder(
     """Trains on the manifest's `train` rows, watching `val` rows; writes `<out>/embedder.pt` and the vectors of all splits.
 
     Members are trained one after another. Each resumes where it stopped; every iteration draws its batch and augmentation from
-    (seed, member, iteration) alone. What is kept is the state that did best on val, at the image size it was watched at.
+    (seed, member, iteration) alone. What is kept is the state that did best on val (or the last: `keep`), at the image size it was
+    watched at.
 
     Args:
         segmenter: Checkpoint of `cxr train segmentation`; its lungs are what the embedder sees.
@@ -152,7 +153,7 @@ def _train_member(
         done, seconds, best_recall = state["iteration"], state["seconds"], state["best_recall"]
 
     plan = [stage for stage in stages for _ in range(stage.iterations)]
-    augment = EmbeddingAugment(mirrored=config.mirrored).to(device)
+    augment = EmbeddingAugment(mirrored=config.mirrored, plain=not config.augmented).to(device)
     with progress_bar() as bar:
         task = bar.add_task("embedder", total=len(plan), completed=done)
         for iteration in range(done, len(plan)):
@@ -163,7 +164,8 @@ def _train_member(
             chosen, lesions = draw_batch(data, config, random)
             lungs, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
             label, source = (torch.from_numpy(values[chosen]).to(device) for values in (data.labels, data.sources))
-            box = _jittered(lung_box(lungs[:, 1:]), config.jitter)
+            move = _cropped if config.view == "frame" else _jittered
+            box = move(model.box(lungs[:, 1:]), config.jitter)
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(config, iteration, len(plan))
             model.train()
@@ -176,7 +178,8 @@ def _train_member(
                 loss = loss + config.lesion_weight * attention_on_lesions(in_frame, lesions)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            if config.clip_gradients:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradients)
             optimizer.step()
             average.update_parameters(model)
             seconds += time.monotonic() - started
@@ -194,7 +197,7 @@ def _train_member(
                 kept.size = stage.image_size
                 vectors = embed_all(kept, watched.lungs, device)
                 record["val_recall_at_1"] = recall = leave_one_out_recall(vectors[config.retrieve_with], watched.labels, watched.patients)
-                if recall > best_recall:
+                if recall > best_recall or config.keep == "last":
                     best_recall = recall
                     about = {"image_size": stage.image_size, "iteration": finished, "val_recall_at_1": recall, "seconds": seconds}
                     save_checkpoint(best, {"model": kept.state_dict(), **about, **identity})
@@ -243,6 +246,8 @@ def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -
         appearance_size=config.appearance_size,
         appearance_share=config.appearance_share,
         sizes=sizes or (IMAGE_SIZE,) * len(config.members),
+        attention_standardised=config.attention_standardised,
+        framed=config.view == "frame",
     )
 
 
@@ -338,6 +343,13 @@ def balanced_batch(
 def _jittered(box: Tensor, jitter: float) -> Tensor:
     extent = torch.stack([box[:, 1] - box[:, 0], box[:, 3] - box[:, 2]], dim=1).repeat_interleave(2, dim=1)
     return box + jitter * extent * (2.0 * torch.rand_like(box) - 1.0)
+
+
+def _cropped(box: Tensor, jitter: float) -> Tensor:
+    """A window anywhere in the box, its sides shorter by `jitter` of theirs, the aspect as it was (section 2.4.3: random crops)."""
+    sides = torch.stack([box[:, 1] - box[:, 0], box[:, 3] - box[:, 2]], dim=1)
+    start = box[:, ::2] + jitter * sides * torch.rand_like(sides)
+    return torch.stack([start, start + (1.0 - jitter) * sides], dim=2).flatten(1)
 
 
 def _schedule(config: EmbedderConfig, iteration: int, total: int) -> float:

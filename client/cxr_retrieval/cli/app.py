@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
+from cxr_retrieval.cli.gallery import app as gallery_app
 from cxr_retrieval.cli.info import info
 from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.loadtest import loadtest
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command in (demo, serve, ingest, query, evaluate, loadtest, info):
     app.command()(command)
 
+app.add_typer(gallery_app, name="gallery")
 app.add_typer(train_app, name="train", hidden=importlib.util.find_spec("torch") is None)
 app.add_typer(build_app, name="build", hidden=importlib.util.find_spec("onnx") is None)
 

@@ -1,4 +1,4 @@
-"""Results go to stdout, talk and progress to stderr."""
+"""Results go to stdout, talk and progress to stderr; what is printed means what it says: `[copy]` in a name is no markup."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cxr_retrieval.progress import progress_bar
 
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 def talk() -> Console:
     """The console for people, on stderr."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def results() -> Console:
     """The console for results, on stdout; wide when nobody is watching, so that a table in a file is not broken up."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -43,4 +44,4 @@ def print_problems(problems: Sequence[Problem]) -> None:
     """Each unusable input on a line of its own."""
     console = talk()
     for problem in problems:
-        console.print(f"[red]failed[/red] {problem.image_id}: {problem.error}", soft_wrap=True, markup=True)
+        console.print(Text.assemble(("failed", "red"), f" {problem.image_id}: {problem.error}"), soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, print_problems, progress, talk
@@ -25,6 +26,7 @@ def demo(
 ) -> None:
     """Show the whole path on synthetic radiographs: serve, ingest, query, picture, page; then stop everything."""
     from cxr_retrieval import embedding, retrieve
+    from cxr_retrieval.decoding import FilmReader
     from cxr_retrieval.locations import default_repository
     from cxr_retrieval.manifest import read_manifest
     from cxr_retrieval.phantoms import PHANTOM_LABELS, PhantomLabel, make_phantom, write_dicom, write_phantoms
@@ -34,7 +36,9 @@ def demo(
     from cxr_retrieval.triton import TritonClient
 
     console = talk()
-    console.print("[bold]cxr-retrieval demo[/bold] on synthetic phantoms: no patient is shown. Research use only, not for diagnosis.")
+    console.print(
+        Text.assemble(("cxr-retrieval demo", "bold"), " on synthetic phantoms: no patient is shown. Research use only, not for diagnosis.")
+    )
     manifest, image = out / "gallery" / "manifest.csv", out / "query.dcm"
     if not manifest.is_file():
         wanted: list[tuple[int, PhantomLabel]] = [(seed, label) for label in PHANTOM_LABELS for seed in range(_PER_CLASS)]
@@ -50,20 +54,21 @@ def demo(
     with ExitStack() as stack:
         server_options = ServerOptions(repository or default_repository(), grpc_port=0, http_port=0, metrics_port=0)
         server = stack.enter_context(embedded_triton(server_options))
+        reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc)))
         store = stack.enter_context(Store(MilvusSettings(str(out / "gallery.db")), client.model_version, create=True))
         with progress("ingesting", len(rows)) as advance:
-            report = embedding.ingest(rows, client, store, advance)
+            report = embedding.ingest(rows, reader, client, store, advance)
         print_problems(report.problems)
         if report.problems:
             raise SetupError("the demo gallery is damaged", next_step=f"remove {out} and run the demo again")
-        result = retrieve.query(image, client, store)
+        result = retrieve.query(image, reader, client, store)
+        write_montage(result, out / "query.png", reader)
+        write_html(result, out / "query.html", reader)
     console.print(
         f"The query was drawn as {_QUERY_LABEL}. The shipped weights learnt from real radiographs, never from phantoms: "
         "this shows the path, not how well they tell diseases apart."
     )
-    write_montage(result, out / "query.png")
-    write_html(result, out / "query.html")
     if json:
         print_json(result.as_json())
     else:

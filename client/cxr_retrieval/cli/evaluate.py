@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, print_problems, progress, results, talk
@@ -40,6 +41,7 @@ def evaluate(
     Vectors already ingested are taken from the gallery; others are computed now and not kept. Neighbours are exact.
     """
     from cxr_retrieval import embedding, evaluation
+    from cxr_retrieval.decoding import FilmReader
     from cxr_retrieval.manifest import read_manifest
     from cxr_retrieval.store import Store
     from cxr_retrieval.triton import TritonClient
@@ -50,7 +52,7 @@ def evaluate(
     }
     milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     found: dict[str, Embedded] = {}
-    with TritonClient(TritonSettings(triton, timeout)) as client:
+    with FilmReader() as reader, TritonClient(TritonSettings(triton, timeout)) as client:
         try:
             store = Store(milvus_settings, client.model_version)
         except StoreError as error:
@@ -59,7 +61,7 @@ def evaluate(
         try:
             for name, wanted in rows.items():
                 with progress(name, len(wanted)) as advance:
-                    found[name] = embedding.embed_rows(wanted, client, store, advance)
+                    found[name] = embedding.embed_rows(wanted, reader, client, store, advance)
                 talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
         finally:
             if store is not None:
@@ -67,7 +69,10 @@ def evaluate(
         version = client.model_version
     problems = [problem for part in found.values() for problem in part.problems]
     print_problems(problems)
-    result = evaluation.evaluate(_labelled(found["gallery"]), _labelled(found["queries"]), k=top_k, model_version=version)
+    rows_of = {name: [entry.row for entry in part.entries] for name, part in found.items()}
+    *patients, warnings = evaluation.comparable_patients(rows_of["gallery"], rows_of["queries"])
+    sets = [_labelled(found[name], keys) for name, keys in zip(found, patients, strict=True)]
+    result = evaluation.evaluate(*sets, k=top_k, model_version=version, warnings=warnings)
     if json:
         print_json(result)
     else:
@@ -76,7 +81,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _labelled(embedded: Embedded) -> LabelledSet:
+def _labelled(embedded: Embedded, patients: Sequence[str]) -> LabelledSet:
     from cxr_retrieval.evaluation import LabelledSet
 
     rows = [entry.row for entry in embedded.entries]
@@ -84,8 +89,9 @@ def _labelled(embedded: Embedded) -> LabelledSet:
         [row.image_id for row in rows],
         embedded.embeddings,
         [row.label for row in rows],
-        [row.patient for row in rows],
+        patients,
         [row.source or "" for row in rows],
+        embedded.pixels,
     )
 
 
@@ -125,8 +131,11 @@ def _print(result: dict[str, Any]) -> None:
                 *(_number(recall[at]) for at in ("1", "4", "10")),
             )
     console.print(table)
+    for warning in result["warnings"]:
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     console.print(
-        "[dim]Brackets: 95 % bootstrap intervals over patients. Where label and source are tied, read each source by itself.[/dim]"
+        "Brackets: 95 % bootstrap intervals over patients, none of too few. Where label and source are tied, read each source by itself.",
+        style="dim",
     )
 
 
@@ -145,8 +154,8 @@ def _restricted_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _with_interval(value: float, interval: list[float]) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def _with_interval(value: float, interval: list[float] | None) -> str:
+    return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _number(value: float | None) -> str:

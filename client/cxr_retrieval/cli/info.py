@@ -49,8 +49,12 @@ def info(
     for section, values in facts.items():
         typer.echo(section)
         for name, value in values.items():
-            shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+            shown = ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) if isinstance(value, dict) else _plain(value)
             typer.echo(f"  {name:<18} {shown}")
+
+
+def _plain(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _version(package: str) -> str:

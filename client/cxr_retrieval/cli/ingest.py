@@ -23,6 +23,10 @@ def ingest(
         list[Path] | None, typer.Argument(metavar="[PATH]...", help="Only rows whose file is, or lies under, one of these.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only rows of this split; without it all but 'extra'.")] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
+    ] = False,
+    audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
     triton: options.Triton = options.TRITON_DEFAULT,
     timeout: options.Timeout = options.TIMEOUT_DEFAULT,
@@ -34,15 +38,27 @@ def ingest(
 ) -> None:
     """Embed confirmed cases and keep them, with their clinical facts. Repeat it at will: only what changed is done again."""
     from cxr_retrieval import embedding
+    from cxr_retrieval.audit import audited
+    from cxr_retrieval.decoding import FilmReader
     from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval.store import LITE_COMFORTABLE_ROWS, Store
+    from cxr_retrieval.store import LITE_COMFORTABLE_ROWS, Store, case_key
     from cxr_retrieval.triton import TritonClient
 
-    rows = _under(read_manifest(manifest).require(split=split), paths or [])
+    listed = read_manifest(manifest)
+    rows = _under(listed.require(split=split), paths or [])
     milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
-    with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version, create=True) as store:
+    gone: Sequence[str] = ()
+    with (
+        FilmReader() as reader,
+        TritonClient(TritonSettings(triton, timeout)) as client,
+        Store(milvus_settings, client.model_version, create=True) as store,
+    ):
         with progress("ingesting", len(rows)) as advance:
-            report = embedding.ingest(rows, client, store, advance)
+            report = embedding.ingest(rows, reader, client, store, advance)
+        if prune:
+            with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
+                gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
+                removed[store.collection] = gone
         total = store.count()
         version, collection = client.model_version, store.collection
     print_problems(report.problems)
@@ -52,13 +68,19 @@ def ingest(
                 "model_version": version,
                 "collection": collection,
                 "stored": report.stored,
+                "corrected": report.corrected,
                 "unchanged": report.unchanged,
+                "pruned": len(gone),
                 "failed": [{"image_id": problem.image_id, "error": str(problem.error)} for problem in report.problems],
                 "gallery": total,
             }
         )
     else:
-        typer.echo(f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed; the gallery holds {total} cases")
+        counts = {"corrected": report.corrected, "pruned": len(gone)}
+        further = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        typer.echo(
+            f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
+        )
     if total > LITE_COMFORTABLE_ROWS and milvus_settings.is_lite:
         talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.problems:

@@ -107,11 +107,14 @@ def loadtest(
 def _squares(images: list[Path] | None) -> Any:
     import numpy as np
 
-    from cxr_retrieval.image import letterbox, read_radiograph
+    from cxr_retrieval.decoding import FilmReader
+    from cxr_retrieval.image import letterbox
     from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
 
-    pixels = [read_radiograph(path).pixels for path in images or []] or [make_phantom(0, label).pixels for label in PHANTOM_LABELS]
-    return np.stack([letterbox(one)[0] for one in pixels])[:, None]
+    if not images:
+        return np.stack([letterbox(make_phantom(0, label).pixels)[0] for label in PHANTOM_LABELS])[:, None]
+    with FilmReader() as reader:
+        return np.stack([reader.read(path).square for path in images])[:, None]
 
 
 def _write(out: Path, outcomes: list[Outcome]) -> None:

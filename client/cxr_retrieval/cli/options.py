@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cxr_retrieval.settings import DEFAULT_MILVUS, DEFAULT_TRITON
+from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON
 
 _SERVER = "Servers"
 
@@ -29,7 +29,9 @@ Repository = Annotated[
     Path | None,
     typer.Option("--repository", envvar="CXR_REPOSITORY", help="Production model repository.", show_default="the one that ships"),
 ]
+Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
 
 TRITON_DEFAULT = DEFAULT_TRITON
 MILVUS_DEFAULT = DEFAULT_MILVUS
 TIMEOUT_DEFAULT = 60.0
+AUDIT_DEFAULT = DEFAULT_AUDIT

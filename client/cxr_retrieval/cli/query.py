@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
@@ -14,6 +16,7 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.retrieve import QueryResult
+    from cxr_retrieval.store import Neighbour
 
 
 def query(
@@ -23,6 +26,15 @@ def query(
     json: options.Json = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one PNG.")] = None,
+    patient: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="The gallery's patient_id of this patient, whose films do not vote.", show_default="DICOM's Patient ID"
+        ),
+    ] = None,
+    include_own: Annotated[
+        bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
+    ] = False,
     triton: options.Triton = options.TRITON_DEFAULT,
     timeout: options.Timeout = options.TIMEOUT_DEFAULT,
     milvus: options.Milvus = options.MILVUS_DEFAULT,
@@ -31,19 +43,22 @@ def query(
     milvus_token: options.MilvusToken = "",
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
-    """Find the confirmed cases that look most like one radiograph."""
-    from cxr_retrieval import retrieve
-    from cxr_retrieval.picture import write_html, write_montage
-    from cxr_retrieval.store import Store
-    from cxr_retrieval.triton import TritonClient
+    """Find the confirmed cases of other patients that look most like one radiograph."""
+    from cxr_retrieval.decoding import FilmReader
 
-    milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
-    with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version) as store:
-        result = retrieve.query(image, client, store, top_k=top_k, where=where)
-    if html:
-        write_html(result, html)
-    if picture:
-        write_montage(result, picture)
+    with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval import retrieve
+        from cxr_retrieval.picture import write_html, write_montage
+        from cxr_retrieval.store import Store
+        from cxr_retrieval.triton import TritonClient
+
+        milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
+        with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version) as store:
+            result = retrieve.query(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
+        if html:
+            write_html(result, html, reader)
+        if picture:
+            write_montage(result, picture, reader)
     if json:
         print_json(result.as_json())
     else:
@@ -54,20 +69,30 @@ def query(
 
 def print_result(result: QueryResult) -> None:
     """The answer as a table on stdout."""
-    from cxr_retrieval.picture import DISCLAIMER, facts_line
+    from cxr_retrieval.picture import DISCLAIMER
 
     console = results()
     shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
     vote = result.prediction
-    console.print(f"[bold]{result.image_id}[/bold]: [bold]{vote.label}[/bold], confidence {vote.confidence:.0%}   ({shares})")
+    console.print(Text.assemble((result.image_id, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
+    console.print(_table(result.neighbours, numbered=True))
+    if result.own:
+        console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")
+        console.print(_table(result.own, numbered=False))
+    for warning in result.warnings:
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+    timings = ", ".join(f"{name} {value:.1f} ms" for name, value in result.timings_ms.items())
+    console.print(f"{timings}. Model {result.model_version}. {DISCLAIMER}", style="dim")
+
+
+def _table(hits: Sequence[Neighbour], *, numbered: bool) -> Table:
+    from cxr_retrieval.picture import facts_line
+
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "image", "similarity", "label"):
         table.add_column(name, no_wrap=True)
     table.add_column("clinical facts")
-    for rank, hit in enumerate(result.neighbours, start=1):
-        table.add_row(str(rank), hit.case.image_id, f"{hit.similarity:.4f}", hit.case.label, facts_line(hit.case.metadata))
-    console.print(table)
-    for warning in result.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
-    timings = ", ".join(f"{name} {value:.1f} ms" for name, value in result.timings_ms.items())
-    console.print(f"[dim]{timings}. Model {result.model_version}. {DISCLAIMER}[/dim]")
+    for rank, hit in enumerate(hits, start=1):
+        shown = (str(rank) if numbered else "–", hit.case.image_id, f"{hit.similarity:.4f}", hit.case.label)
+        table.add_row(*shown, facts_line(hit.case.metadata))
+    return table

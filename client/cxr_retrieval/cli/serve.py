@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import talk
@@ -52,13 +53,13 @@ def serve(
                 f"loading  model version {model_version(models, segmentation)}, {chosen.value}, segmentation by {segmentation.value}"
             )
             if doubt := doubts(models, chosen, segmentation, cpu_flags()):
-                console.print(f"[yellow]warning[/yellow]  {doubt}", soft_wrap=True)
+                console.print(Text.assemble(("warning", "yellow"), f"  {doubt}"), soft_wrap=True)
             triton = stack.enter_context(embedded_triton(settings))  # first: it forks, and Milvus Lite brings threads
             console.print(f"triton   grpc {triton.grpc}   http {triton.http}   metrics {triton.metrics}/metrics", soft_wrap=True)
             if not no_store:
                 milvus = stack.enter_context(embedded_milvus(store.expanduser(), host, milvus_port))
                 console.print(f"milvus   {milvus}   gallery {store}", soft_wrap=True)
-            console.print("[bold green]ready[/bold green]    stop with Ctrl-C")
+            console.print(Text.assemble(("ready", "bold green"), "    stop with Ctrl-C"))
             while triton.process.poll() is None:
                 time.sleep(0.5)
             raise SetupError(

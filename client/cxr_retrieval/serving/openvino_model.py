@@ -50,7 +50,7 @@ class TritonPythonModel:
             outputs = {name: np.concatenate([result[name] for result in mine]) for name in self._outputs}
             bad = [name for name, values in outputs.items() if values.dtype.kind == "f" and not np.isfinite(values).all()]
             if bad:
-                error = pb_utils.TritonError(f"{', '.join(bad)} is not finite")
+                error = pb_utils.TritonError(f"{', '.join(bad)} is not finite", pb_utils.TritonError.INVALID_ARG)
                 responses.append(pb_utils.InferenceResponse(error=error))
             else:
                 tensors = [pb_utils.Tensor(name, values) for name, values in outputs.items()]

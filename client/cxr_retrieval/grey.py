@@ -1,0 +1,75 @@
+"""What a decoded radiograph is, and how values of any depth become its 8 bits of grey."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_retrieval.errors import ImageError
+
+MAX_PIXELS: Final = 100_000_000
+"""Pixels; about three times the largest detector in use, and a bound on what a hostile file can make us allocate."""
+NEXT_STEP: Final = "give a frontal chest radiograph as DICOM, PNG, JPEG or TIFF"
+LEFT_OUT: Final = 0.001
+"""Share of the pixels at either end that a range may leave out: a dead or hot pixel, or line, is less; a letter of lead is more."""
+_LOOKED_AT: Final = 1 << 20
+"""Pixels, evenly taken, that quantiles are found from."""
+
+Grey8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """A decoded radiograph.
+
+    Attributes:
+        pixels: `[height, width]` uint8, 0 black to 255 white, bone bright (MONOCHROME2 sense), pixels square.
+        format: "DICOM", "PNG", "JPEG" or "TIFF".
+        warnings: What a careful reader should know; empty for an ordinary file.
+        patient_id: DICOM's Patient ID (0010,0020), if there is one. It serves to leave the patient's own films out of a vote, and
+            leaves this computer for no other purpose and no other place.
+    """
+
+    pixels: Grey8
+    format: str
+    warnings: tuple[str, ...] = ()
+    patient_id: str | None = None
+
+
+def to_8_bit(values: NDArray[np.generic], low: float, high: float) -> Grey8:
+    """Maps [low, high] linearly to [0, 255], clipping; all 0 where there is no range."""
+    if high <= low:
+        return np.zeros(values.shape, np.uint8)
+    scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255.0 / (high - low))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def shown_range(values: NDArray[np.generic]) -> tuple[float, float]:
+    """From where to where values that bring no window are shown: all but `LEFT_OUT` at either end.
+
+    One hot pixel of 65535 over a film of 0 to 3000 would otherwise leave it 12 of 255 levels. Where nothing but the ends varies, all.
+    """
+    flat = values.ravel()
+    looked_at = flat[:: max(1, flat.size // _LOOKED_AT)].astype(np.float64)
+    low, high = np.quantile(looked_at, [LEFT_OUT, 1 - LEFT_OUT], method="nearest")
+    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
+
+
+def too_large(name: str, got: str) -> ImageError:
+    """A picture of more than `MAX_PIXELS`."""
+    return ImageError(
+        f"{name}: too large",
+        expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
+        got=got,
+        next_step="scale the image down; no detector is this large",
+    )
+
+
+def truncated(name: str, error: Exception) -> ImageError:
+    """A file that ends too early, or whose parts do not fit."""
+    return ImageError(
+        f"{name}: the file is damaged", expected="a complete image", got=str(error), next_step="copy or export the file again"
+    )
