@@ -12,7 +12,6 @@ class by class would need a class for patients who have films of two.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
