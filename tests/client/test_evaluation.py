@@ -254,12 +254,13 @@ def test_calibration_and_selection() -> None:
 def naive_order(gallery: LabelledSet, query: int, queries: LabelledSet, compared: Gallery) -> tuple[list[int], list[float]]:
     """What `Ranking` promises, image by image and string by string."""
     similarity: list[float] = (gallery.embeddings @ queries.embeddings[query]).tolist()
-    allowed = {
-        Gallery.everything: lambda source: True,
-        Gallery.own_source: lambda source: source == queries.sources[query],
-        Gallery.other_sources: lambda source: source != queries.sources[query],
-    }[compared]
-    kept = [i for i in range(len(similarity)) if gallery.patients[i] != queries.patients[query] and allowed(gallery.sources[i])]
+    own = {source == queries.sources[query] for source in gallery.sources}
+    admitted = {Gallery.everything: own, Gallery.own_source: {True}, Gallery.other_sources: {False}}[compared]
+    kept = [
+        i
+        for i in range(len(similarity))
+        if gallery.patients[i] != queries.patients[query] and (gallery.sources[i] == queries.sources[query]) in admitted
+    ]
     kept.sort(key=lambda i: (-similarity[i], gallery.image_ids[i]))
     return kept, [similarity[i] for i in kept]
 
