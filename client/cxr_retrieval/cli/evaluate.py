@@ -155,7 +155,7 @@ def _restricted_table(result: dict[str, Any]) -> Table:
 
 
 def _with_interval(value: float, interval: list[float] | None) -> str:
-    return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return f"{value:.3f} –" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _number(value: float | None) -> str:
