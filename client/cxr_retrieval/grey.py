@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,7 @@ NEXT_STEP: Final = "give a frontal chest radiograph as DICOM, PNG, JPEG or TIFF"
 LEFT_OUT: Final = 0.001
 """Share of the pixels at either end that a range may leave out: a dead or hot pixel, or line, is less; a letter of lead is more."""
 _LOOKED_AT: Final = 1 << 20
-"""Pixels, evenly taken, that quantiles are found from."""
+"""Pixels, evenly taken, that quantiles are found from; at most twice as many."""
 
 Grey8 = NDArray[np.uint8]
 
@@ -47,15 +48,37 @@ def to_8_bit(values: NDArray[np.generic], low: float, high: float) -> Grey8:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def shown_range(values: NDArray[np.generic]) -> tuple[float, float]:
-    """From where to where values that bring no window are shown: all but `LEFT_OUT` at either end.
+def shown_range(values: NDArray[np.generic], padding: NDArray[np.bool_] | None = None) -> tuple[float, float]:
+    """From where to where values that bring no window are shown: all but `LEFT_OUT` at either end, padding apart.
 
     One hot pixel of 65535 over a film of 0 to 3000 would otherwise leave it 12 of 255 levels. Where nothing but the ends varies, all.
     """
-    flat = values.ravel()
-    looked_at = flat[:: max(1, flat.size // _LOOKED_AT)].astype(np.float64)
-    low, high = np.quantile(looked_at, [LEFT_OUT, 1 - LEFT_OUT], method="nearest")
-    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
+    low, high = np.quantile(_looked_at(values, padding).astype(np.float64), [LEFT_OUT, 1 - LEFT_OUT], method="nearest")
+    if low < high:
+        return float(low), float(high)
+    shown = values if padding is None else values[~padding]
+    return float(shown.min()), float(shown.max())
+
+
+def varies(grey: Grey8, padding: NDArray[np.bool_] | None = None) -> bool:
+    """Whether more than `LEFT_OUT` of the pixels, padding apart, differ from the most frequent grey."""
+    counts = np.bincount(_looked_at(grey, padding))
+    return bool(counts.sum() - counts.max() > LEFT_OUT * counts.sum())
+
+
+def _looked_at(values: NDArray[np.generic], padding: NDArray[np.bool_] | None) -> NDArray[np.generic]:
+    """Every k-th pixel that is no padding. k and the width have no common divisor: else every row would give the same columns, and
+    one hot column, where it is among them, k times its share.
+    """
+    step = max(1, values.size // _LOOKED_AT)
+    while math.gcd(step, values.shape[-1]) > 1:
+        step += 1
+    seen = values.ravel()[::step]
+    if padding is not None:
+        seen = seen[~padding.ravel()[::step]]
+        if not seen.size:
+            seen = values[~padding]
+    return seen
 
 
 def too_large(name: str, got: str) -> ImageError:

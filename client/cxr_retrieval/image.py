@@ -24,6 +24,8 @@ SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", 
 MIN_SIDE: Final = 64
 """Pixels; a smaller picture holds no lung texture."""
 MAX_ASPECT: Final = 4.0
+_DARK: Final = 128
+"""Grey that no pixel of a film in 16-bit colours reaches where its values have fewer than 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,17 @@ def _read_raster(data: bytes, name: str) -> Radiograph:
             f"{name}: holds several pages", expected="one radiograph per file", got=f"{frames} pages", next_step="split the file"
         )
     kind = image.format or "image"
-    white_is_zero = _white_is_zero(image)
+    white_is_zero, reduced = _white_is_zero(image), _is_16_bit_colour(image)
     try:
         image.load()
         upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise truncated(name, error) from error
-    return Radiograph(_grey8(upright, name, white_is_zero=white_is_zero), kind)
+    grey = _grey8(upright, name, white_is_zero=white_is_zero)
+    if reduced and 0 < int(grey.max()) < _DARK:
+        note = f"16-bit colours are read as 8 bits, of which this film fills {int(grey.max()).bit_length()}: save it as 16-bit grey"
+        return Radiograph(to_8_bit(grey, *shown_range(grey)), kind, (note,))
+    return Radiograph(grey, kind)
 
 
 def _grey8(image: Image.Image, name: str, *, white_is_zero: bool) -> Grey8:
@@ -183,6 +189,11 @@ def _grey8(image: Image.Image, name: str, *, white_is_zero: bool) -> Grey8:
 def _white_is_zero(image: Image.Image) -> bool:
     """TIFF 6.0, PhotometricInterpretation 0. Pillow turns such files of 8 bits and less itself, deeper ones not."""
     return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _is_16_bit_colour(image: Image.Image) -> bool:
+    """Pillow keeps the higher byte of such colours, and of grey with alpha: little where 12 bits lie in 16. Asked before it loads."""
+    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
 
 
 def _describe(data: bytes) -> str:

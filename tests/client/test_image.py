@@ -15,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 from pydicom.sequence import Sequence as DicomSequence
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -31,6 +34,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from cxr_retrieval.dicom import _OTHER_VIEW_CODES  # pyright: ignore[reportPrivateUsage]
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.image import MAX_PIXELS, letterbox, read_radiograph
 
@@ -157,6 +161,67 @@ def white_is_zero(values: NDArray[np.generic]) -> bytes:
     return encoded(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
 
 
+def table(entries: NDArray[np.generic], bits: int, first: int = 0) -> DicomSequence:
+    """A LUT sequence; entries of one byte are packed, of two are words."""
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [len(entries), first, bits]
+    item.LUTData = entries.tobytes()
+    item["LUTData"].VR = "OW"
+    return DicomSequence([item])
+
+
+FROM_12_TO_8 = (np.arange(4096) >> 4).astype("uint16")
+
+
+def view_code_item(scheme: str, code: str, meaning: str) -> DicomSequence:
+    item = pydicom.Dataset()
+    item.CodingSchemeDesignator, item.CodeValue, item.CodeMeaning = scheme, code, meaning
+    return DicomSequence([item])
+
+
+def misspelt(**values: str) -> bytes:
+    """Writes text as it is where the VR asks for numbers, which pydicom would refuse to write."""
+
+    def write(dataset: pydicom.Dataset) -> None:
+        for name, value in values.items():
+            dataset.add_new(name, "LO", value)
+
+    data = written(dicom(ramp(3000), write))
+    for name in values:
+        group, element = divmod(tag_for_keyword(name) or 0, 0x10000)
+        key = struct.pack("<HH", group, element)
+        assert data.count(key + b"LO") == 1
+        data = data.replace(key + b"LO", key + dictionary_VR(name).encode())
+    return data
+
+
+def signed_padding_as_unsigned() -> bytes:
+    stored = ramp(3000, "int16")
+    stored[:, :5] = -2000
+    return written(dicom(stored, lambda d: d.add_new("PixelPaddingValue", "US", 65536 - 2000), bits=16))
+
+
+def window_beside_all_but(value: int, rows: slice, columns: slice) -> bytes:
+    stored = ramp(3000)
+    stored[rows, columns] = value
+    return written(dicom(stored, elements(PixelPaddingValue=4095, WindowCenter=value, WindowWidth=100), bits=16))
+
+
+def png_16_bit_rgb(values: NDArray[np.generic]) -> bytes:
+    """Pillow writes none."""
+    height, width = values.shape
+    rows = np.repeat(values[..., None], 3, axis=2).astype(">u2")
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return png(header, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def png(header: bytes, data: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
 def black_up_to(columns: int, values: NDArray[np.int_]) -> NDArray[np.int_]:
     return np.where(np.arange(67) < columns, 0, values)
 
@@ -249,6 +314,69 @@ REFERENCE: dict[str, tuple[Callable[[], bytes], NDArray[np.int_], int]] = {
         1,
     ),
     "DICOM MONOCHROME2 with IDENTITY": (lambda: written(dicom(ramp(4095), elements(PresentationLUTShape="IDENTITY"))), EXPECTED, 1),
+    "DICOM VOI LUT from 12 bits to 8": (lambda: written(dicom(ramp(4095), elements(VOILUTSequence=table(FROM_12_TO_8, 8)))), EXPECTED, 1),
+    "DICOM VOI LUT of packed bytes": (
+        lambda: written(dicom(ramp(4095), elements(VOILUTSequence=table(FROM_12_TO_8.astype("uint8"), 8)))),
+        EXPECTED,
+        1,
+    ),
+    "DICOM VOI LUT of 12 bits that says 16": (
+        lambda: written(dicom(ramp(4095), elements(VOILUTSequence=table(np.arange(4096, dtype="uint16"), 16)))),
+        EXPECTED,
+        1,
+    ),
+    "DICOM VOI LUT of 11 bits that says 12": (
+        lambda: written(dicom(ramp(4095), elements(VOILUTSequence=table(np.arange(4096, dtype="uint16") >> 1, 12)))),
+        EXPECTED // 2,
+        1,
+    ),
+    "DICOM VOI LUT that begins below zero": (
+        lambda: written(
+            dicom(
+                np.subtract(ramp(4095, "int16"), 2048).astype("int16"),
+                elements(VOILUTSequence=table(np.arange(4096, dtype="uint16"), 12, -2048)),
+            )
+        ),
+        EXPECTED,
+        1,
+    ),
+    "DICOM VOI LUT without a table": (lambda: written(dicom(ramp(3000), elements(VOILUTSequence=[pydicom.Dataset()]))), EXPECTED, 1),
+    "DICOM VOI LUT of one value, then a window": (
+        lambda: written(
+            dicom(
+                ramp(4095),
+                elements(VOILUTSequence=table(np.full(4096, 7, "uint16"), 8), WindowCenter=1024, WindowWidth=2048),
+            )
+        ),
+        np.clip(np.round(np.linspace(0, 4095, 67) / 2047 * 255), 0, 255).astype(int),
+        1,
+    ),
+    "DICOM Modality LUT of 12 bits": (
+        lambda: written(dicom(ramp(4095), elements(ModalityLUTSequence=table(np.arange(4095, -1, -1, dtype="uint16"), 12)))),
+        255 - EXPECTED,
+        1,
+    ),
+    "DICOM Modality LUT without items": (lambda: written(dicom(ramp(3000), elements(ModalityLUTSequence=[]))), EXPECTED, 1),
+    "DICOM window with a decimal comma": (lambda: misspelt(WindowCenter="40,5", WindowWidth="80,0"), EXPECTED, 1),
+    "DICOM first window blank": (lambda: misspelt(WindowCenter="\\1500.5", WindowWidth="\\3001"), EXPECTED, 1),
+    "DICOM slope that is no number": (lambda: misspelt(RescaleSlope="nan", RescaleIntercept="x"), EXPECTED, 1),
+    "DICOM spacing that is no number": (lambda: misspelt(PixelSpacing="0.2\\x"), EXPECTED, 1),
+    "DICOM number of frames blank": (lambda: misspelt(NumberOfFrames=" "), EXPECTED, 1),
+    "DICOM window of width 1, a placeholder": (lambda: written(dicom(ramp(3000), elements(WindowCenter=1500, WindowWidth=1))), EXPECTED, 1),
+    "DICOM window at a hot pixel": (lambda: window_beside_all_but(50_000, slice(1), slice(1)), EXPECTED, 1),
+    "DICOM window at the padding": (
+        lambda: window_beside_all_but(4095, slice(None), slice(5)),
+        black_up_to(5, stretched(5)),
+        1,
+    ),
+    "DICOM everything is padding": (
+        lambda: written(dicom(ramp(3000), elements(PixelPaddingValue=0, PixelPaddingRangeLimit=4095))),
+        EXPECTED,
+        1,
+    ),
+    "DICOM signed padding written as unsigned": (signed_padding_as_unsigned, black_up_to(5, stretched(5)), 1),
+    "PNG RGB with 12 bits in 16": (lambda: png_16_bit_rgb(ramp(4095)), EXPECTED // 17 * 17, 17),
+    "PNG RGB 16-bit": (lambda: png_16_bit_rgb(ramp(65535)), EXPECTED, 1),
     "DICOM RLE": (lambda: compressed(RLELossless, ramp(4095), 12), EXPECTED, 1),
     "DICOM JPEG 2000": (lambda: compressed(JPEG2000Lossless, ramp(4095), 12), EXPECTED, 1),
     "DICOM JPEG Baseline": (jpeg_baseline, EXPECTED, 3),
@@ -262,6 +390,16 @@ def test_reference_image(name: str) -> None:
     assert pixels.shape == (SIDE, 67)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels[-1].astype(int) - expected).max() <= tolerance
+
+
+def test_a_hot_column_costs_nothing_wherever_it_lies() -> None:
+    """Every 16th pixel of a film 4096 wide, say, would lie in 256 columns alone: a hot one among them would count 16 times."""
+    stored = np.tile(np.linspace(0, 3000, 4096).astype("uint16"), (1024, 1))
+    for column in (1600, 1601):
+        stored[:, column] = 65535
+        pixels = read_radiograph(written(dicom(stored, bits=16))).pixels
+        assert pixels[0, 2048] == pytest.approx(128, abs=1)
+        stored[:, column] = stored[:, column - 1]
 
 
 @pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEGLosslessSV1, JPEG2000, JPEGBaseline8Bit, RLELossless])
@@ -315,6 +453,11 @@ def test_pixels_are_made_square(element: str, between: list[float] | None, shape
         elements(ViewPosition=None, SeriesDescription="bilateral lower lobes, platelike"),
         elements(ViewPosition=None, PatientOrientation=["L", "F"]),
         elements(ViewPosition=None, PatientOrientation=None, SeriesDescription=None),
+        elements(ViewPosition=None, PatientOrientation="PA"),
+        elements(ViewPosition=None, PatientOrientation=["A", "P"]),
+        elements(ViewPosition=None, PatientOrientation=["LA", "FP"]),
+        elements(ViewPosition="PA ERECT", SeriesDescription="THORAX LAT"),
+        elements(ViewPosition=None, SeriesDescription="LAT", ViewCodeSequence=view_code_item("SCT", "272479007", "postero-anterior")),
     ],
 )
 def test_frontal_films_are_not_taken_for_laterals(change: Callable[[pydicom.Dataset], None]) -> None:
@@ -329,6 +472,33 @@ def test_what_dicom_says_of_the_film_is_passed_on() -> None:
     assert warnings(BurnedInAnnotation="NO") == ""
     assert "is this the frontal one?" in warnings(ViewPosition=None, SeriesDescription="Thorax PA LAT")
     assert "over the range of its values" in warnings(WindowCenter=-9000, WindowWidth=400)
+    assert "over the range of its values" in warnings(WindowCenter=0.5, WindowWidth=0.5)
+    assert "that is not believed" in warnings(PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
+    for text in ("Thorax p.a. und lat.", "AP / seitl.", "thorax face et profil", "postero-anterior and lateral"):
+        assert "is this the frontal one?" in warnings(ViewPosition=None, SeriesDescription=text)
+    assert "is this the frontal one?" in warnings(ViewPosition=None, SeriesDescription="CHEST PA", ProtocolName="CHEST LAT")
+    assert "is this the frontal one?" in "; ".join(read_radiograph(misspelt(ViewPosition="PA/LAT")).warnings)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("shape", ["INVERSE", "IDENTITY", None])
+def test_only_contradictions_of_black_and_white_are_noted(photometric: str, shape: str | None) -> None:
+    found = read_radiograph(written(dicom(ramp(4095), elements(PhotometricInterpretation=photometric, PresentationLUTShape=shape))))
+    contradict = (photometric, shape) in {("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")}
+    assert ["contradicts itself" in note for note in found.warnings] == [True] * contradict
+
+
+def test_what_is_left_of_16_bit_colours_is_noted() -> None:
+    assert "fills 4" in read_radiograph(png_16_bit_rgb(ramp(4095))).warnings[0]
+    assert read_radiograph(png_16_bit_rgb(ramp(65535))).warnings == ()
+
+
+@pytest.mark.parametrize("code", sorted(_OTHER_VIEW_CODES))
+def test_view_codes_are_those_of_the_standard(code: tuple[str, str]) -> None:
+    """Each is in CID 4010 under the value that pydicom's dictionary has, and names no frontal view."""
+    views = [getattr(codes.cid4010, name) for name in codes.cid4010.dir()]
+    (meaning,) = {view.meaning for view in views if view == Code(code[1], code[0], "")}
+    assert set(meaning.lower().replace("-", " ").split()) & {"lateral", "medial", "sagittal", "oblique"}
 
 
 def test_the_patient_is_known_from_dicom_alone() -> None:
@@ -346,6 +516,8 @@ def test_no_message_names_the_patient() -> None:
         read_radiograph(written(dicom(ramp(4095), who)), "film")
     assert "SeriesDescription LAT" in str(caught.value)
     assert not any(word in str(caught.value) for word in ("MUELLER", "Q4711", "1955"))
+    misplaced = elements(PatientOrientation=["ANNA", "MUELLER"], ViewPosition="MUELLER", BurnedInAnnotation="YES")
+    assert not any("MUELLER" in note for note in read_radiograph(written(dicom(ramp(4095), misplaced)), "film").warnings)
 
 
 def test_body_part_other_than_chest_is_a_warning() -> None:
@@ -358,12 +530,7 @@ def test_body_part_other_than_chest_is_a_warning() -> None:
 
 def bomb() -> bytes:
     """A PNG of 40,000×40,000 pixels in a few hundred bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return png(struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0), b"\0" * 1000)
 
 
 def large() -> bytes:
@@ -384,10 +551,8 @@ def tag(name: str, value: object) -> Callable[[], bytes]:
     return lambda: written(dicom(ramp(4095), lambda dataset: setattr(dataset, name, value)))
 
 
-def view_code(scheme: str, code: str) -> Callable[[], bytes]:
-    item = pydicom.Dataset()
-    item.CodingSchemeDesignator, item.CodeValue, item.CodeMeaning = scheme, code, "of a view"
-    return lambda: written(dicom(ramp(4095), elements(ViewPosition=None, ViewCodeSequence=DicomSequence([item]))))
+def view_code(scheme: str, code: str, meaning: str = "of a view") -> Callable[[], bytes]:
+    return lambda: written(dicom(ramp(4095), elements(ViewPosition=None, ViewCodeSequence=view_code_item(scheme, code, meaning))))
 
 
 def described(name: str, text: str) -> Callable[[], bytes]:
@@ -434,6 +599,18 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "DICOM lateral by orientation": (tag("PatientOrientation", ["A", "F"]), "Patient Orientation (0020,0020) A\\F"),
     "DICOM lateral by code": (view_code("SCT", "399067008"), "View Code Sequence (0054,0220) 399067008"),
     "DICOM lateral by older code": (view_code("SNM3", "R-10236"), "View Code Sequence (0054,0220) R-10236"),
+    "DICOM lateral in two words": (tag("ViewPosition", "LEFT LATERAL"), "View Position (0018,5101) LATERAL"),
+    "DICOM decubitus": (tag("ViewPosition", "AP DECUB"), "View Position (0018,5101) DECUB"),
+    "DICOM anterior oblique": (tag("ViewPosition", "LAO"), "View Position (0018,5101) LAO"),
+    "DICOM lateral by a private code": (view_code("99HERE", "7", "Left Lateral"), "View Code Sequence (0054,0220) LATERAL"),
+    "DICOM axial by orientation": (tag("PatientOrientation", ["R", "A"]), "Patient Orientation (0020,0020) R\\A"),
+    "DICOM lateral by an abbreviation": (described("SeriesDescription", "Thorax seitl."), "SeriesDescription SEITL"),
+    "DICOM lateral by one letter more": (described("AcquisitionDeviceProcessingDescription", "CHEST_LLAT"), "LLAT"),
+    "DICOM lateral in French": (described("SeriesDescription", "thorax latérale"), "SeriesDescription LATÉRALE"),
+    "DICOM lateral beside both": (
+        lambda: written(dicom(ramp(4095), elements(ViewPosition=None, SeriesDescription="CHEST PA AND LATERAL", ProtocolName="CHEST LAT"))),
+        "ProtocolName LAT",
+    ),
     "DICOM lateral by description": (described("SeriesDescription", "CHEST_LAT"), "SeriesDescription LAT"),
     "DICOM lateral by protocol": (described("ProtocolName", "Thorax seitlich"), "ProtocolName SEITLICH"),
     "DICOM huge": (tag("Rows", 65_000), ""),
