@@ -240,7 +240,8 @@ def _table(dataset: pydicom.Dataset, sequence: str, values: NDArray[Any]) -> _Ta
     item = next(iter(dataset.get(sequence) or ()), None)
     if item is None:
         return None
-    descriptor, data = _numbers(item, "LUTDescriptor"), item.get("LUTData")
+    descriptor = _numbers(item, "LUTDescriptor")
+    data: Any = item.get("LUTData")
     if len(descriptor) != 3 or not np.isfinite(descriptor).all() or not data:
         return None
     count, first, bits = (int(number) for number in descriptor)
