@@ -19,10 +19,11 @@ image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian
 	@$(MAKE) --no-print-directory debian PACKAGES="$$(command -v buildah > /dev/null || echo buildah) $$(command -v mmdebstrap > /dev/null || echo mmdebstrap) $$(command -v cc > /dev/null || echo gcc)"
 	@.venv-dev/bin/python tests/deploy/image_check.py
 
-lint: .venv-dev/.installed      ## style and types
+lint: .venv-dev/.installed      ## style, types and layers
 	@.venv-dev/bin/ruff check .
 	@.venv-dev/bin/ruff format --check .
 	@.venv-dev/bin/basedpyright
+	@.venv-dev/bin/lint-imports --no-logo --no-cache
 
 bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
 	@.venv-dev/bin/python tests/benchmark/bench.py

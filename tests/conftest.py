@@ -12,13 +12,13 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
-from cxr_retrieval.decoding import FilmReader
-from cxr_retrieval.image import letterbox
+from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
-from cxr_retrieval.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.letterbox import letterbox
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
-from cxr_retrieval.triton import TritonClient
 
 install_import_hook("cxr_retrieval_training", "beartype.beartype")  # shapes in signatures are checked, wherever it is imported from first
 settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=True)

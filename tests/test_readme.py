@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_retrieval.phantoms import make_phantom, write_dicom
-from cxr_retrieval.picture import DISCLAIMER
+from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
+from cxr_retrieval.retrieval.picture import DISCLAIMER
 from cxr_retrieval.serving.server import Endpoints
 from tests_support import ENVIRONMENT
 

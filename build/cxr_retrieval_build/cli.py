@@ -73,7 +73,7 @@ def parity(
     `cxr serve --precision auto` takes only what passed. Fails if fp32 itself misses, for then the export is wrong.
     """
     _require("cxr build parity", "build", "torch", "onnx", "onnxruntime")
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_build.gates import Checkpoints, measure_gates, record, require_passed, table
 
     sets = [Checkpoints(Segmentation.ensemble, segmenter, embedder)]
@@ -100,7 +100,7 @@ def int8(
     Nothing of the radiographs calibrated on is kept but scales and biases. Takes about a quarter of an hour on two cores.
     """
     _require("cxr build int8", "build", "torch", "onnx", "nncf")
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_build.gates import Checkpoints, build_int8, table
 
     gates = build_int8(repository, read_manifest(manifest), Checkpoints(Segmentation.ensemble, segmenter, embedder), images)

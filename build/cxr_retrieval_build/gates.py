@@ -22,10 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_SEGMENTATION, LUNGS
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.manifest import Manifest
 from cxr_retrieval.progress import track
+from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval.serving.choices import (
     EMBEDDED_RUNTIME,
     ENGINE_GRAPHS_RUNTIME,
@@ -36,13 +37,12 @@ from cxr_retrieval.serving.choices import (
     missed,
 )
 from cxr_retrieval.serving.repository import graph_file, has_graph
-from cxr_retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_build.lower_precision import engine_graph, to_int8
 from cxr_retrieval_training.cpu_engine import CpuEngine
-from cxr_retrieval_training.datasets import load_images
-from cxr_retrieval_training.lungs import find_lungs, load_segmenter
-from cxr_retrieval_training.metrics import dice_coefficient
-from cxr_retrieval_training.train_embedder import load_embedder
+from cxr_retrieval_training.data.datasets import load_images
+from cxr_retrieval_training.embedding.train_embedder import load_embedder
+from cxr_retrieval_training.segmentation.lungs import find_lungs, load_segmenter
+from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 
 Images = NDArray[np.uint8]
 Vectors = NDArray[np.float32]

@@ -39,10 +39,10 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval_build.lower_precision import CONVOLUTIONS
-from cxr_retrieval_training.embedder import AttentionMapHead
-from cxr_retrieval_training.lungs import load_segmenter
+from cxr_retrieval_training.embedding.embedder import AttentionMapHead
+from cxr_retrieval_training.embedding.train_embedder import load_embedder
+from cxr_retrieval_training.segmentation.lungs import load_segmenter
 from cxr_retrieval_training.shipped import HALVED_FROM
-from cxr_retrieval_training.train_embedder import load_embedder
 
 OPSET: Final = 18
 DESCRIPTION: Final = ("config", "members", "data_sha256")

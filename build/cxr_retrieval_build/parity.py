@@ -27,8 +27,8 @@ from cxr_retrieval.contract import (
     LeafSpec,
 )
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.image import letterbox
-from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
+from cxr_retrieval.radiograph.letterbox import letterbox
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from cxr_retrieval_build.onnx_export import GRAPHS, STUDENT
 
 Arrays = dict[str, NDArray[np.generic]]

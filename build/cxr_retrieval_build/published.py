@@ -20,9 +20,9 @@ from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval_build.lower_precision import with_plain_weights
 from cxr_retrieval_build.onnx_export import GRAPHS, STUDENT
 from cxr_retrieval_training.checkpoints import save_checkpoint
-from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.embedding.train_embedder import described_embedder
+from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 from cxr_retrieval_training.shipped import as_trained
-from cxr_retrieval_training.train_embedder import described_embedder
 
 FILES: Final = {LUNG_SEGMENTATION: "segmenter.pt", EMBEDDER: "embedder.pt", STUDENT: "student.pt"}
 """Graph → checkpoint; the attention map has no weights."""

@@ -1,5 +1,89 @@
-"""cxr-retrieval: which confirmed chest radiographs looked like this one, and what became of them. Research use only."""
+"""cxr-retrieval: which confirmed chest radiographs looked like this one, and what became of them. Research use only.
 
+What a program or a notebook uses is here:
+
+    from pathlib import Path
+    from cxr_retrieval import Retriever
+
+    with Retriever() as retriever:
+        print(retriever.query(Path("film.dcm")).prediction)
+
+Names are loaded when first asked for, so that `import cxr_retrieval` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cxr_retrieval.archive.embedding import IngestReport, ingest
+    from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
+    from cxr_retrieval.errors import CxrError, ImageError, InferenceError, InputError, ManifestError, ServiceError, StoreError, UsageError
+    from cxr_retrieval.evaluation.metrics import evaluate
+    from cxr_retrieval.gallery.store import Case, Neighbour, Store
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
+    from cxr_retrieval.retrieval.picture import write_html, write_montage
+    from cxr_retrieval.retrieval.query import QueryResult, query
+    from cxr_retrieval.retrieval.retriever import Retriever
+    from cxr_retrieval.retrieval.voting import Vote, weighted_vote
+    from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 __version__ = _version("cxr-retrieval")
+
+_WHERE = {
+    "archive.embedding": ("IngestReport", "ingest"),
+    "cases.manifest": ("Manifest", "ManifestRow", "read_manifest"),
+    "errors": ("CxrError", "ImageError", "InferenceError", "InputError", "ManifestError", "ServiceError", "StoreError", "UsageError"),
+    "evaluation.metrics": ("evaluate",),
+    "gallery.store": ("Case", "Neighbour", "Store"),
+    "inference.triton": ("TritonClient",),
+    "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
+    "retrieval.picture": ("write_html", "write_montage"),
+    "retrieval.query": ("QueryResult", "query"),
+    "retrieval.retriever": ("Retriever",),
+    "retrieval.voting": ("Vote", "weighted_vote"),
+    "settings": ("MilvusSettings", "TritonSettings"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "Case",
+    "CxrError",
+    "DecodingLimits",
+    "Film",
+    "FilmReader",
+    "ImageError",
+    "InferenceError",
+    "IngestReport",
+    "InputError",
+    "Manifest",
+    "ManifestError",
+    "ManifestRow",
+    "MilvusSettings",
+    "Neighbour",
+    "QueryResult",
+    "Retriever",
+    "ServiceError",
+    "Store",
+    "StoreError",
+    "TritonClient",
+    "TritonSettings",
+    "UsageError",
+    "Vote",
+    "evaluate",
+    "ingest",
+    "query",
+    "read_manifest",
+    "weighted_vote",
+    "write_html",
+    "write_montage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cxr_retrieval' has no attribute {name!r}")
+    return getattr(_import(f"cxr_retrieval.{_MODULE_OF[name]}"), name)

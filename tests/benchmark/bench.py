@@ -26,21 +26,21 @@ from typing import Any, Final
 
 import numpy as np
 from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
-from retrieval import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
+from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
 from rich.console import Console
 from rich.table import Table
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, EMBEDDING, LUNG_SEGMENTATION
-from cxr_retrieval.image import letterbox
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
-from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
-from cxr_retrieval.retrieve import OWN_EXPECTED
+from cxr_retrieval.radiograph.letterbox import letterbox
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
+from cxr_retrieval.retrieval.query import OWN_EXPECTED
 from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
 from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
-from cxr_retrieval.store import Store
-from cxr_retrieval.triton import TritonClient
 
 ROUNDS: Final = 3
 ROUND_S: Final = 3.5

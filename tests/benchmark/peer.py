@@ -19,9 +19,9 @@ from fastapi.concurrency import run_in_threadpool
 
 from cxr_retrieval.contract import EMBEDDING_SIZE, IMAGE_SIZE
 from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
-from cxr_retrieval_training.embedder import AttentionMapHead
-from cxr_retrieval_training.segmenter import LungSegmenter
-from cxr_retrieval_training.train_embedder import build_embedder
+from cxr_retrieval_training.embedding.embedder import AttentionMapHead
+from cxr_retrieval_training.embedding.train_embedder import build_embedder
+from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 
 torch.manual_seed(0)
 torch.set_num_threads(int(os.environ["CXR_PEER_THREADS"]))

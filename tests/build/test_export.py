@@ -21,11 +21,11 @@ from torch import nn
 
 from cxr_retrieval.contract import EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import derive_embedded, graph_file, model_version, read_config
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
-from cxr_retrieval.triton import TritonClient
 from cxr_retrieval_build.onnx_export import (
     DESCRIPTION,
     GRAPHS,
@@ -40,10 +40,10 @@ from cxr_retrieval_build.published import write_checkpoints
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
-from cxr_retrieval_training.embedder import Embedder
-from cxr_retrieval_training.lungs import load_segmenter
-from cxr_retrieval_training.segmenter import LungSegmenter
-from cxr_retrieval_training.train_embedder import build_embedder, load_embedder
+from cxr_retrieval_training.embedding.embedder import Embedder
+from cxr_retrieval_training.embedding.train_embedder import build_embedder, load_embedder
+from cxr_retrieval_training.segmentation.lungs import load_segmenter
+from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 
 MEMBERS = ("linknet", "deeplabv3plus")
 

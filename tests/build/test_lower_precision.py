@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval_build.lower_precision import convolutional_core, signed, to_fp16, to_int8, with_plain_weights, with_split_convolutions
 from cxr_retrieval_training.cpu_engine import CpuEngine
-from cxr_retrieval_training.metrics import dice_coefficient
+from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 
 
 def run(model: onnx.ModelProto, image: NDArray[np.generic], output: str = "EMBEDDING") -> NDArray[np.float32]:

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
-from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
+from cxr_retrieval.gallery.store import ALIAS, Entry, Held, Store, case_key, drop_gallery, list_collections, make_entry, remove_cases
 from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
-from cxr_retrieval.store import ALIAS, Entry, Held, Store, case_key, drop_gallery, list_collections, make_entry, remove_cases
 from tests_support import dashboard_metrics
 
 pytestmark = pytest.mark.server

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cxr_retrieval.contract import LEAF_MODELS
+from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.server import Endpoints
-from cxr_retrieval.triton import TritonClient
 from tests_support import dashboard_metrics
 
 ROOT = Path(__file__).parents[2]

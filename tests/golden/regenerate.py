@@ -8,7 +8,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "client")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "cli")]
 
 from test_cli import COMMANDS  # noqa: E402
 

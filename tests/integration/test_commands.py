@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_retrieval.phantoms import make_phantom, write_dicom
-from cxr_retrieval.store import case_key
+from cxr_retrieval.gallery.store import case_key
+from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
 from tests_support import ENVIRONMENT, cxr_command, leftovers, run_cxr
 
 

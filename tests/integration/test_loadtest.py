@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cxr_retrieval import perf_analyzer
 from cxr_retrieval.contract import LEAF_MODELS
 from cxr_retrieval.errors import InferenceError, SetupError
-from cxr_retrieval.loadtest import Load, Window, run_loads, write_input_data
-from cxr_retrieval.perf_analyzer import PerfAnalyzer, find_perf_analyzer
+from cxr_retrieval.evaluation import perf_analyzer
+from cxr_retrieval.evaluation.loadtest import Load, Window, run_loads, write_input_data
+from cxr_retrieval.evaluation.perf_analyzer import PerfAnalyzer, find_perf_analyzer
 from cxr_retrieval.serving.server import Endpoints
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
 

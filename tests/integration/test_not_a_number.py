@@ -12,16 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import cxr_retrieval.serving.server as server_module
+from cxr_retrieval.archive.embedding import ingest
+from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.contract import ATTENTION_MAP_MODEL, EMBEDDER, LEAVES, LUNG_SEGMENTATION, TensorSpec
-from cxr_retrieval.decoding import FilmReader
-from cxr_retrieval.embedding import ingest
 from cxr_retrieval.errors import InferenceError, UnusableOutputError
-from cxr_retrieval.manifest import read_manifest
-from cxr_retrieval.retrieve import query
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.query import query
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
-from cxr_retrieval.store import Store
-from cxr_retrieval.triton import TritonClient
 
 TYPES = {"UINT8": TensorProto.UINT8, "FP32": TensorProto.FLOAT}
 

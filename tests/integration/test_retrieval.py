@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
+from cxr_retrieval.archive.embedding import embed_rows, ingest
+from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
-from cxr_retrieval.decoding import FilmReader
-from cxr_retrieval.embedding import embed_rows, ingest
 from cxr_retrieval.errors import ImageError, UsageError
-from cxr_retrieval.evaluation import LabelledSet, rank
-from cxr_retrieval.image import letterbox
-from cxr_retrieval.manifest import ManifestRow, read_manifest
-from cxr_retrieval.phantoms import make_phantom, write_dicom
-from cxr_retrieval.retrieve import lung_warnings, nearest_others, query
+from cxr_retrieval.evaluation.metrics import LabelledSet, rank
+from cxr_retrieval.gallery.store import Case, Neighbour, Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.letterbox import letterbox
+from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
+from cxr_retrieval.retrieval.query import lung_warnings, nearest_others, query
 from cxr_retrieval.settings import MilvusSettings
-from cxr_retrieval.store import Case, Neighbour, Store
-from cxr_retrieval.triton import TritonClient
 
 
 def silent(count: int) -> None:

@@ -19,11 +19,11 @@ from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK, LUNG_SEGMENTATION, TensorSpec
 from cxr_retrieval.errors import InferenceError, OverloadedError, SetupError, UnusableOutputError
+from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
-from cxr_retrieval.triton import TritonClient
 from tests_support import leftovers
 
 

@@ -12,17 +12,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_retrieval.archive.embedding import embed_rows, ingest
+from cxr_retrieval.cases.fields import parse_clinical
+from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.contract import LABELS, LUNG_AGREEMENT, LUNG_MASK
-from cxr_retrieval.decoding import FilmReader
-from cxr_retrieval.embedding import embed_rows, ingest
-from cxr_retrieval.evaluation import LabelledSet, evaluate
-from cxr_retrieval.fields import parse_clinical
-from cxr_retrieval.image import letterbox, read_radiograph
-from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
-from cxr_retrieval.retrieve import MIN_LUNG_AGREEMENT, query
+from cxr_retrieval.evaluation.metrics import LabelledSet, evaluate
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.letterbox import letterbox
+from cxr_retrieval.radiograph.reading import read_radiograph
+from cxr_retrieval.retrieval.query import MIN_LUNG_AGREEMENT, query
 from cxr_retrieval.settings import MilvusSettings
-from cxr_retrieval.store import Store
-from cxr_retrieval.triton import TritonClient
 
 pytestmark = pytest.mark.real_data
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cxr_retrieval_training.metrics import centre_prior, hausdorff_95, pixel_auroc, pointing_hit, source_probe
+from cxr_retrieval_training.segmentation.metrics import centre_prior, hausdorff_95, pixel_auroc, pointing_hit, source_probe
 
 
 def square(top: int, left: int, side: int = 20) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:

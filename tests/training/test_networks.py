@@ -18,7 +18,7 @@ from torch import nn
 
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval_training.config import BackboneName, SegmenterName
-from cxr_retrieval_training.embedder import (
+from cxr_retrieval_training.embedding.embedder import (
     AttentionMapHead,
     Embedder,
     EmbedderMember,
@@ -26,9 +26,16 @@ from cxr_retrieval_training.embedder import (
     SpatialAttention,
     Strata,
 )
+from cxr_retrieval_training.embedding.normalisation import REACH, between_boxes, from_box, lung_box, sampling, standardised_lungs
 from cxr_retrieval_training.imagenet import imagenet_state
-from cxr_retrieval_training.normalisation import REACH, between_boxes, from_box, lung_box, sampling, standardised_lungs
-from cxr_retrieval_training.segmenter import ARCHITECTURES, LungSegmenter, agreement, build_member, drop_small_islands, expected_dice
+from cxr_retrieval_training.segmentation.segmenter import (
+    ARCHITECTURES,
+    LungSegmenter,
+    agreement,
+    build_member,
+    drop_small_islands,
+    expected_dice,
+)
 
 
 @pytest.fixture(scope="module", params=["resnet50", "efficientnet_lite0"])

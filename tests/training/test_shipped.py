@@ -11,8 +11,8 @@ from torch import nn
 
 from cxr_retrieval.contract import IMAGE, LUNGS
 from cxr_retrieval_training.config import BackboneName
-from cxr_retrieval_training.embedder import Embedder
-from cxr_retrieval_training.segmenter import LungSegmenter
+from cxr_retrieval_training.embedding.embedder import Embedder
+from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 from cxr_retrieval_training.shipped import HALVED_FROM, Convolution, as_shipped
 
 

@@ -16,13 +16,10 @@ from PIL import Image
 from pydantic import ValidationError
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 
+from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
-from cxr_retrieval.evaluation import LabelledSet
-from cxr_retrieval.manifest import Manifest, ManifestRow, read_manifest
-from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
-from cxr_retrieval_training import train_embedder as embedder_training
-from cxr_retrieval_training.ablations import ABLATIONS, ablation_config
-from cxr_retrieval_training.augment import EmbeddingAugment, SegmentationAugment
+from cxr_retrieval.evaluation.metrics import LabelledSet
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
 from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, save_checkpoint
 from cxr_retrieval_training.config import (
     CONFIGS,
@@ -35,15 +32,25 @@ from cxr_retrieval_training.config import (
     config_path,
     load_config,
 )
-from cxr_retrieval_training.datasets import Images, load_images
-from cxr_retrieval_training.embedder import EmbedderMember
-from cxr_retrieval_training.losses import Criterion, attention_on_lesions
-from cxr_retrieval_training.lungs import find_lungs, find_probabilities, load_segmenter
-from cxr_retrieval_training.metrics import dice_coefficient
-from cxr_retrieval_training.report import Run, adult_pneumonia, blanked, shuffled
-from cxr_retrieval_training.summary import write_report
-from cxr_retrieval_training.train_embedder import balanced_batch, left_out, load_embedder, load_resnet50, load_training_set, train_embedder
-from cxr_retrieval_training.train_segmenter import load_masked, train_segmentation, train_student
+from cxr_retrieval_training.data.augment import EmbeddingAugment, SegmentationAugment
+from cxr_retrieval_training.data.datasets import Images, load_images
+from cxr_retrieval_training.embedding import train_embedder as embedder_training
+from cxr_retrieval_training.embedding.ablations import ABLATIONS, ablation_config
+from cxr_retrieval_training.embedding.embedder import EmbedderMember
+from cxr_retrieval_training.embedding.losses import Criterion, attention_on_lesions
+from cxr_retrieval_training.embedding.train_embedder import (
+    balanced_batch,
+    left_out,
+    load_embedder,
+    load_resnet50,
+    load_training_set,
+    train_embedder,
+)
+from cxr_retrieval_training.report.page import write_report
+from cxr_retrieval_training.report.results import Run, adult_pneumonia, blanked, shuffled
+from cxr_retrieval_training.segmentation.lungs import find_lungs, find_probabilities, load_segmenter
+from cxr_retrieval_training.segmentation.metrics import dice_coefficient
+from cxr_retrieval_training.segmentation.train_segmenter import load_masked, train_segmentation, train_student
 
 CPU = torch.device("cpu")
 
@@ -417,7 +424,7 @@ def test_student_is_one_network_of_the_teacher(trained: Path, manifest: Manifest
 
 def test_early_stopping(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dice that never rises after the first epoch ends the member after `patience_epochs` more."""
-    import cxr_retrieval_training.train_segmenter as module
+    import cxr_retrieval_training.segmentation.train_segmenter as module
 
     scores = iter([0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
     monkeypatch.setattr(module, "member_dice", lambda *_: np.array([next(scores)]))
@@ -429,7 +436,7 @@ def test_early_stopping(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.
 
 def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the second epoch, it ends with the same weights as an uninterrupted run."""
-    import cxr_retrieval_training.train_segmenter as module
+    import cxr_retrieval_training.segmentation.train_segmenter as module
 
     saves = 0
 
@@ -595,7 +602,7 @@ def test_cross_validation_asks_each_run_about_its_own_fold() -> None:
 def test_lungs_are_found_once_and_go_on_after_an_interruption(
     trained: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cxr_retrieval_training.lungs as module
+    import cxr_retrieval_training.segmentation.lungs as module
 
     checkpoint = tmp_path / "segmenter.pt"
     checkpoint.write_bytes(trained.read_bytes())
@@ -701,7 +708,7 @@ def test_published_embedder_trains(trained: Path, manifest: Manifest, tmp_path: 
 
 def test_published_segmentation_trains(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs of one member, small: the learning rate stays, no member stops early, the last epoch is kept though the first did better."""
-    import cxr_retrieval_training.train_segmenter as module
+    import cxr_retrieval_training.segmentation.train_segmenter as module
 
     published = load_config(config_path("segmentation-published"), SegmentationConfig)
     scores = iter([0.9, 0.1, 0.1])

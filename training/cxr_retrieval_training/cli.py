@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cxr_retrieval.cli.console import talk
-from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.errors import SetupError
 
 app = typer.Typer(help="Train the lung-segmentation ensemble and the embedder.", no_args_is_help=True)
-
-
-class Kind(str, Enum):
-    """Data sets that `cxr train manifest` reads (`manifests.READERS`)."""
-
-    covidx = "covidx"
-    ieee8023 = "ieee8023"
-    folders = "folders"
-    chexpert = "chexpert"
-    mimic_cxr_jpg = "mimic-cxr-jpg"
-    montgomery = "montgomery"
-    shenzhen = "shenzhen"
-    jsrt = "jsrt"
 
 
 Manifest = Annotated[Path, typer.Option("--manifest", help="CSV with the splits train and val.")]
@@ -41,26 +26,6 @@ def require_training() -> None:
 
 
 @app.command()
-def manifest(
-    kind: Annotated[Kind, typer.Argument(help="The data set's publisher's form.")],
-    root: Annotated[Path, typer.Argument(help="The release's top folder.")],
-    out: Annotated[Path, typer.Option(help="CSV to write; images are named relative to its folder.")],
-    uncertain: Annotated[str, typer.Option(help="CheXpert's -1: ignore, positive or negative.")] = "ignore",
-    val_share: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of patients for val, where the publisher gives no split.")
-    ] = 0.15,
-) -> None:
-    """Turn a public data set, as its publisher releases it, into the one manifest."""
-    from cxr_retrieval_training.manifests import Request, Uncertain, write_manifest
-
-    if uncertain not in {policy.value for policy in Uncertain}:
-        raise UsageError(f"--uncertain {uncertain}", expected="ignore, positive or negative", next_step="choose one")
-    counts = write_manifest(kind.value, Request(root, out, Uncertain(uncertain), val_share))
-    talk().print("\n".join(f"{count:7d}  {name}" for name, count in counts.items()), highlight=False)
-    typer.echo(out)
-
-
-@app.command()
 def segmentation(
     manifest: Manifest,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and log; an interrupted run goes on from there.")],
@@ -68,13 +33,13 @@ def segmentation(
     device: Device = "auto",
 ) -> None:
     """Train the five segmentation networks on rows that have a lung mask (column lung_mask_path)."""
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_training.config import SegmentationConfig, config_path, load_config
 
     settings, rows = load_config(config_path(config), SegmentationConfig), read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.train_segmenter import train_segmentation
+    from cxr_retrieval_training.segmentation.train_segmenter import train_segmentation
 
     typer.echo(train_segmentation(settings, rows, out, pick_device(device)))
 
@@ -88,13 +53,13 @@ def student(
     device: Device = "auto",
 ) -> None:
     """Train one small network to find the lungs that the five find, for `cxr serve --segmentation student`."""
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_training.config import SegmentationConfig, config_path, load_config
 
     settings, rows = load_config(config_path(config), SegmentationConfig), read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.train_segmenter import train_student
+    from cxr_retrieval_training.segmentation.train_segmenter import train_student
 
     typer.echo(train_student(settings, rows, segmenter, out, pick_device(device)))
 
@@ -109,13 +74,13 @@ def embedder(
     init: Annotated[Path | None, typer.Option(help="A torchvision ResNet-50 state dict to start from (ImageNet, say).")] = None,
 ) -> None:
     """Train the attention embedder on the lungs that the segmentation networks find."""
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
 
     settings, rows = load_config(config_path(config), EmbedderConfig), read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.train_embedder import train_embedder
+    from cxr_retrieval_training.embedding.train_embedder import train_embedder
 
     typer.echo(train_embedder(settings, rows, segmenter, out, pick_device(device), init))
 
@@ -130,13 +95,13 @@ def ablation(
     device: Device = "auto",
 ) -> None:
     """Train one of the paper's comparisons or ours: the loss, attention, embedding size, baseline, a source left out."""
-    from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval_training.ablations import ablation_config
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval_training.embedding.ablations import ablation_config
 
     settings, rows = ablation_config(name, base), read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.train_embedder import train_embedder
+    from cxr_retrieval_training.embedding.train_embedder import train_embedder
 
     typer.echo(train_embedder(settings, rows, segmenter, out / name, pick_device(device)))
 
@@ -150,12 +115,12 @@ def report(
     device: Device = "auto",
 ) -> None:
     """Measure finished runs side by side: retrieval, sources, attention, calibration. montage.png shows patients' images."""
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
 
     rows = read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.summary import write_report
+    from cxr_retrieval_training.report.page import write_report
 
     typer.echo(write_report(rows, segmenter, runs, out, pick_device(device)))
 
@@ -167,16 +132,16 @@ def everything(
     device: Device = "auto",
 ) -> None:
     """Reproduce the shipped weights from a manifest: segmentation, embedder, report. Then `cxr build onnx` exports them."""
-    from cxr_retrieval.manifest import read_manifest
+    from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_training.config import EmbedderConfig, SegmentationConfig, config_path, load_config
 
     rows = read_manifest(manifest)
     lungs, embedding = load_config(config_path("segmentation"), SegmentationConfig), load_config(config_path("embedder"), EmbedderConfig)
 
     from cxr_retrieval_training.checkpoints import pick_device
-    from cxr_retrieval_training.summary import write_report
-    from cxr_retrieval_training.train_embedder import train_embedder
-    from cxr_retrieval_training.train_segmenter import train_segmentation
+    from cxr_retrieval_training.embedding.train_embedder import train_embedder
+    from cxr_retrieval_training.report.page import write_report
+    from cxr_retrieval_training.segmentation.train_segmenter import train_segmentation
 
     where = pick_device(device)
     networks = train_segmentation(lungs, rows, out / "segmentation", where)

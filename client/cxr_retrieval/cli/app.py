@@ -18,6 +18,7 @@ from cxr_retrieval.cli.gallery import app as gallery_app
 from cxr_retrieval.cli.info import info
 from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.loadtest import loadtest
+from cxr_retrieval.cli.manifest import manifest
 from cxr_retrieval.cli.query import query
 from cxr_retrieval.cli.serve import serve
 from cxr_retrieval.errors import CxrError
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, ingest, query, evaluate, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, evaluate, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

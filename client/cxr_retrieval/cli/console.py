@@ -14,7 +14,7 @@ from rich.text import Text
 from cxr_retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
-    from cxr_retrieval.embedding import Advance, Problem
+    from cxr_retrieval.archive.embedding import Advance, Problem
 
 
 def talk() -> Console:

@@ -25,15 +25,16 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Show the whole path on synthetic radiographs: serve, ingest, query, picture, page; then stop everything."""
-    from cxr_retrieval import embedding, retrieve
-    from cxr_retrieval.decoding import FilmReader
+    from cxr_retrieval.archive import embedding
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.locations import default_repository
-    from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval.phantoms import PHANTOM_LABELS, PhantomLabel, make_phantom, write_dicom, write_phantoms
-    from cxr_retrieval.picture import write_html, write_montage
+    from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, PhantomLabel, make_phantom, write_dicom, write_phantoms
+    from cxr_retrieval.retrieval.picture import write_html, write_montage
+    from cxr_retrieval.retrieval.query import query
     from cxr_retrieval.serving.server import ServerOptions, embedded_triton
-    from cxr_retrieval.store import Store
-    from cxr_retrieval.triton import TritonClient
 
     console = talk()
     console.print(
@@ -62,7 +63,7 @@ def demo(
         print_problems(report.problems)
         if report.problems:
             raise SetupError("the demo gallery is damaged", next_step=f"remove {out} and run the demo again")
-        result = retrieve.query(image, reader, client, store)
+        result = query(image, reader, client, store)
         write_montage(result, out / "query.png", reader)
         write_html(result, out / "query.html", reader)
     console.print(

@@ -16,9 +16,9 @@ from cxr_retrieval.errors import StoreError
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
-    from cxr_retrieval.embedding import Embedded
-    from cxr_retrieval.evaluation import LabelledSet
-    from cxr_retrieval.manifest import ManifestRow
+    from cxr_retrieval.archive.embedding import Embedded
+    from cxr_retrieval.cases.manifest import ManifestRow
+    from cxr_retrieval.evaluation.metrics import LabelledSet
 
 
 def evaluate(
@@ -40,11 +40,12 @@ def evaluate(
 
     Vectors already ingested are taken from the gallery; others are computed now and not kept. Neighbours are exact.
     """
-    from cxr_retrieval import embedding, evaluation
-    from cxr_retrieval.decoding import FilmReader
-    from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval.store import Store
-    from cxr_retrieval.triton import TritonClient
+    from cxr_retrieval.archive import embedding
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval.evaluation import metrics
+    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval.radiograph.decoding import FilmReader
 
     rows: dict[str, Sequence[ManifestRow]] = {
         "gallery": read_manifest(gallery).require(split=gallery_split),
@@ -70,9 +71,9 @@ def evaluate(
     problems = [problem for part in found.values() for problem in part.problems]
     print_problems(problems)
     rows_of = {name: [entry.row for entry in part.entries] for name, part in found.items()}
-    *patients, warnings = evaluation.comparable_patients(rows_of["gallery"], rows_of["queries"])
+    *patients, warnings = metrics.comparable_patients(rows_of["gallery"], rows_of["queries"])
     sets = [_labelled(found[name], keys) for name, keys in zip(found, patients, strict=True)]
-    result = evaluation.evaluate(*sets, k=top_k, model_version=version, warnings=warnings)
+    result = metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings)
     if json:
         print_json(result)
     else:
@@ -82,7 +83,7 @@ def evaluate(
 
 
 def _labelled(embedded: Embedded, patients: Sequence[str]) -> LabelledSet:
-    from cxr_retrieval.evaluation import LabelledSet
+    from cxr_retrieval.evaluation.metrics import LabelledSet
 
     rows = [entry.row for entry in embedded.entries]
     return LabelledSet(

@@ -35,8 +35,8 @@ def remove(
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Remove cases from the galleries of every model version: a patient who withdrew consent, a wrong file, a whole source."""
-    from cxr_retrieval.audit import audited
-    from cxr_retrieval.store import remove_cases
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.gallery.store import remove_cases
 
     clause = _clause(image or [], patient, source, where)
     settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
@@ -68,8 +68,8 @@ def drop(
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Remove a whole gallery, such as one of a model version that is no longer served."""
-    from cxr_retrieval.audit import audited
-    from cxr_retrieval.store import drop_gallery
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.gallery.store import drop_gallery
 
     settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     with audited(audit.expanduser(), "gallery drop", reason) as removed:

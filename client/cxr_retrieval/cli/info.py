@@ -40,7 +40,7 @@ def info(
         "devices": _devices(),
     }
     if collections:
-        from cxr_retrieval.store import list_collections
+        from cxr_retrieval.gallery.store import list_collections
 
         facts["collections"] = list_collections(MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database))
     if json:

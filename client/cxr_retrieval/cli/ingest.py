@@ -14,7 +14,7 @@ from cxr_retrieval.errors import UsageError
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
-    from cxr_retrieval.manifest import ManifestRow
+    from cxr_retrieval.cases.manifest import ManifestRow
 
 
 def ingest(
@@ -37,12 +37,12 @@ def ingest(
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Embed confirmed cases and keep them, with their clinical facts. Repeat it at will: only what changed is done again."""
-    from cxr_retrieval import embedding
-    from cxr_retrieval.audit import audited
-    from cxr_retrieval.decoding import FilmReader
-    from cxr_retrieval.manifest import read_manifest
-    from cxr_retrieval.store import LITE_COMFORTABLE_ROWS, Store, case_key
-    from cxr_retrieval.triton import TritonClient
+    from cxr_retrieval.archive import embedding
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store, case_key
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval.radiograph.decoding import FilmReader
 
     listed = read_manifest(manifest)
     rows = _under(listed.require(split=split), paths or [])

@@ -16,7 +16,7 @@ from cxr_retrieval.cli.console import print_json, progress, results, talk
 from cxr_retrieval.errors import InferenceError, SetupError
 
 if TYPE_CHECKING:
-    from cxr_retrieval.loadtest import Outcome
+    from cxr_retrieval.evaluation.loadtest import Outcome
 
 _RATE_SHARES = (0.5, 0.8)
 
@@ -64,8 +64,8 @@ def loadtest(
         raise SetupError(
             "`cxr loadtest` is not installed", expected="the extra 'loadtest'", next_step="pip install 'cxr-retrieval[loadtest]'"
         )
-    from cxr_retrieval.loadtest import Load, Window, plot, run_loads
-    from cxr_retrieval.perf_analyzer import find_perf_analyzer
+    from cxr_retrieval.evaluation.loadtest import Load, Window, plot, run_loads
+    from cxr_retrieval.evaluation.perf_analyzer import find_perf_analyzer
 
     console = talk()
     program = find_perf_analyzer()
@@ -107,9 +107,9 @@ def loadtest(
 def _squares(images: list[Path] | None) -> Any:
     import numpy as np
 
-    from cxr_retrieval.decoding import FilmReader
-    from cxr_retrieval.image import letterbox
-    from cxr_retrieval.phantoms import PHANTOM_LABELS, make_phantom
+    from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.radiograph.letterbox import letterbox
+    from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 
     if not images:
         return np.stack([letterbox(make_phantom(0, label).pixels)[0] for label in PHANTOM_LABELS])[:, None]

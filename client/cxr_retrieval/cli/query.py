@@ -15,8 +15,8 @@ from cxr_retrieval.cli.console import print_json, results, talk
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
-    from cxr_retrieval.retrieve import QueryResult
-    from cxr_retrieval.store import Neighbour
+    from cxr_retrieval.gallery.store import Neighbour
+    from cxr_retrieval.retrieval.query import QueryResult
 
 
 def query(
@@ -44,17 +44,17 @@ def query(
     milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
-    from cxr_retrieval.decoding import FilmReader
+    from cxr_retrieval.radiograph.decoding import FilmReader
 
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
-        from cxr_retrieval import retrieve
-        from cxr_retrieval.picture import write_html, write_montage
-        from cxr_retrieval.store import Store
-        from cxr_retrieval.triton import TritonClient
+        from cxr_retrieval.gallery.store import Store
+        from cxr_retrieval.inference.triton import TritonClient
+        from cxr_retrieval.retrieval.picture import write_html, write_montage
+        from cxr_retrieval.retrieval.query import query as answer
 
         milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
         with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version) as store:
-            result = retrieve.query(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
+            result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
         if html:
             write_html(result, html, reader)
         if picture:
@@ -69,7 +69,7 @@ def query(
 
 def print_result(result: QueryResult) -> None:
     """The answer as a table on stdout."""
-    from cxr_retrieval.picture import DISCLAIMER
+    from cxr_retrieval.retrieval.picture import DISCLAIMER
 
     console = results()
     shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
@@ -86,7 +86,7 @@ def print_result(result: QueryResult) -> None:
 
 
 def _table(hits: Sequence[Neighbour], *, numbered: bool) -> Table:
-    from cxr_retrieval.picture import facts_line
+    from cxr_retrieval.retrieval.picture import facts_line
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "image", "similarity", "label"):

@@ -120,7 +120,7 @@ def embedded_milvus(folder: Path, host: str, port: int) -> Generator[str]:
     from milvus_lite.adapter.grpc.server import start_server_in_thread
     from milvus_lite.exceptions import DataDirLockedError
 
-    from cxr_retrieval.store import one_blas_thread
+    from cxr_retrieval.gallery.milvus import one_blas_thread
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port(host, port, "milvus")

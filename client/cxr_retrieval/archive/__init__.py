@@ -1,0 +1,1 @@
+"""Whole archives: films in bulk, and the log of what was done."""

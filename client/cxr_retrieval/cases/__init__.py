@@ -1,0 +1,1 @@
+"""What is known of a radiograph besides its pixels: manifests, clinical fields, public data sets."""

@@ -1,0 +1,1 @@
+"""Milvus: the confirmed cases, their embeddings and facts."""

@@ -1,0 +1,457 @@
+"""The gallery in Milvus: schema, deterministic keys, upsert, search. Same code for Milvus Lite and a Milvus server.
+
+One collection holds the embeddings of one model version (`cxr_<version>`), because vectors of two versions cannot be
+compared. After an ingest the alias `cxr` points to it, for tools that look at the gallery from outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
+from cxr_retrieval.cases.manifest import ManifestRow
+from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.errors import InputError, StoreError, UsageError
+from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients
+from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, one_blas_thread, silent, translated
+from cxr_retrieval.settings import MilvusSettings
+
+ALIAS: Final = "cxr"
+PREFIX: Final = "cxr_"
+"""Of every gallery's collection; its model version follows."""
+UPSERT_ROWS: Final = 500
+"""Rows per call: about 2 MB, far below Milvus' 64 MB limit, and what an interrupt can lose."""
+LITE_COMFORTABLE_ROWS: Final = 100_000
+"""Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
+MAX_HITS: Final = 16_384
+"""Of one search: Milvus' own limit."""
+
+_NAMED: Final = {
+    "image_id": 512,
+    "label": 256,
+    "patient_id": 512,
+    "source": 256,
+    "split": 64,
+    "path": 4096,
+    "file": 64,
+    "facts": 64,
+    "pixels": 64,
+}
+"""Text fields of our own, each with its greatest length in bytes of UTF-8, as Milvus counts."""
+_OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
+_INTERNAL: Final = frozenset({"file", "facts", "pixels"})
+"""Digests, of no use in a clause."""
+FILTER_FIELDS: Final = frozenset({"key", "extra", *_NAMED, *CLINICAL_FIELDS}) - _INTERNAL
+"""Names that a clause may use."""
+_MILVUS_TYPES: Final = {"number": DataType.DOUBLE, "flag": DataType.BOOL, "text": DataType.VARCHAR}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One gallery image as stored. `metadata` holds the clinical facts that are known; `file` and `pixels` are SHA-256 digests of the
+    file's bytes and of the 256×256 picture.
+    """
+
+    key: str
+    image_id: str
+    label: str
+    patient_id: str | None
+    source: str | None
+    split: str | None
+    path: Path
+    metadata: Mapping[str, Value]
+    file: str
+    pixels: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A retrieved case with its cosine similarity to the query, in [−1, 1]."""
+
+    case: Case
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case about to be stored: its manifest row, typed fields and the SHA-256 of its file; its embedding comes later."""
+
+    row: ManifestRow
+    known: Mapping[str, Value]
+    extra: Mapping[str, Value]
+    file: str
+
+    @property
+    def key(self) -> str:
+        """Its primary key."""
+        return case_key(self.row.image_id)
+
+    @property
+    def facts(self) -> str:
+        """SHA-256 over all that is stored beside the picture."""
+        row = self.row
+        told = [
+            row.label,
+            row.patient_id,
+            row.source,
+            row.split,
+            str(row.path.resolve()),
+            sorted(self.known.items()),
+            sorted(self.extra.items()),
+        ]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the gallery holds under a key, as far as an ingest must know: digests, and whose it is."""
+
+    file: str
+    facts: str
+    pixels: str
+    source: str | None
+
+
+def case_key(image_id: str) -> str:
+    """Primary key: 32 hex digits of SHA-256 over image_id alone, so that a corrected row replaces itself whatever was wrong with it."""
+    return hashlib.sha256(image_id.encode()).hexdigest()[:32]
+
+
+def make_entry(row: ManifestRow, file: str) -> Entry:
+    """Types a row's columns; `file` is the SHA-256 of its file.
+
+    Raises:
+        InputError: A clinical value that cannot be understood, or a cell longer than the gallery's field.
+    """
+    cells = {"image_id": row.image_id, "label": row.label, "patient_id": row.patient_id, "source": row.source, "split": row.split}
+    for name, text in {**cells, "path": str(row.path.resolve())}.items():
+        size = len((text or "").encode())
+        if size > _NAMED[name]:
+            raise InputError(
+                f"column {name}: too long",
+                expected=f"at most {_NAMED[name]} bytes of UTF-8",
+                got=f"{size}, beginning {(text or '')[:40]!r}",
+                next_step="shorten that cell",
+            )
+    known, extra = parse_clinical(row.fields)
+    return Entry(row, known, extra, file)
+
+
+class Store:
+    """An open gallery for one model version. Use as a context manager.
+
+    Args:
+        settings: Where Milvus is.
+        model_version: Which weights the embeddings come from.
+        create: Make the collection if it is not there (ingest), or complain (query).
+
+    Raises:
+        StoreError: Not reachable, locked by another process, not authorised, no gallery, or vectors of another size.
+    """
+
+    def __init__(self, settings: MilvusSettings, model_version: str, *, create: bool = False) -> None:
+        self._settings = settings
+        self.collection = f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
+        if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
+            raise StoreError(
+                f"no gallery for model version {model_version}",
+                expected=f"a Milvus Lite folder at {settings.uri}",
+                got="nothing there",
+                next_step="correct --milvus, or run `cxr ingest` first",
+            )
+        self._client: Any = connect(settings)
+        self._limits = ExitStack()
+        if settings.is_lite:
+            self._limits.enter_context(one_blas_thread())
+        try:
+            with translated(settings):
+                self._nullable = has_nullable(self._client)
+                if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
+                    if not create:
+                        raise StoreError(
+                            f"no gallery for model version {model_version}",
+                            expected=f"collection {self.collection}",
+                            got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
+                            next_step="run `cxr ingest` first",
+                        )
+                    self._create()
+                self._check_schema()
+                self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection and, for Milvus Lite, releases the file."""
+        close(self._client, self._settings)
+        self._limits.close()
+
+    def count(self) -> int:
+        """Rows in the gallery, counted by the server (Strong consistency)."""
+        with translated(self._settings):
+            result = self._client.query(
+                self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong", timeout=self._settings.timeout_s
+            )
+        return int(result[0]["count(*)"])
+
+    def held(self, keys: Sequence[str]) -> dict[str, Held]:
+        """Key → what is stored there, for those that are."""
+        rows = self._rows_of(keys, ["file", "facts", "pixels", "source"])
+        return {row["key"]: Held(row["file"], row["facts"], row["pixels"], row.get("source")) for row in rows}
+
+    def embeddings(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Key → embedding `[64]` for those that are stored."""
+        return {row["key"]: np.array(row["embedding"], np.float32) for row in self._rows_of(keys, ["embedding"])}
+
+    def _rows_of(self, keys: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        with translated(self._settings):
+            for start in range(0, len(keys), UPSERT_ROWS):
+                rows += self._client.query(
+                    self.collection,
+                    filter=f"key in {json.dumps(list(keys[start : start + UPSERT_ROWS]))}",
+                    output_fields=["key", *fields],
+                    consistency_level="Strong",
+                    timeout=self._settings.timeout_s,
+                )
+        return rows
+
+    def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
+        """Stores entries with the digests of their pictures and their embeddings `[n, 64]`; an entry stored before is replaced whole."""
+        rows = [self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True)]
+        with translated(self._settings):
+            for start in range(0, len(rows), UPSERT_ROWS):
+                self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS], timeout=self._settings.timeout_s)
+
+    def publish(self) -> None:
+        """Ends an ingest: seals what was written, and points the alias `cxr` at this collection.
+
+        Unsealed rows are found as well, but Milvus Lite looks at them one by one: 181 ms a query over 5,000 of them, 8 ms once sealed.
+        """
+        with translated(self._settings):
+            self._client.flush(self.collection, timeout=self._settings.timeout_s)
+            try:
+                with silent("pymilvus.decorators"):  # it logs the stack of a refused call, which here is an answer
+                    self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
+            except MilvusException:
+                self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
+
+    def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
+        """The `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
+
+        A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
+        for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
+
+        Args:
+            embedding: `[64]`, unit length.
+            where: Milvus boolean expression over the stored fields.
+
+        Raises:
+            UsageError: The expression is malformed or names an unknown field.
+            StoreError: The search failed.
+        """
+        if where:
+            check_filter(where, FILTER_FIELDS)
+            where = keep_unknown_patients(where) if self._nullable else where
+        with translated(self._settings, where):
+            hits = self._client.search(
+                self.collection,
+                data=[embedding.tolist()],
+                anns_field="embedding",
+                limit=top_k,
+                filter=where,
+                output_fields=["*"],
+                search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
+                consistency_level="Session",
+                timeout=self._settings.timeout_s,
+            )[0]
+        found = [Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits]
+        return sorted(found, key=lambda hit: (-hit.similarity, hit.case.image_id))
+
+    def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
+        """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""
+        with translated(self._settings):
+            rows = list(_rows(self._client, self.collection, 'key != ""', ["*"], self._settings.timeout_s))
+        rows.sort(key=lambda row: str(row["key"]))
+        return [_case(row) for row in rows], np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
+
+    def prune(self, keep: Collection[str], sources: Collection[str | None]) -> list[str]:
+        """Removes the cases of these sources (None: of no source) whose key is not to be kept; returns the keys removed."""
+        with translated(self._settings):
+            rows = _rows(self._client, self.collection, 'key != ""', ["key", "source"], self._settings.timeout_s)
+            gone = sorted(row["key"] for row in rows if row.get("source") in sources and row["key"] not in keep)
+            _delete(self._client, self.collection, gone, self._settings.timeout_s)
+        return gone
+
+    def _create(self) -> None:
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
+        schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=EMBEDDING_SIZE)
+        for name, length in _NAMED.items():
+            if name not in _OPTIONAL:
+                schema.add_field(name, DataType.VARCHAR, max_length=length)
+        schema.add_field("extra", DataType.JSON)
+        if self._nullable:  # a server before 2.5 keeps the same names as dynamic fields; the same filters work there
+            for name in sorted(_OPTIONAL):
+                schema.add_field(name, DataType.VARCHAR, max_length=_NAMED[name], nullable=True)
+            for name, kind in CLINICAL_FIELDS.items():
+                length = {"max_length": MAX_TEXT} if kind == "text" else {}
+                schema.add_field(name, _MILVUS_TYPES[kind], nullable=True, **length)
+        index = self._client.prepare_index_params()
+        if self._settings.is_lite:
+            index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
+        else:
+            index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 32, "efConstruction": 256})
+        self._client.create_collection(
+            self.collection, schema=schema, index_params=index, consistency_level="Strong", timeout=self._settings.timeout_s
+        )
+
+    def _check_schema(self) -> None:
+        fields = {
+            field["name"]: field for field in self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
+        }
+        got = fields.get("embedding", {}).get("params", {}).get("dim")
+        if got is None or int(got) != EMBEDDING_SIZE:
+            raise StoreError(
+                f"collection {self.collection} does not fit this system",
+                expected=f"a field embedding of {EMBEDDING_SIZE} dimensions",
+                got=f"{got} dimensions" if got else f"fields {', '.join(sorted(fields))}",
+                next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
+            )
+        wanted = {name: DataType.VARCHAR for name in _NAMED if self._nullable or name not in _OPTIONAL}
+        wanted |= {name: _MILVUS_TYPES[kind] for name, kind in CLINICAL_FIELDS.items()} if self._nullable else {}
+        other = sorted(name for name, kind in wanted.items() if fields.get(name, {}).get("type") != kind)
+        if other:
+            raise StoreError(
+                f"collection {self.collection} was made by another version of this system",
+                expected=f"fields {', '.join(f'{name} ({wanted[name].name})' for name in other)}",
+                got=", ".join(f"{name} ({DataType(fields[name]['type']).name})" if name in fields else f"no {name}" for name in other),
+                next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
+            )
+
+    def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
+        row = entry.row
+        named = {
+            "image_id": row.image_id,
+            "label": row.label,
+            "patient_id": row.patient_id,
+            "source": row.source,
+            "split": row.split,
+            "path": str(row.path.resolve()),
+            "file": entry.file,
+            "facts": entry.facts,
+            "pixels": pixels,
+        }
+        optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
+        values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional}
+        return values if self._nullable else {name: value for name, value in values.items() if value is not None}
+
+
+def list_collections(settings: MilvusSettings) -> dict[str, str]:
+    """Galleries and their sizes, by collection name.
+
+    Raises:
+        StoreError: As `connect`.
+    """
+    with connected(settings) as client:
+        names = sorted(client.list_collections(timeout=settings.timeout_s))
+        return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
+
+
+def remove_cases(settings: MilvusSettings, where: str, *, dry_run: bool = False) -> dict[str, list[str]]:
+    """Takes the cases that meet a clause out of the galleries of every model version; returns the keys by collection, where there are any.
+
+    Args:
+        dry_run: Only look which they are.
+
+    Raises:
+        UsageError: The clause is malformed or names an unknown field.
+        StoreError: Not reachable, or the removal failed.
+    """
+    check_filter(where, FILTER_FIELDS)
+    found: dict[str, list[str]] = {}
+    with connected(settings, where) as client:
+        for name in sorted(client.list_collections(timeout=settings.timeout_s)):
+            if not name.startswith(PREFIX):
+                continue
+            client.load_collection(name, timeout=settings.timeout_s)
+            keys = sorted(row["key"] for row in _rows(client, name, where, ["key"], settings.timeout_s))
+            if keys:
+                found[name] = keys
+            if not dry_run:
+                _delete(client, name, keys, settings.timeout_s)
+    return found
+
+
+def drop_gallery(settings: MilvusSettings, collection: str) -> int:
+    """Removes a whole gallery; returns how many cases it held.
+
+    Raises:
+        UsageError: No such gallery.
+        StoreError: Not reachable.
+    """
+    with connected(settings) as client:
+        names = sorted(name for name in client.list_collections(timeout=settings.timeout_s) if name.startswith(PREFIX))
+        if collection not in names:
+            raise UsageError(
+                f"no gallery {collection}", expected=", ".join(names) or "a gallery; there is none", next_step="correct the name"
+            )
+        rows = int(client.get_collection_stats(collection, timeout=settings.timeout_s)["row_count"])
+        for alias in client.list_aliases(collection, timeout=settings.timeout_s)["aliases"]:
+            client.drop_alias(alias, timeout=settings.timeout_s)
+        client.drop_collection(collection, timeout=settings.timeout_s)
+        return rows
+
+
+def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
+    """Every row that meets the clause, in batches under the hood."""
+    with silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
+        iterator = client.query_iterator(
+            collection, batch_size=1000, filter=where, output_fields=list(fields), consistency_level="Strong", timeout=timeout_s
+        )
+    while batch := iterator.next():
+        yield from batch
+    iterator.close()
+
+
+def _delete(client: Any, collection: str, keys: Sequence[str], timeout_s: float) -> None:
+    for start in range(0, len(keys), UPSERT_ROWS):
+        client.delete(collection, ids=list(keys[start : start + UPSERT_ROWS]), timeout=timeout_s)
+    if keys:
+        client.flush(collection, timeout=timeout_s)
+
+
+def _case(row: Mapping[str, Any]) -> Case:
+    facts: dict[str, Value] = {name: row[name] for name in CLINICAL_FIELDS if row.get(name) is not None}
+    facts |= row.get("extra") or {}
+    return Case(
+        row["key"],
+        row["image_id"],
+        row["label"],
+        row.get("patient_id"),
+        row.get("source"),
+        row.get("split"),
+        Path(row["path"]),
+        facts,
+        row["file"],
+        row["pixels"],
+    )

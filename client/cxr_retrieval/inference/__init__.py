@@ -1,0 +1,1 @@
+"""Triton: the networks, asked over gRPC."""

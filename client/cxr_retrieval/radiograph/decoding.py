@@ -1,0 +1,503 @@
+"""Files are decoded in worker processes, so that a file that crashes, hangs or bloats a native decoder costs only itself.
+
+Each worker is a Python of its own, started by `subprocess` and spoken to over its own pair of sockets by one thread of this
+process. `multiprocessing` and the pools on top of it do not serve here: fork is not safe beside gRPC's threads, spawn and forkserver
+run the user's script again, workers that share one pipe and its locks can take it with them when they die, and a worker that
+dies idle breaks the pool (Pebble 5.2, `concurrent.futures`). A worker is no sandbox: it keeps the rights of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+
+from cxr_retrieval.errors import CxrError, ImageError, SetupError
+from cxr_retrieval.radiograph.grey import Grey8
+from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox, pixel_digest
+from cxr_retrieval.radiograph.reading import MIN_SIDE, read_radiograph
+
+MAX_FILE_BYTES: Final = 2**30
+"""Bytes; five times what `grey.MAX_PIXELS` of 16 bits need."""
+
+_START_S: Final = 120.0
+"""Seconds that a worker may take to import its libraries; a fraction of one on an idle machine."""
+_LOG_BYTES: Final = 2**16
+"""What native libraries may print while one file is decoded; also the largest file a worker can write."""
+_END_S: Final = 2.0
+"""Seconds that a process may take to be gone once it is dead."""
+_NO_MEMORY: Final = ("bad_alloc", "Unable to allocate", "annot allocate memory")
+"""What C++, NumPy and C say when memory runs out."""
+_ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class DecodingLimits:
+    """How many workers decode at a time, and what one file may cost.
+
+    Attributes:
+        workers: At most so many processes; 0 means one per core that this process may use.
+        timeout_s: Seconds for one file, from the moment a worker takes it up.
+        memory_bytes: Address space of one worker (RLIMIT_AS), about 150 MiB of which its libraries take. A DICOM of
+            `grey.MAX_PIXELS` of 16 bits decodes under the default.
+    """
+
+    workers: int = 0
+    timeout_s: float = 30.0
+    memory_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or not 0 < self.timeout_s <= 86_400 or self.memory_bytes < 2**28:
+            raise SetupError(
+                "the limits of decoding are out of range",
+                expected="0 workers (one per core) or more, a timeout above 0 s and up to a day, and at least 256 MiB of memory",
+                got=f"{self.workers} workers, {self.timeout_s:g} s, {_size(self.memory_bytes)}",
+                next_step="correct the limits",
+            )
+
+
+@dataclass(frozen=True)
+class Film:
+    """One decoded file; nothing else of the file leaves its worker.
+
+    Attributes:
+        square: `[256, 256]` uint8, letterboxed, bone bright.
+        box: Where the radiograph lies in the square.
+        format: "DICOM", "PNG", "JPEG" or "TIFF".
+        warnings: What a careful reader should know; empty for an ordinary file.
+        patient_id: DICOM's Patient ID, if the file has one.
+        pixels: SHA-256 (hex) of the square's bytes: equal for the same picture under another name or format.
+        file: SHA-256 (hex) of the file's bytes.
+    """
+
+    square: Grey8
+    box: Letterbox
+    format: str
+    warnings: tuple[str, ...]
+    patient_id: str | None
+    pixels: str
+    file: str
+
+
+class FilmReader:
+    """Decodes files in worker processes; thread-safe. One per process is enough.
+
+    The first worker starts at once and without waiting, the others when more files are asked for than workers run.
+    """
+
+    def __init__(self, limits: DecodingLimits = DecodingLimits()) -> None:
+        self.limits = limits
+        self._most = limits.workers or len(os.sched_getaffinity(0))
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._seats: list[tuple[_Seat, threading.Thread]] = []
+        self._unfinished = 0
+        self._closed = False
+        self._add_seat()
+
+    def read(self, path: Path) -> Film:
+        """Decodes one file and waits for it.
+
+        Raises:
+            ImageError: The file cannot be used as a radiograph, or its decoder crashed, hung or needed too much memory.
+            SetupError: Workers cannot be started, or the reader was closed meanwhile.
+        """
+        return self.submit(path).result()
+
+    def submit(self, path: Path) -> Future[Film]:
+        """Queues one file. The future raises what `read` raises; `cancel` works until a worker takes the file up."""
+        job = _Job(path.absolute(), Future())
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this FilmReader is closed")
+            self._unfinished += 1
+            self._jobs.put(job)
+            if len(self._seats) < min(self._unfinished, self._most):
+                self._add_seat()
+        return job.future
+
+    def close(self) -> None:
+        """Ends the workers. Files still queued are cancelled, a file under way ends with a SetupError."""
+        with self._lock:
+            self._closed = True
+        for seat, _ in self._seats:
+            seat.close()
+        with contextlib.suppress(Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None and job.future.cancel():
+                    job.future.set_running_or_notify_cancel()
+        for _ in self._seats:
+            self._jobs.put(None)
+        for _, thread in self._seats:
+            if thread is not threading.current_thread():  # a future's callback may close
+                thread.join()
+
+    def __enter__(self) -> FilmReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _add_seat(self) -> None:
+        seat = _Seat(self.limits)
+        # A daemon: it never holds up the interpreter's exit. It starts its workers itself, because a worker dies with the thread
+        # that started it.
+        thread = threading.Thread(target=self._serve, args=(seat,), name="cxr-decoding", daemon=True)
+        self._seats.append((seat, thread))
+        thread.start()
+
+    def _serve(self, seat: _Seat) -> None:
+        while True:
+            with contextlib.suppress(SetupError):  # the next file meets it again
+                seat.fill()  # now, so that the next file need not wait for it
+            job = self._jobs.get()
+            if job is None:
+                seat.empty()
+                return
+            if not job.future.set_running_or_notify_cancel():
+                self._count_finished()
+                continue
+            try:
+                film = seat.film(job.path)
+            except BaseException as error:  # whatever it is belongs to who asked, and this thread must live
+                self._count_finished()
+                job.future.set_exception(error)
+            else:
+                self._count_finished()
+                job.future.set_result(film)
+
+    def _count_finished(self) -> None:
+        with self._lock:
+            self._unfinished -= 1
+
+
+# --------------------------------------------------------------------------------------------- in this process
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    future: Future[Film]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
+
+    outcome: Film | CxrError
+    spent: bool = False
+
+
+class _WorkerLostError(Exception):
+    """The worker is gone, and `verdict` is what to say about the file. `certain`: it need not be asked again."""
+
+    def __init__(self, verdict: ImageError, *, certain: bool) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
+        self.certain = certain
+
+
+class _Seat:
+    """One worker at a time. Used by one thread; `close` may come from any."""
+
+    def __init__(self, limits: DecodingLimits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        self._closed = False
+
+    def fill(self) -> _Worker:
+        """The worker that sits here; a new one, perhaps still starting, where there is none or the old one is dead."""
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if self._worker is not None and self._worker.died_idle():
+                self._worker.end()
+                self._worker = None
+            if self._worker is None:
+                self._worker = _Worker(self._limits)
+            return self._worker
+
+    def film(self, path: Path) -> Film:
+        """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
+        while True:
+            worker = self.fill()
+            fresh = worker.files == 0
+            try:
+                worker.wait_until_ready()
+                return worker.film(path)
+            except _WorkerLostError as lost:
+                self.empty()
+                if (fresh or lost.certain) and not self._closed:
+                    raise lost.verdict from None
+            except SetupError:
+                self.empty()
+                if self._closed:
+                    raise _closed() from None
+                raise
+
+    def empty(self) -> None:
+        """Ends the worker."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.end()
+                self._worker = None
+
+    def close(self) -> None:
+        """Ends what the worker is doing; the thread that uses this seat meets that and leaves it empty."""
+        with self._lock:
+            self._closed = True
+            if self._worker is not None:
+                self._worker.process.kill()
+
+
+class _Worker:
+    """One worker process, seen from outside. All but `process.kill` is for the thread that made it."""
+
+    def __init__(self, limits: DecodingLimits) -> None:
+        self.files = 0
+        self._limits = limits
+        self._ready = False
+        path = [str(entry) for entry in sys.path]
+        try:
+            with contextlib.ExitStack() as undo:
+                self._log = undo.enter_context(os.fdopen(os.memfd_create("cxr-decoding"), "r+b", buffering=0))
+                self._connection, theirs = Pipe()
+                undo.enter_context(self._connection)
+                with theirs:
+                    work = f"work({theirs.fileno()}, {os.getpid()}, {limits.memory_bytes})"
+                    self.process = subprocess.Popen(
+                        # It is given where to import from, and no main module: no line of the user's program runs again.
+                        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; from {__name__} import work; {work}"],
+                        stdin=subprocess.DEVNULL,
+                        stdout=self._log,
+                        stderr=self._log,
+                        pass_fds=[theirs.fileno()],
+                        env=os.environ | _ONE_THREAD,
+                        start_new_session=True,  # Ctrl-C at the terminal is for this process, which then ends its workers
+                    )
+                undo.pop_all()
+        except (OSError, ValueError) as error:
+            raise _not_started(str(error)) from error
+
+    def died_idle(self) -> bool:
+        """Whether it has ended since its last file."""
+        return self._ready and self.process.poll() is not None
+
+    def wait_until_ready(self) -> None:
+        """Raises SetupError where its start failed."""
+        if self._ready:
+            return
+        if not self._connection.poll(_START_S):
+            raise _not_started(f"no sign of life in {_START_S:g} s")
+        try:
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise _not_started(self._last_words() or "it ended at once") from error
+        self._ready = True
+
+    def film(self, path: Path) -> Film:
+        """Sends one file to the worker, which is ready, and waits as long as the limit says.
+
+        Raises:
+            CxrError: The worker's own words about the file.
+            _WorkerLostError: It is dead, stuck or out of memory.
+        """
+        self.files += 1
+        self._log.seek(0)  # its position is the worker's, too
+        self._log.truncate()
+        try:
+            self._connection.send(path)
+            answer: _Answer | None = self._connection.recv() if self._connection.poll(self._limits.timeout_s) else None
+        except Exception as error:  # it died, or sends whatever its broken memory holds
+            raise _WorkerLostError(self._crash(path.name), certain=False) from error
+        if answer is None:
+            raise _WorkerLostError(_too_slow(path.name, self._limits.timeout_s), certain=True)
+        if isinstance(answer.outcome, Film):
+            return answer.outcome
+        if answer.spent:
+            raise _WorkerLostError(_too_much_memory(path.name, self._limits.memory_bytes), certain=False)
+        raise answer.outcome
+
+    def end(self) -> None:
+        """Kills it if it still runs, and closes what led to it."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a dead disk holds even a killed process
+            self.process.wait(_END_S)
+        self._connection.close()
+        self._log.close()
+
+    def _crash(self, name: str) -> ImageError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+        code, words = self.process.poll(), self._last_words()
+        if any(sign in words for sign in _NO_MEMORY):
+            return _too_much_memory(name, self._limits.memory_bytes)
+        if code == -signal.SIGKILL and not words:
+            words = "SIGKILL, which the kernel sends when the machine has no memory left"
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return ImageError(
+            f"{name}: the decoder crashed ({how})",
+            expected="pixel data that can be decoded",
+            got=words,
+            next_step="export the image again, uncompressed if need be",
+        )
+
+    def _last_words(self) -> str:
+        """The last line on its stderr, without what could steer a terminal."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        lines = ["".join(filter(str.isprintable, line)).strip() for line in lines]
+        return next((line for line in reversed(lines) if line), "")[:200]
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+
+
+def _not_started(got: str) -> SetupError:
+    return SetupError(
+        "a process that decodes files did not start",
+        expected="this Python, with this package, under the limit of memory",
+        got=got,
+        next_step="check the installation and the limits (ulimit -a)",
+    )
+
+
+def _closed() -> SetupError:
+    return SetupError("the file reader was closed before this file was decoded")
+
+
+def _too_slow(name: str, seconds: float) -> ImageError:
+    return ImageError(
+        f"{name}: decoding took longer than {seconds:g} s",
+        expected="pixel data that can be decoded",
+        got="a decoder that does not end",
+        next_step="export the image again, uncompressed if need be",
+    )
+
+
+def _too_much_memory(name: str, limit: int) -> ImageError:
+    return ImageError(
+        f"{name}: needs more than {_size(limit)} of memory",
+        expected="a radiograph that decodes within that",
+        next_step="scale the image down or export it again",
+    )
+
+
+# ------------------------------------------------------------------------------------------- in the worker process
+
+
+def work(connection: int, parent: int, memory_bytes: int) -> None:
+    """The life of a worker: answers paths that come over a socket until its other end closes.
+
+    Args:
+        connection: File descriptor of the socket.
+        parent: Process that started it, and that it must not outlive.
+        memory_bytes: Address space it may use.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked to be told
+        return
+    for kind, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, _LOG_BYTES),
+        (resource.RLIMIT_CORE, 0),  # a core dump would hold patient data
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    logging.disable()  # pydicom logs what elements hold
+    letterbox(np.zeros((MIN_SIDE, MIN_SIDE), np.uint8))  # the first of a process is slow
+    with Connection(connection) as parent_end, contextlib.suppress(EOFError, OSError):
+        parent_end.send(None)
+        while True:
+            parent_end.send(_answer(parent_end.recv()))
+
+
+def _answer(path: Path) -> _Answer:
+    try:
+        return _Answer(_film(path))
+    except CxrError as error:
+        return _Answer(error, spent=_ran_out_of_memory(error))
+    except Exception as error:  # decoders raise anything on a damaged file
+        damaged = ImageError(
+            f"{path.name}: the file is damaged",
+            expected="a complete image",
+            got=" ".join(f"{type(error).__name__} {error}".split())[:300],
+            next_step="copy or export the file again",
+        )
+        return _Answer(damaged, spent=_ran_out_of_memory(error))
+
+
+def _film(path: Path) -> Film:
+    data = _contents(path)
+    radiograph = read_radiograph(data, path.name)
+    square, box = letterbox(radiograph.pixels)
+    return Film(
+        square,
+        box,
+        radiograph.format,
+        radiograph.warnings,
+        radiograph.patient_id,
+        pixels=pixel_digest(square),
+        file=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(
+                f"{path.name}: is no file", expected="a regular file", got=_kind(status.st_mode), next_step="give the path of an image"
+            )
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(
+                f"{path.name}: the file is too large",
+                expected=f"at most {_size(MAX_FILE_BYTES)}",
+                got=_size(status.st_size),
+                next_step="give a single radiograph",
+            )
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # no wait, if it is a FIFO by now
+            return file.read()
+    except OSError as error:
+        raise ImageError(
+            f"{path.name}: cannot be read",
+            expected="a readable file",
+            got=error.strerror or str(error),
+            next_step="check path and permissions",
+        ) from error
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for test, name in kinds if test(mode)), "a device")
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _ran_out_of_memory(cause)

@@ -1,0 +1,101 @@
+"""PNG, JPEG and TIFF → 8-bit grey."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from cxr_retrieval.errors import ImageError
+from cxr_retrieval.radiograph.grey import MAX_PIXELS, NEXT_STEP, Grey8, Radiograph, shown_range, to_8_bit, too_large, truncated
+
+_DARK: Final = 128
+"""Grey that no pixel of a film in 16-bit colours reaches where its values have fewer than 16 bits."""
+
+
+def read_raster(data: bytes, name: str) -> Radiograph:
+    """Decodes a PNG, JPEG or TIFF of one page, turned as its EXIF orientation says.
+
+    Raises:
+        ImageError: None of these, damaged, of several pages, or larger than `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, tighter limit follows
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: not an image this system reads", expected="DICOM, PNG, JPEG or TIFF", got=_describe(data), next_step=NEXT_STEP
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise too_large(name, str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise truncated(name, error) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise too_large(name, f"{width}×{height} = {width * height / 1e6:.0f} million pixels")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ImageError(
+            f"{name}: holds several pages", expected="one radiograph per file", got=f"{frames} pages", next_step="split the file"
+        )
+    kind = image.format or "image"
+    white_is_zero, reduced = _white_is_zero(image), _is_16_bit_colour(image)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise truncated(name, error) from error
+    grey = _grey8(upright, name, white_is_zero=white_is_zero)
+    if reduced and 0 < int(grey.max()) < _DARK:
+        note = f"16-bit colours are read as 8 bits, of which this film fills {int(grey.max()).bit_length()}: save it as 16-bit grey"
+        return Radiograph(to_8_bit(grey, *shown_range(grey)), kind, (note,))
+    return Radiograph(grey, kind)
+
+
+def _grey8(image: Image.Image, name: str, *, white_is_zero: bool) -> Grey8:
+    """8-bit modes go through luma (ITU-R 601-2); deeper grey is stretched over the range that its values take (`shown_range`),
+    because such files hold 10 to 16 significant bits and do not say which.
+    """
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ImageError(
+                f"{name}: has pixels that are no numbers",
+                expected="finite values",
+                got="NaN or infinity",
+                next_step="export the image again",
+            )
+        grey = to_8_bit(values, *shown_range(values))
+        return np.asarray(255 - grey, np.uint8) if white_is_zero else grey
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(flat, rgba)
+    return np.asarray(image.convert("L"))
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """TIFF 6.0, PhotometricInterpretation 0. Pillow turns such files of 8 bits and less itself, deeper ones not."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _is_16_bit_colour(image: ImageFile.ImageFile) -> bool:
+    """Pillow keeps the higher byte of such colours, and of grey with alpha: little where 12 bits lie in 16. Asked before it loads."""
+    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def _describe(data: bytes) -> str:
+    for magic, text in (
+        (b"%PDF", "a PDF"),
+        (b"PK\x03\x04", "a ZIP archive"),
+        (b"\x1f\x8b", "a gzip archive"),
+        (b"GIF8", "a GIF"),
+        (b"BM", "a BMP"),
+    ):
+        if data.startswith(magic):
+            return text
+    return f"{len(data)} bytes beginning {data[:8].hex(' ')}"

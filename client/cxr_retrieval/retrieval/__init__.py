@@ -1,0 +1,1 @@
+"""One query: the nearest others, their vote, and the picture of it."""

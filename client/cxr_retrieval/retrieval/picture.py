@@ -1,0 +1,238 @@
+"""What a reader looks at: the lung contour and attention over the query, its neighbours, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cxr_retrieval.cases.fields import CLINICAL_FIELDS, Value
+from cxr_retrieval.errors import CxrError, SetupError
+from cxr_retrieval.gallery.store import Neighbour
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.query import QueryResult
+
+DISCLAIMER: Final = "Research use only. Not for diagnosis."
+
+_HEAT: Final = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
+"""Five anchors of the "inferno" colour map (perceptually uniform, readable in grey)."""
+_NEUTRAL: Final = 0.5
+"""Attention that is each film's own average (`contract.ATTENTION`); what lies below is not coloured."""
+_OPACITY: Final = 0.6
+_BAR_GREY: Final = 96.0
+_SCALE: Final = ((0.0, "0"), (_NEUTRAL, "0.5 film's own average"), (1.0, "1"))
+"""The numbers under the colour bar."""
+_CONTOUR: Final = (64, 224, 208)
+_INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
+_TILE: Final = 256
+_BRIEF_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival")
+"""What a table or a caption has room for; the page shows all that is known."""
+_FACT_NAMES: Final = {
+    "went_icu": "ICU",
+    "spo2": "SpO2",
+    "survival": "survived",
+    "raw_finding": "finding",
+    "temperature": "temp.",
+    "needed_supplemental_o2": "supplemental O2",
+    "wbc": "white blood cells",
+    "neutrophil": "neutrophils",
+    "lymphocyte": "lymphocytes",
+    "offset_days": "days since onset",
+    "clinical_notes": "notes",
+}
+_UNITS: Final = {"temperature": " °C"}
+
+
+def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Attention as colour and the lungs' outline over a radiograph.
+
+    The same attention has the same colour and opacity in every film (`_tinted`; `colour_bar` is the key to it).
+
+    Args:
+        square: `[256, 256]` uint8. lung_mask: the same, 0 or 255. attention: the same, in [0, 1].
+
+    Returns:
+        `[256, 256, 3]` uint8 RGB.
+    """
+    inside = lung_mask > 0
+    shown = _tinted(square.astype(np.float32), attention * inside)
+    shown[_outline(inside)] = _CONTOUR
+    return shown.astype(np.uint8)
+
+
+def colour_bar(width: int, height: int) -> NDArray[np.uint8]:
+    """`[height, width, 3]` RGB: how attention 0 (left) to 1 (right) is shown over an even grey."""
+    values = np.broadcast_to(np.linspace(0, 1, width, dtype=np.float32), (height, width))
+    return _tinted(np.full((height, width), _BAR_GREY, np.float32), values).astype(np.uint8)
+
+
+def _tinted(grey: NDArray[np.float32], attention: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Grey values 0…255 `[rows, columns]` with attention of [0, 1] over them, `[rows, columns, 3]`: no colour up to `_NEUTRAL`, from there
+    opacity grows in proportion up to `_OPACITY` at 1.
+    """
+    value = np.clip(attention, 0, 1)
+    place = value * (len(_HEAT) - 1)
+    below = np.clip(place.astype(int), 0, len(_HEAT) - 2)
+    colour = _HEAT[below] + (place - below)[..., None] * (_HEAT[below + 1] - _HEAT[below])
+    alpha = (_OPACITY * np.clip((value - _NEUTRAL) / (1 - _NEUTRAL), 0, 1))[..., None]
+    return (1 - alpha) * grey[..., None] + alpha * colour
+
+
+def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
+    """One picture: the query, the query with contour and attention, the vote, and the neighbours with their facts."""
+    columns = 5
+    rows = -(-len(result.neighbours) // columns)
+    gap, caption = 12, 74
+    width = columns * (_TILE + gap) + gap
+    top = 2 * gap + int(1.45 * _TILE) + 92
+    canvas = Image.new("RGB", (width, top + rows * (_TILE + caption + gap) + 30), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    title, text, small = (ImageFont.load_default(size) for size in (24, 17, 13))
+    large = int(1.45 * _TILE)
+    shown = overlay(result.explanation.square, result.explanation.lung_mask, result.explanation.attention)
+    canvas.paste(_square(Image.fromarray(result.explanation.square), large), (gap, gap))
+    canvas.paste(_square(Image.fromarray(shown), large), (2 * gap + large, gap))
+    draw.text((gap, gap + large + 6), f"query  {result.image_id}", _INK, font=text)
+    draw.text((2 * gap + large, gap + large + 6), "lung contour and attention", _INK, font=text)
+    canvas.paste(Image.fromarray(colour_bar(large, 10)), (2 * gap + large, gap + large + 32))
+    for value, words in _SCALE:
+        draw.text((2 * gap + large + value * (large - 1), gap + large + 46), words, _MUTED, font=small, anchor=_anchor(value))
+    draw.text((2 * gap + large, gap + large + 64), "bright is no proof of disease, dark none of health", _MUTED, font=small)
+    left = 4 * gap + 2 * large
+    draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
+    draw.text((left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text)
+    for line, (label, share) in enumerate(result.prediction.scores.items()):
+        y = gap + 84 + 44 * line
+        draw.text((left, y), f"{label.replace('_', ' ')}  {share:.0%}", _INK, font=text)
+        draw.rectangle((left, y + 24, left + 360, y + 32), (44, 52, 62))
+        draw.rectangle((left, y + 24, left + int(360 * share), y + 32), _CONTOUR)
+    for line, warning in enumerate(result.warnings):
+        draw.text((left, gap + 250 + 22 * line), f"! {warning}"[:64], (255, 190, 90), font=small)
+    for number, hit in enumerate(result.neighbours):
+        x = gap + (number % columns) * (_TILE + gap)
+        y = top + (number // columns) * (_TILE + caption + gap)
+        canvas.paste(_square(Image.fromarray(_gallery_square(hit, reader)), _TILE), (x, y))
+        draw.text((x, y + _TILE + 3), f"{number + 1}. {hit.case.label.replace('_', ' ')}"[:30], _INK, font=text)
+        draw.text((x, y + _TILE + 25), f"similarity {hit.similarity:.4f}", _MUTED, font=small)
+        for line, words in enumerate(textwrap.wrap(facts_line(hit.case.metadata), 36)[:2]):
+            draw.text((x, y + _TILE + 41 + 16 * line), words, _MUTED, font=small)
+    draw.text((gap, canvas.height - 24), f"{DISCLAIMER}  Model {result.model_version}.", _MUTED, font=small)
+    return canvas
+
+
+def write_montage(result: QueryResult, path: Path, reader: FilmReader) -> None:
+    """Writes `montage` as PNG.
+
+    Raises:
+        SetupError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    montage(result, reader).save(buffer, "PNG")
+    _write(path, buffer.getvalue())
+
+
+def write_html(result: QueryResult, path: Path, reader: FilmReader) -> None:
+    """Writes one page that needs no other file and no network.
+
+    Raises:
+        SetupError: The file cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    box = result.explanation.box
+    shown = box.crop(
+        overlay(result.explanation.square, result.explanation.lung_mask, result.explanation.attention).transpose(2, 0, 1)
+    ).transpose(1, 2, 0)
+    page = environment.get_template("query.html.j2").render(
+        result=result,
+        disclaimer=DISCLAIMER,
+        query_image=_data_uri(np.asarray(box.crop(result.explanation.square))),
+        overlay_image=_data_uri(np.asarray(shown)),
+        colour_bar=_data_uri(colour_bar(256, 10)),
+        scale=[words for _, words in _SCALE],
+        neighbours=_shown(result.neighbours, reader),
+        own=_shown(result.own, reader),
+    )
+    _write(path, page.encode())
+
+
+def _shown(hits: Sequence[Neighbour], reader: FilmReader) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "hit": hit, "image": _data_uri(_gallery_square(hit, reader)), "facts": _facts(hit)}
+        for rank, hit in enumerate(hits, start=1)
+    ]
+
+
+def _facts(hit: Neighbour) -> dict[str, str]:
+    return {**_named_facts(hit.case.metadata), **({"source": hit.case.source} if hit.case.source else {})}
+
+
+def facts_line(metadata: Mapping[str, Value]) -> str:
+    """The most telling clinical facts that are known, on one line."""
+    brief = {name: metadata[name] for name in _BRIEF_FACTS if name in metadata}
+    return ", ".join(f"{name} {value}" for name, value in _named_facts(brief).items())
+
+
+def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
+    """Every fact under the name a reader knows: those in brief first, then the other clinical fields, then the user's own columns."""
+    order = [*_BRIEF_FACTS, *(name for name in CLINICAL_FIELDS if name not in _BRIEF_FACTS)]
+    names = [*(name for name in order if name in metadata), *(name for name in metadata if name not in CLINICAL_FIELDS)]
+    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) + _UNITS.get(name, "") for name in names}
+
+
+def _plain(value: Value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.10g}"
+
+
+def _gallery_square(hit: Neighbour, reader: FilmReader) -> NDArray[np.uint8]:
+    """The neighbour's picture from its own file, or an empty tile with a cross where that file is gone."""
+    try:
+        return reader.read(hit.case.path).square
+    except CxrError:
+        tile = Image.new("L", (_TILE, _TILE), 24)
+        draw = ImageDraw.Draw(tile)
+        draw.line((80, 80, 176, 176), fill=90, width=3)
+        draw.line((176, 80, 80, 176), fill=90, width=3)
+        draw.text((72, 196), "file not found", fill=150, font=ImageFont.load_default(17))
+        return np.asarray(tile)
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask's inner border, one pixel wide."""
+    padded = np.pad(mask, 1)
+    core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~core
+
+
+def _anchor(value: float) -> str:
+    """How a number stands under the colour bar, as Pillow names it: flush with its ends, centred between."""
+    return {0.0: "la", 1.0: "ra"}.get(value, "ma")
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _data_uri(pixels: NDArray[np.generic]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be written", got=error.strerror or str(error), next_step="give another path") from error

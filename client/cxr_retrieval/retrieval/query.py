@@ -1,0 +1,189 @@
+"""One query, on one page: read → Triton → Milvus → vote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.errors import UsageError
+from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour, Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import Film, FilmReader
+from cxr_retrieval.radiograph.letterbox import Letterbox
+from cxr_retrieval.retrieval.voting import DEFAULT_K, Vote, weighted_vote
+
+MIN_LUNG_SHARE: Final = 0.05
+"""Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
+MIN_LUNG_AGREEMENT: Final = 0.9
+"""Mean Dice coefficient of the five networks with their ensemble (LUNG_AGREEMENT)."""
+OWN_EXPECTED: Final = 8
+"""Hits asked for beyond `top_k`, so that a patient's own films seldom need a second search."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the pictures need, all on the 256×256 square: radiograph and mask uint8, attention in [0, 1]."""
+
+    square: NDArray[np.uint8]
+    box: Letterbox
+    lung_mask: NDArray[np.uint8]
+    attention: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """The answer to one radiograph.
+
+    Attributes:
+        neighbours: The cases that voted, nearest first.
+        own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
+    """
+
+    image_id: str
+    model_version: str
+    prediction: Vote
+    neighbours: tuple[Neighbour, ...]
+    own: tuple[Neighbour, ...]
+    timings_ms: dict[str, float]
+    warnings: tuple[str, ...]
+    explanation: Explanation
+
+    def as_json(self) -> dict[str, Any]:
+        """The published JSON form of a query result."""
+        return {
+            "image_id": self.image_id,
+            "model_version": self.model_version,
+            "prediction": {
+                "label": self.prediction.label,
+                "confidence": self.prediction.confidence,
+                "scores": dict(self.prediction.scores),
+            },
+            "neighbours": [{"rank": rank, **_hit_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)],
+            "earlier_films": [_hit_json(hit) for hit in self.own],
+            "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+def _hit_json(hit: Neighbour) -> dict[str, Any]:
+    known = {"patient_id": hit.case.patient_id, "source": hit.case.source}
+    return {
+        "image_id": hit.case.image_id,
+        "similarity": hit.similarity,
+        "label": hit.case.label,
+        "metadata": {**{name: value for name, value in known.items() if value is not None}, **hit.case.metadata},
+    }
+
+
+def query(
+    image: Path,
+    reader: FilmReader,
+    triton: TritonClient,
+    store: Store,
+    *,
+    top_k: int = DEFAULT_K,
+    where: str = "",
+    patient: str | None = None,
+    include_own: bool = False,
+) -> QueryResult:
+    """Retrieves the `top_k` most similar confirmed cases and lets them vote.
+
+    Films of the query's own patient, and the query's own picture under whatever name, do not vote: one of them would decide, being
+    nearer than anything else, and what one wants to know is what others had. `cxr evaluate` measures just that.
+
+    Args:
+        where: Milvus boolean expression that cases must meet, such as `age > 60`.
+        patient: The gallery's `patient_id` of this patient; by default DICOM's Patient ID (0010,0020). Compared here and sent nowhere.
+        include_own: Let them vote like any other case.
+
+    Raises:
+        ImageError: The file is unusable.
+        UsageError: No case meets the expression, or it is malformed.
+        InferenceError, StoreError: Triton or Milvus cannot serve.
+    """
+    timings: dict[str, float] = {}
+    with _timed(timings, "read"):
+        film = reader.read(image)
+    with _timed(timings, "infer"):
+        outputs = triton.infer(film.square[None, None], (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT))
+    embedding = np.asarray(outputs[EMBEDDING.name][0], np.float32)
+    with _timed(timings, "search"):
+        is_own = _nobodys if include_own else _own_cases(film, patient)
+        neighbours, own = nearest_others(lambda limit: store.search(embedding, limit, where), top_k, is_own)
+    if not neighbours:
+        raise UsageError(
+            "no case to compare with",
+            expected="at least one gallery image of another patient" + (f" that meets {where!r}" if where else ""),
+            got=f"none, but {len(own)} of this patient" if own else "none",
+            next_step="relax --where, ingest cases" + (", or count this patient's with --include-own" if own else ""),
+        )
+    with _timed(timings, "vote"):
+        prediction = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
+    timings["total"] = sum(timings.values())
+    mask = np.asarray(outputs[LUNG_MASK.name][0, 0], np.uint8)
+    warnings = [*film.warnings, *lung_warnings(mask, film.box, float(outputs[LUNG_AGREEMENT.name][0, 0]))]
+    if len(neighbours) < top_k:
+        warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
+    if own:
+        warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
+    explanation = Explanation(film.square, film.box, mask, np.asarray(outputs[ATTENTION_MAP.name][0, 0], np.float32))
+    return QueryResult(image.name, triton.model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation)
+
+
+def _nobodys(case: Case) -> bool:
+    return False
+
+
+def _own_cases(film: Film, patient: str | None) -> Callable[[Case], bool]:
+    """Which cases are the query's own: the same 256×256 picture, or the same patient (of whatever source, to be on the safe side)."""
+    patient = patient or film.patient_id
+    return lambda case: case.pixels == film.pixels or (patient is not None and case.patient_id == patient)
+
+
+def nearest_others(
+    search: Callable[[int], Sequence[Neighbour]], top_k: int, is_own: Callable[[Case], bool]
+) -> tuple[list[Neighbour], list[Neighbour]]:
+    """The nearest `top_k` cases that are not the query's own, and those of its own that are as near as the last of them.
+
+    Own ones are told apart here and not by a clause: a clause would carry the patient's identity to Milvus, drop cases whose patient is
+    unknown, and cost the index recall.
+
+    Args:
+        search: Number of hits → the nearest, nearest first.
+    """
+    limit = min(top_k + OWN_EXPECTED, MAX_HITS)
+    while True:
+        hits = search(limit)
+        others = [hit for hit in hits if not is_own(hit.case)][:top_k]
+        if len(others) == top_k or len(hits) < limit or limit == MAX_HITS:
+            least = others[-1].similarity if len(others) == top_k else -1.0
+            return others, [hit for hit in hits if is_own(hit.case) and hit.similarity >= least]
+        limit = min(2 * limit, MAX_HITS)
+
+
+def lung_warnings(mask: NDArray[np.uint8], box: Letterbox, agreement: float) -> list[str]:
+    """Says so when hardly any lung was found, or the networks disagree about it; the vote then rests on shaky ground."""
+    share = float(box.crop(mask).astype(np.bool_).mean())
+    if share < MIN_LUNG_SHARE:
+        return [f"lungs not found reliably: they cover {share:.0%} of the picture; is this a frontal chest radiograph?"]
+    if agreement < MIN_LUNG_AGREEMENT:
+        return [
+            f"lungs not found reliably: the networks agree to {agreement:.2f} only (usually above {MIN_LUNG_AGREEMENT:.2f}); "
+            "look at the outline before you trust the vote"
+        ]
+    return []
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Generator[None]:
+    started = time.perf_counter()
+    yield
+    timings[name] = 1000 * (time.perf_counter() - started)

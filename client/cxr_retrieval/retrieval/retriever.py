@@ -1,0 +1,51 @@
+"""Triton, Milvus and the reader of films held open together, for a program that asks more than one query."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.query import QueryResult, query
+from cxr_retrieval.retrieval.voting import DEFAULT_K
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+
+
+class Retriever:
+    """One per process. Use as a context manager, or call `close`.
+
+    Attributes:
+        reader: Decodes files, in worker processes.
+        triton: The networks.
+        store: The gallery of the model version that Triton announces.
+
+    Raises:
+        InferenceError: No Triton, or its ensemble is not ready.
+        StoreError: No Milvus, or no gallery for this model version.
+    """
+
+    def __init__(self, triton: TritonSettings | None = None, milvus: MilvusSettings | None = None) -> None:
+        with ExitStack() as opened:
+            self.reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
+            self.triton = opened.enter_context(TritonClient(triton or TritonSettings()))
+            self.store = opened.enter_context(Store(milvus or MilvusSettings(), self.triton.model_version))
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Retriever:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers and closes both connections."""
+        self._opened.close()
+
+    def query(
+        self, image: Path, *, top_k: int = DEFAULT_K, where: str = "", patient: str | None = None, include_own: bool = False
+    ) -> QueryResult:
+        """As `cxr_retrieval.query`, of which it is the short form."""
+        return query(image, self.reader, self.triton, self.store, top_k=top_k, where=where, patient=patient, include_own=include_own)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+
+from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, parse_clinical
+from cxr_retrieval.errors import CxrError, InputError, SetupError
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+
+
+def test_known_columns_get_their_type_and_own_columns_a_guess() -> None:
+    known, extra = parse_clinical({"age": "61.5", "went_icu": "Y", "survival": "n", "sex": "F", "crp": "12", "ward": "B2", "sha256": "ff"})
+    assert known == {"age": 61.5, "went_icu": True, "survival": False, "sex": "F"}
+    assert extra == {"crp": 12, "ward": "B2"}, "file facts such as sha256 are not kept"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ("-3", -3),
+        ("0", 0),
+        ("38.1", 38.1),
+        ("12.50", 12.5),
+        ("00012345", "00012345"),
+        ("123_456", "123_456"),
+        ("1e3", "1e3"),
+        ("+5", "+5"),
+        (".5", ".5"),
+        ("nan", "nan"),
+        ("1234567890123456789", "1234567890123456789"),
+        ("0.1234567890123456789", "0.1234567890123456789"),
+        ("٣", "٣"),
+    ],
+)
+def test_only_what_round_trips_is_a_number(text: str, value: object) -> None:
+    """Identifiers stay what they are: text that would come back otherwise is no number."""
+    _, extra = parse_clinical({"own": text})
+    assert extra["own"] == value
+    assert type(extra["own"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"), [("age", "fifty"), ("age", "nan"), ("age", "6_0"), ("spo2", "inf"), ("spo2", "1e999"), ("went_icu", "maybe")]
+)
+def test_values_that_are_none_are_refused(column: str, text: str) -> None:
+    with pytest.raises(InputError, match=f"column {column}: not understood"):
+        parse_clinical({column: text})
+
+
+def test_long_text_is_cut_at_a_character() -> None:
+    known, _ = parse_clinical({"clinical_notes": "é" * MAX_TEXT})
+    assert len(str(known["clinical_notes"]).encode()) <= MAX_TEXT
+
+
+def test_every_kind_is_known() -> None:
+    assert set(CLINICAL_FIELDS.values()) == {"number", "flag", "text"}
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "http://localhost:8001", "host:port", "a b:1"])
+def test_malformed_triton_address(url: str) -> None:
+    with pytest.raises(SetupError, match="Triton address is malformed"):
+        TritonSettings(url)
+
+
+def test_good_addresses() -> None:
+    assert TritonSettings("[::1]:8001").url == "[::1]:8001"
+    assert MilvusSettings("gallery.db").is_lite
+    assert not MilvusSettings("https://milvus.example:443").is_lite
+
+
+def test_malformed_milvus_uri_and_limits() -> None:
+    with pytest.raises(SetupError, match="Milvus URI is malformed"):
+        MilvusSettings("milvus.example")
+    with pytest.raises(SetupError, match="timeout"):
+        MilvusSettings(timeout_s=0)
+    with pytest.raises(SetupError, match="limits"):
+        TritonSettings(in_flight=0)
+
+
+def test_secrets_stay_out_of_repr() -> None:
+    shown = repr(MilvusSettings(password="hush", token="hush"))
+    assert "hush" not in shown
+
+
+def test_a_message_says_what_expected_got_and_next() -> None:
+    error = CxrError("it broke", expected="a", got="b", next_step="do c")
+    assert str(error) == "it broke; expected a; got b. Next: do c."

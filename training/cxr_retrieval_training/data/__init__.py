@@ -1,0 +1,1 @@
+"""Films as training reads and varies them."""

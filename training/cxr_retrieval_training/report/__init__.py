@@ -1,0 +1,1 @@
+"""Finished runs → figures, pictures and the page."""
