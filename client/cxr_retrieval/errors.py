@@ -6,10 +6,12 @@ CxrError
 │   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
-    ├── InferenceError         Triton: down, not ready, deadline
+    ├── InferenceError         Triton: too slow, another version, no access
+    │   ├── ServerDownError        nobody answers, or its models are not ready: worth waiting for
     │   ├── OverloadedError        its queue or memory is full: worth another try
     │   └── UnusableOutputError    it refused or could not compute just these images          (exit code 1)
-    ├── StoreError             Milvus: down, locked, collection does not fit
+    ├── StoreError             Milvus: locked, collection does not fit
+    │   └── StoreDownError         nobody answers in time: worth waiting for
     └── SetupError             missing extra, broken installation, server did not start
 """
 
@@ -78,7 +80,11 @@ class ServiceError(CxrError):
 
 
 class InferenceError(ServiceError):
-    """Triton is down, not ready, too slow, or answered with something unusable."""
+    """Triton is too slow, refuses access, serves other weights, or answered with something unusable."""
+
+
+class ServerDownError(InferenceError):
+    """No Triton answers, or it has not loaded its models yet; it may a minute later."""
 
 
 class OverloadedError(InferenceError):
@@ -92,7 +98,11 @@ class UnusableOutputError(InferenceError):
 
 
 class StoreError(ServiceError):
-    """Milvus is down, locked, or holds a collection that does not fit."""
+    """Milvus is locked, or holds a collection that does not fit."""
+
+
+class StoreDownError(StoreError):
+    """No Milvus answers, or not in time; it may a minute later."""
 
 
 class SetupError(ServiceError):

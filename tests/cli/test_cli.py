@@ -29,6 +29,7 @@ COMMANDS = (
     "manifest",
     "ingest",
     "query",
+    "batch",
     "evaluate",
     "gallery",
     "gallery remove",

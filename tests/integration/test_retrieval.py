@@ -22,7 +22,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
-from cxr_retrieval.retrieval.query import lung_warnings, nearest_others, query
+from cxr_retrieval.retrieval.query import OWN_EXPECTED, lung_warnings, nearest_others, query
 from cxr_retrieval.settings import MilvusSettings
 
 
@@ -99,7 +99,7 @@ def test_more_own_films_than_one_search_looks_at(own: int, searches: int) -> Non
         asked.append(limit)
         return hits[:limit]
 
-    others, mine = nearest_others(search, 2, lambda case: case.patient_id == "P")
+    others, mine = nearest_others(search(2 + OWN_EXPECTED), search, 2, lambda case: case.patient_id == "P")
     assert others == hits[own : own + 2]
     assert mine == hits[:own]
     assert len(asked) == searches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
@@ -462,3 +464,30 @@ def test_a_signal_to_the_workers_themselves_is_survived(good: Path, workers: Wor
         worker.send_signal(signal.SIGINT)
         assert films.read(good).format == "DICOM"
         assert worker.is_running()
+
+
+def test_a_member_of_a_zip_is_read_in_the_worker(tmp_path: Path) -> None:
+    """Like a file; what is damaged or not there is an error of its own."""
+    path = tmp_path / "films.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/film.png", film_bytes())
+        archive.writestr("zeros.png", bytes(2**24))
+    with FilmReader(DecodingLimits(workers=1)) as reader:
+        film = reader.submit(path, "a/film.png").result()
+        (tmp_path / "film.png").write_bytes(film_bytes())
+        assert film.file == reader.read(tmp_path / "film.png").file
+        with pytest.raises(ImageError, match=r"none\.png: cannot be read from films\.zip"):
+            reader.submit(path, "none.png").result()
+        with pytest.raises(ImageError, match=r"zeros\.png: not an image"):
+            reader.submit(path, "zeros.png").result()
+        damaged = bytearray(path.read_bytes())
+        damaged[60:90] = bytes(30)
+        path.write_bytes(damaged)
+        with pytest.raises(ImageError, match="cannot be read from"):
+            reader.submit(path, "a/film.png").result()
+
+
+def film_bytes() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -46,6 +46,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
 
 def test_overlay_colours_only_the_lungs_and_draws_their_outline(result: QueryResult) -> None:
     explanation = result.explanation
+    assert explanation.attention is not None
     shown = overlay(explanation.square, explanation.lung_mask, explanation.attention)
     assert shown.shape == (256, 256, 3)
     outside = explanation.lung_mask == 0

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cxr_retrieval.cli.batch import batch
 from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
 from cxr_retrieval.cli.gallery import app as gallery_app
@@ -31,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, evaluate, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, batch, evaluate, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

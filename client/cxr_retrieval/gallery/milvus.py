@@ -15,7 +15,7 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 from threadpoolctl import threadpool_limits
 
-from cxr_retrieval.errors import StoreError, UsageError
+from cxr_retrieval.errors import StoreDownError, StoreError, UsageError
 from cxr_retrieval.settings import MilvusSettings
 
 _NULLABLE_SINCE: Final = (2, 5)
@@ -129,9 +129,9 @@ class translated:  # noqa: N801 (read as a verb at its uses)
     def _explained(self, status: grpc.StatusCode, reason: str) -> StoreError:
         uri = self._settings.uri
         if status is grpc.StatusCode.UNAVAILABLE:
-            return StoreError(f"no Milvus answers at {uri}", got=reason, next_step="start one with `cxr serve`, or give --milvus")
+            return StoreDownError(f"no Milvus answers at {uri}", got=reason, next_step="start one with `cxr serve`, or give --milvus")
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return StoreError(
+            return StoreDownError(
                 f"Milvus at {uri} took too long",
                 expected=f"an answer within {self._settings.timeout_s:g} s",
                 got=reason,

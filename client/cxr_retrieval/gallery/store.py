@@ -34,6 +34,8 @@ PREFIX: Final = "cxr_"
 """Of every gallery's collection; its model version follows."""
 UPSERT_ROWS: Final = 500
 """Rows per call: about 2 MB, far below Milvus' 64 MB limit, and what an interrupt can lose."""
+SEARCH_ROWS: Final = 4096
+"""Hits that one call may bring, of all its embeddings: some megabytes, for a case can have pages of notes."""
 LITE_COMFORTABLE_ROWS: Final = 100_000
 """Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
 MAX_HITS: Final = 16_384
@@ -205,6 +207,16 @@ class Store:
         close(self._client, self._settings)
         self._limits.close()
 
+    def probe(self) -> None:
+        """Asks whether the gallery is still there, after Milvus was away, and has it loaded again.
+
+        Raises:
+            StoreDownError: Not there yet.
+            StoreError: Milvus is, but not this gallery.
+        """
+        with translated(self._settings):
+            self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
+
     def count(self) -> int:
         """Rows in the gallery, counted by the server (Strong consistency)."""
         with translated(self._settings):
@@ -256,13 +268,17 @@ class Store:
                 self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
 
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
-        """The `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
+        """As `search_many`, for one embedding `[64]`."""
+        return self.search_many(embedding[None], top_k, where)[0]
+
+    def search_many(self, embeddings: NDArray[np.float32], top_k: int, where: str = "") -> list[list[Neighbour]]:
+        """For each embedding the `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
 
         A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
         for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
 
         Args:
-            embedding: `[64]`, unit length.
+            embeddings: `[n, 64]`, unit length.
             where: Milvus boolean expression over the stored fields.
 
         Raises:
@@ -272,20 +288,23 @@ class Store:
         if where:
             check_filter(where, FILTER_FIELDS)
             where = keep_unknown_patients(where) if self._nullable else where
+        at_once = max(1, SEARCH_ROWS // top_k)
+        found: list[list[Neighbour]] = []
         with translated(self._settings, where):
-            hits = self._client.search(
-                self.collection,
-                data=[embedding.tolist()],
-                anns_field="embedding",
-                limit=top_k,
-                filter=where,
-                output_fields=["*"],
-                search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
-                consistency_level="Session",
-                timeout=self._settings.timeout_s,
-            )[0]
-        found = [Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits]
-        return sorted(found, key=lambda hit: (-hit.similarity, hit.case.image_id))
+            for start in range(0, len(embeddings), at_once):
+                answers = self._client.search(
+                    self.collection,
+                    data=embeddings[start : start + at_once].tolist(),
+                    anns_field="embedding",
+                    limit=top_k,
+                    filter=where,
+                    output_fields=["*"],
+                    search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
+                    consistency_level="Session",
+                    timeout=self._settings.timeout_s,
+                )
+                found += [[Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits] for hits in answers]
+        return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.image_id)) for hits in found]
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
         """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""

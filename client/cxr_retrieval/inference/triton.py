@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Final
@@ -15,7 +15,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, TensorSpec
-from cxr_retrieval.errors import InferenceError, OverloadedError, UnusableOutputError
+from cxr_retrieval.errors import InferenceError, OverloadedError, ServerDownError, UnusableOutputError
 from cxr_retrieval.settings import TritonSettings
 
 BATCH_SIZE: Final = 8
@@ -59,8 +59,29 @@ class TritonClient:
         """Closes the channel."""
         self._client.close()
 
-    def infer(self, images: Images, outputs: Sequence[TensorSpec] = ENSEMBLE_OUTPUTS) -> Outputs:
+    def probe(self) -> None:
+        """Asks whether the server still serves what it did, after it was away.
+
+        Raises:
+            ServerDownError: Not there yet.
+            InferenceError: It serves other weights now.
+        """
+        version = self._announced_version()
+        if version != self.model_version:
+            raise InferenceError(
+                f"Triton at {self._settings.url} serves other weights than before",
+                expected=self.model_version,
+                got=version,
+                next_step="serve the former weights, or begin anew with these",
+            )
+
+    def infer(
+        self, images: Images, outputs: Sequence[TensorSpec] = ENSEMBLE_OUTPUTS, on_overload: Callable[[], None] = lambda: None
+    ) -> Outputs:
         """Runs the ensemble on `[n, 1, 256, 256]` uint8; only the steps that the wanted outputs need are executed.
+
+        Args:
+            on_overload: Told each time the server had no room, before it is asked again.
 
         Returns:
             Output name → array `[n, ...]`.
@@ -71,7 +92,7 @@ class TritonClient:
         tensor = grpcclient.InferInput(IMAGE.name, list(images.shape), IMAGE.dtype)
         tensor.set_data_from_numpy(images)
         wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
-        result: Any = self._retried(self._request, tensor, wanted)
+        result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted)
         return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
 
     def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput]) -> Any:
@@ -125,7 +146,7 @@ class TritonClient:
         url, timeout_s = self._settings.url, self._settings.timeout_s
         try:
             if not self._client.is_model_ready(ENSEMBLE, client_timeout=timeout_s):
-                raise InferenceError(
+                raise ServerDownError(
                     f"the model {ENSEMBLE} at {url} is not ready",
                     expected="all four models loaded",
                     got=self._reasons(),
@@ -154,8 +175,8 @@ class TritonClient:
         """By gRPC status. UNAVAILABLE is what a full queue gives, and no server at all: then it is asked whether it lives."""
         url, status = self._settings.url, (error.status() or "").rpartition(".")[2]
         reason = " ".join(str(error.message()).split())[:300]
-        if status == "UNAVAILABLE" and not self._lives():
-            return InferenceError(f"no Triton server answers at {url}", got=reason, next_step=_START)
+        if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED") and not self._lives():
+            return ServerDownError(f"no Triton server answers at {url}", got=reason, next_step=_START)
         if status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
             return OverloadedError(f"Triton at {url} has no room for this request now", got=reason, next_step="send less at once, or later")
         if status in ("DEADLINE_EXCEEDED", "CANCELLED"):

@@ -19,6 +19,8 @@ import stat
 import subprocess
 import sys
 import threading
+import zipfile
+import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -123,9 +125,9 @@ class FilmReader:
         """
         return self.submit(path).result()
 
-    def submit(self, path: Path) -> Future[Film]:
-        """Queues one file. The future raises what `read` raises; `cancel` works until a worker takes the file up."""
-        job = _Job(path.absolute(), Future())
+    def submit(self, path: Path, member: str | None = None) -> Future[Film]:
+        """Queues one file, or a member of a ZIP. The future raises what `read` raises; `cancel` works until a worker takes the file up."""
+        job = _Job(path.absolute(), member, Future())
         with self._lock:
             if self._closed:
                 raise RuntimeError("this FilmReader is closed")
@@ -178,7 +180,7 @@ class FilmReader:
                 self._count_finished()
                 continue
             try:
-                film = seat.film(job.path)
+                film = seat.film(job.path, job.member)
             except BaseException as error:  # whatever it is belongs to who asked, and this thread must live
                 self._count_finished()
                 job.future.set_exception(error)
@@ -197,6 +199,7 @@ class FilmReader:
 @dataclass(frozen=True)
 class _Job:
     path: Path
+    member: str | None
     future: Future[Film]
 
 
@@ -238,14 +241,14 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def film(self, path: Path) -> Film:
+    def film(self, path: Path, member: str | None) -> Film:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
             fresh = worker.files == 0
             try:
                 worker.wait_until_ready()
-                return worker.film(path)
+                return worker.film(path, member)
             except _WorkerLostError as lost:
                 self.empty()
                 if (fresh or lost.certain) and not self._closed:
@@ -316,7 +319,7 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def film(self, path: Path) -> Film:
+    def film(self, path: Path, member: str | None) -> Film:
         """Sends one file to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
@@ -327,7 +330,7 @@ class _Worker:
         self._log.seek(0)  # its position is the worker's, too
         self._log.truncate()
         try:
-            self._connection.send(path)
+            self._connection.send((path, member))
             answer: _Answer | None = self._connection.recv() if self._connection.poll(self._limits.timeout_s) else None
         except Exception as error:  # it died, or sends whatever its broken memory holds
             raise _WorkerLostError(self._crash(path.name), certain=False) from error
@@ -433,12 +436,12 @@ def work(connection: int, parent: int, memory_bytes: int) -> None:
     with Connection(connection) as parent_end, contextlib.suppress(EOFError, OSError):
         parent_end.send(None)
         while True:
-            parent_end.send(_answer(parent_end.recv()))
+            parent_end.send(_answer(*parent_end.recv()))
 
 
-def _answer(path: Path) -> _Answer:
+def _answer(path: Path, member: str | None) -> _Answer:
     try:
-        return _Answer(_film(path))
+        return _Answer(_film(path, member))
     except CxrError as error:
         return _Answer(error, spent=_ran_out_of_memory(error))
     except Exception as error:  # decoders raise anything on a damaged file
@@ -451,9 +454,9 @@ def _answer(path: Path) -> _Answer:
         return _Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _film(path: Path) -> Film:
-    data = _contents(path)
-    radiograph = read_radiograph(data, path.name)
+def _film(path: Path, member: str | None) -> Film:
+    data = _contents(path) if member is None else _contents_of_member(path, member)
+    radiograph = read_radiograph(data, Path(member or path).name)
     square, box = letterbox(radiograph.pixels)
     return Film(
         square,
@@ -489,6 +492,29 @@ def _contents(path: Path) -> bytes:
             got=error.strerror or str(error),
             next_step="check path and permissions",
         ) from error
+
+
+def _contents_of_member(path: Path, member: str) -> bytes:
+    """Of a ZIP; what is really decompressed counts, not what its directory says."""
+    name = Path(member).name
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, KeyError, RuntimeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
+        raise ImageError(
+            f"{name}: cannot be read from {path.name}",
+            expected="a file in an undamaged ZIP without password",
+            got=" ".join(str(error).split())[:200],
+            next_step="pack it again, or unpack it",
+        ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(
+            f"{name}: the file is too large",
+            expected=f"at most {_size(MAX_FILE_BYTES)}",
+            got="more, once it is unpacked",
+            next_step="give a single radiograph",
+        )
+    return data
 
 
 def _kind(mode: int) -> str:

@@ -51,19 +51,19 @@ _FACT_NAMES: Final = {
 _UNITS: Final = {"temperature": " °C"}
 
 
-def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32]) -> NDArray[np.uint8]:
+def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32] | None) -> NDArray[np.uint8]:
     """Attention as colour and the lungs' outline over a radiograph.
 
     The same attention has the same colour and opacity in every film (`_tinted`; `colour_bar` is the key to it).
 
     Args:
-        square: `[256, 256]` uint8. lung_mask: the same, 0 or 255. attention: the same, in [0, 1].
+        square: `[256, 256]` uint8. lung_mask: the same, 0 or 255. attention: the same, in [0, 1]; None: the contour alone.
 
     Returns:
         `[256, 256, 3]` uint8 RGB.
     """
     inside = lung_mask > 0
-    shown = _tinted(square.astype(np.float32), attention * inside)
+    shown = _tinted(square.astype(np.float32), np.zeros_like(square, np.float32) if attention is None else attention * inside)
     shown[_outline(inside)] = _CONTOUR
     return shown.astype(np.uint8)
 

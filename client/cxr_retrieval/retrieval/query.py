@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,29 @@ OWN_EXPECTED: Final = 8
 """Hits asked for beyond `top_k`, so that a patient's own films seldom need a second search."""
 
 
+WANTED: Final = (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
+"""What Triton is asked for."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A film with what the networks say of it: `outputs` of WANTED, by name, without the batch dimension; attention may be left out."""
+
+    image_id: str
+    film: Film
+    outputs: Mapping[str, NDArray[np.generic]]
+    patient: str | None
+    timings_ms: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """What the pictures need, all on the 256×256 square: radiograph and mask uint8, attention in [0, 1]."""
+    """What the pictures need, all on the 256×256 square: radiograph and mask uint8, attention in [0, 1] if it was asked for."""
 
     square: NDArray[np.uint8]
     box: Letterbox
     lung_mask: NDArray[np.uint8]
-    attention: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -113,29 +128,58 @@ def query(
     with _timed(timings, "read"):
         film = reader.read(image)
     with _timed(timings, "infer"):
-        outputs = triton.infer(film.square[None, None], (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT))
-    embedding = np.asarray(outputs[EMBEDDING.name][0], np.float32)
-    with _timed(timings, "search"):
-        is_own = _nobodys if include_own else _own_cases(film, patient)
-        neighbours, own = nearest_others(lambda limit: store.search(embedding, limit, where), top_k, is_own)
+        outputs = triton.infer(film.square[None, None], WANTED)
+    asked = Asked(image.name, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
+    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own)
+    if isinstance(result, UsageError):
+        raise result
+    return result
+
+
+def answer(
+    asked: Sequence[Asked], store: Store, model_version: str, *, top_k: int = DEFAULT_K, where: str = "", include_own: bool = False
+) -> list[QueryResult | UsageError]:
+    """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
+
+    Raises:
+        StoreError: Milvus cannot serve.
+        UsageError: The clause is malformed.
+    """
+    embeddings = np.stack([np.asarray(one.outputs[EMBEDDING.name], np.float32) for one in asked])
+    started = time.perf_counter()
+    first = store.search_many(embeddings, min(top_k + OWN_EXPECTED, MAX_HITS), where)
+    found: list[tuple[list[Neighbour], list[Neighbour]]] = []
+    for one, embedding, hits in zip(asked, embeddings, first, strict=True):
+        is_own = _nobodys if include_own else _own_cases(one.film, one.patient)
+        found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
+    search_ms = 1000 * (time.perf_counter() - started)
+    return [_result(one, *hits, search_ms, model_version, top_k, where) for one, hits in zip(asked, found, strict=True)]
+
+
+def _result(
+    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, model_version: str, top_k: int, where: str
+) -> QueryResult | UsageError:
     if not neighbours:
-        raise UsageError(
+        return UsageError(
             "no case to compare with",
             expected="at least one gallery image of another patient" + (f" that meets {where!r}" if where else ""),
             got=f"none, but {len(own)} of this patient" if own else "none",
             next_step="relax --where, ingest cases" + (", or count this patient's with --include-own" if own else ""),
         )
+    timings = {**asked.timings_ms, "search": search_ms}
     with _timed(timings, "vote"):
         prediction = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     timings["total"] = sum(timings.values())
-    mask = np.asarray(outputs[LUNG_MASK.name][0, 0], np.uint8)
-    warnings = [*film.warnings, *lung_warnings(mask, film.box, float(outputs[LUNG_AGREEMENT.name][0, 0]))]
+    film, outputs = asked.film, asked.outputs
+    mask = np.asarray(outputs[LUNG_MASK.name][0], np.uint8)
+    warnings = [*film.warnings, *lung_warnings(mask, film.box, float(outputs[LUNG_AGREEMENT.name][0]))]
     if len(neighbours) < top_k:
         warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
     if own:
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
-    explanation = Explanation(film.square, film.box, mask, np.asarray(outputs[ATTENTION_MAP.name][0, 0], np.float32))
-    return QueryResult(image.name, triton.model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation)
+    attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
+    explanation = Explanation(film.square, film.box, mask, attention)
+    return QueryResult(asked.image_id, model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation)
 
 
 def _nobodys(case: Case) -> bool:
@@ -149,7 +193,7 @@ def _own_cases(film: Film, patient: str | None) -> Callable[[Case], bool]:
 
 
 def nearest_others(
-    search: Callable[[int], Sequence[Neighbour]], top_k: int, is_own: Callable[[Case], bool]
+    hits: Sequence[Neighbour], search: Callable[[int], Sequence[Neighbour]], top_k: int, is_own: Callable[[Case], bool]
 ) -> tuple[list[Neighbour], list[Neighbour]]:
     """The nearest `top_k` cases that are not the query's own, and those of its own that are as near as the last of them.
 
@@ -157,16 +201,17 @@ def nearest_others(
     unknown, and cost the index recall.
 
     Args:
-        search: Number of hits → the nearest, nearest first.
+        hits: The nearest `top_k + OWN_EXPECTED`, nearest first.
+        search: Number of hits → the nearest; asked for more where too many of the first are own.
     """
     limit = min(top_k + OWN_EXPECTED, MAX_HITS)
     while True:
-        hits = search(limit)
         others = [hit for hit in hits if not is_own(hit.case)][:top_k]
         if len(others) == top_k or len(hits) < limit or limit == MAX_HITS:
             least = others[-1].similarity if len(others) == top_k else -1.0
             return others, [hit for hit in hits if is_own(hit.case) and hit.similarity >= least]
         limit = min(2 * limit, MAX_HITS)
+        hits = search(limit)
 
 
 def lung_warnings(mask: NDArray[np.uint8], box: Letterbox, agreement: float) -> list[str]:

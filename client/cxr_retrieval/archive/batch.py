@@ -1,0 +1,128 @@
+"""Queries in bulk: every input of a journal gets its answer, written once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.journal import ANSWERED, FAILED, Answer, Asked, Journal
+from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
+from cxr_retrieval.errors import CxrError, UsageError
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval import query
+from cxr_retrieval.retrieval.picture import overlay
+from cxr_retrieval.retrieval.query import QueryResult
+
+_FAILURES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays."""
+
+    store: Store | None
+    top_k: int
+    where: str
+    include_own: bool
+    attention: Path | None
+
+
+def run_batch(
+    journal: Journal,
+    reader: FilmReader,
+    triton: TritonClient,
+    options: BatchOptions,
+    *,
+    stop: threading.Event,
+    advance: Callable[[int], None],
+    tell: Callable[[str], None],
+    patience_s: float = pipeline.PATIENCE_S,
+) -> None:
+    """Answers what the journal holds as pending. Ends early, with nothing lost, once `stop` is set.
+
+    Raises:
+        ServiceError: As `pipeline.run`, and where the results cannot be written.
+    """
+    sink = _Answers(journal, triton.model_version, options, advance)
+    probe = options.store.probe if options.store else lambda: None
+    try:
+        pipeline.run(journal.pending(), reader, triton, sink, probe_store=probe, stop=stop, tell=tell, patience_s=patience_s)
+    finally:
+        sink.flush()
+
+
+class _Answers:
+    """The sink: searches for many films at once, and records their answers."""
+
+    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None]) -> None:
+        wanted = query.WANTED if options.store else (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
+        self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
+        self._journal, self._model_version, self._options, self._advance = journal, model_version, options, advance
+        self._failures: list[Answer] = []
+        self._flushed = time.monotonic()
+
+    def keep(self, seen: Sequence[Seen[Asked]]) -> list[Answer]:
+        if self._options.store is None:
+            return [self._embedded(one) for one in seen]
+        asked = [query.Asked(one.work.image_id, one.film, one.outputs, one.work.patient_id, {"infer": 1000 * one.seconds}) for one in seen]
+        options = self._options
+        results = query.answer(
+            asked, self._options.store, self._model_version, top_k=options.top_k, where=options.where, include_own=options.include_own
+        )
+        return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
+
+    def kept(self, result: list[Answer]) -> None:
+        self._journal.record([*result, *self._failures])
+        self._advance(len(result) + len(self._failures))
+        self._failures = []
+        self._flushed = time.monotonic()
+
+    def failed(self, work: Asked, error: CxrError) -> None:
+        self._failures.append(Answer(work, FAILED, error=str(error)))
+        if len(self._failures) >= _FAILURES_AT_ONCE or time.monotonic() > self._flushed + 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Records what has failed and could not be recorded beside answers."""
+        if self._failures:
+            self.kept([])
+
+    def _answer(self, seen: Seen[Asked], result: QueryResult | UsageError) -> Answer:
+        if isinstance(result, UsageError):
+            return Answer(seen.work, FAILED, error=str(result))
+        line = result.as_json()
+        if self._options.attention is not None:
+            line["attention"] = str(self._drawn(seen, result, self._options.attention))
+        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+
+    def _embedded(self, seen: Seen[Asked]) -> Answer:
+        mask, agreement = np.asarray(seen.outputs[LUNG_MASK.name][0], np.uint8), float(seen.outputs[LUNG_AGREEMENT.name][0])
+        line: dict[str, Any] = {
+            "image_id": seen.work.image_id,
+            "model_version": self._model_version,
+            "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
+            "warnings": [*seen.film.warnings, *query.lung_warnings(mask, seen.film.box, agreement)],
+        }
+        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+
+    @staticmethod
+    def _drawn(seen: Seen[Asked], result: QueryResult, folder: Path) -> Path:
+        """The overlay; named after the input's place in the journal and a digest of its name, never after what a file is called."""
+        shown = result.explanation
+        path = folder / f"{seen.work.id:07d}-{hashlib.sha256(seen.work.name.encode()).hexdigest()[:8]}.png"
+        picture = overlay(shown.square, shown.lung_mask, shown.attention)
+        box = shown.box
+        Image.fromarray(picture[box.top : box.top + box.height, box.left : box.left + box.width]).save(path)
+        return path

@@ -1,0 +1,154 @@
+"""`cxr batch`: reads its options, calls the library, prints."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from cxr_retrieval.archive.results import Format, write_table
+from cxr_retrieval.cli import options
+from cxr_retrieval.cli.console import print_json, talk
+from cxr_retrieval.errors import InputError, UsageError
+from cxr_retrieval.progress import progress_bar
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+
+_INTERRUPTED = 130
+
+
+def batch(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Radiographs, or folders that hold them.")],
+    out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
+    form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
+    where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
+    include_own: Annotated[
+        bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
+    ] = False,
+    embed_only: Annotated[bool, typer.Option("--embed-only", help="Embeddings instead of answers; no gallery is needed.")] = False,
+    attention: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
+    json: options.Json = False,
+    triton: options.Triton = options.TRITON_DEFAULT,
+    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
+    milvus: options.Milvus = options.MILVUS_DEFAULT,
+    milvus_user: options.MilvusUser = "",
+    milvus_password: options.MilvusPassword = "",
+    milvus_token: options.MilvusToken = "",
+    milvus_database: options.MilvusDatabase = "",
+) -> None:
+    """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
+    from cxr_retrieval.radiograph.decoding import FilmReader
+
+    if embed_only and attention:
+        raise UsageError("--embed-only with --attention", expected="one of them", next_step="leave one out")
+    lines = out if form is Format.jsonl else out.with_suffix(".jsonl")  # from which the table is written at the end
+    started = time.monotonic()
+    with ExitStack() as opened, _until_interrupted() as stop:
+        reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.archive.batch import BatchOptions, run_batch
+        from cxr_retrieval.archive.inputs import find_inputs
+        from cxr_retrieval.archive.journal import Journal
+        from cxr_retrieval.gallery.store import Store
+        from cxr_retrieval.inference.triton import TritonClient
+
+        client = opened.enter_context(TritonClient(TritonSettings(triton, timeout)))
+        settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
+        store = None if embed_only else opened.enter_context(Store(settings, client.model_version))
+        decisive = {
+            "model_version": client.model_version,
+            "gallery": None if embed_only else milvus,
+            "top_k": top_k,
+            "where": where,
+            "include_own": include_own,
+            "attention": str(attention) if attention else None,
+        }
+        journal = opened.enter_context(Journal(lines, decisive))
+        if attention:
+            attention.mkdir(parents=True, exist_ok=True)
+        for _ in journal.add(find_inputs(paths)):
+            if stop.is_set():
+                break
+        if retry_failed:
+            journal.retry_failed()
+        before = journal.counts()
+        with progress_bar() as bar:
+            task = bar.add_task("answering", total=before["pending"])
+            run_batch(
+                journal,
+                reader,
+                client,
+                BatchOptions(store, top_k, where, include_own, attention),
+                stop=stop,
+                advance=lambda count: bar.update(task, advance=count),
+                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                patience_s=patience,
+            )
+        seconds, counts = time.monotonic() - started, journal.counts()
+        done = before["pending"] - counts["pending"]
+        if not counts["pending"]:
+            journal.finish()
+            if form is not Format.jsonl:
+                write_table(lines, out, form)
+        summary: dict[str, Any] = {
+            "model_version": client.model_version,
+            "inputs": sum(counts.values()),
+            **counts,
+            "copies": journal.copies(),
+            "seconds": round(seconds, 1),
+            "per_second": round(done / seconds, 2),
+            "results": str(out),
+            "dead_letters": str(journal.dead_letters) if counts["failed"] else None,
+        }
+    _report(summary, json=json)
+
+
+def _report(summary: dict[str, Any], *, json: bool) -> None:
+    if json:
+        print_json(summary)
+    else:
+        told = ", ".join(f"{summary[name]} {name}" for name in ("answered", "refused", "failed", "pending") if summary[name])
+        copies = f", {summary['copies']} of them copies of another" if summary["copies"] else ""
+        typer.echo(
+            f"{summary['inputs']} inputs: {told or 'nothing to do'}{copies}; {summary['seconds']} s, {summary['per_second']} a second; "
+            f"{summary['results']}"
+        )
+    if summary["pending"]:
+        talk().print("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here", soft_wrap=True)
+        raise typer.Exit(_INTERRUPTED)
+    if summary["failed"] or summary["refused"]:
+        reasons = f"see {summary['dead_letters']}; --retry-failed asks them again" if summary["failed"] else "see their reasons"
+        raise InputError(f"{summary['failed']} inputs failed, {summary['refused']} were refused", next_step=reasons)
+
+
+@contextmanager
+def _until_interrupted() -> Generator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the process as usual."""
+    stop = threading.Event()
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    for number in former:
+        signal.signal(number, interrupt)
+    try:
+        yield stop
+    finally:
+        restore()
