@@ -19,22 +19,19 @@ DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
 
 @dataclass(frozen=True)
 class TritonSettings:
-    """`url` is host:port of the gRPC endpoint; `timeout_s` the deadline of one call; `in_flight` bounds open requests."""
+    """`url` is host:port of the gRPC endpoint; `timeout_s` the deadline of one call."""
 
     url: str = DEFAULT_TRITON
     timeout_s: float = 60.0
-    in_flight: int = 4
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d{1,5}", self.url):
             raise SetupError(
                 "the Triton address is malformed", expected="host:port, such as 127.0.0.1:8001", got=self.url, next_step="correct --triton"
             )
-        if self.timeout_s <= 0 or self.in_flight < 1:
+        if self.timeout_s <= 0:
             raise SetupError(
-                "the Triton limits are out of range",
-                expected="timeout > 0 s and at least 1 request in flight",
-                next_step="correct --timeout",
+                "the Triton timeout is out of range", expected="more than 0 s", got=f"{self.timeout_s:g}", next_step="correct --timeout"
             )
 
 

@@ -101,21 +101,6 @@ def test_batch_and_single_agree(triton: TritonClient, squares: NDArray[np.uint8]
     assert (together * alone).sum(axis=1).min() > 0.9999
 
 
-def test_stream_keeps_order_and_is_lazy(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
-    drawn: list[int] = []
-
-    def batches():  # type: ignore[no-untyped-def]
-        for start in range(0, 8, 2):
-            drawn.append(start)
-            yield squares[start : start + 2]
-
-    stream = triton.embed_stream(batches())
-    first = next(stream).result()
-    assert len(drawn) <= 4, "no more than in_flight batches are drawn ahead"
-    rest = [future.result() for future in stream]
-    assert np.allclose(np.concatenate([first, *rest]), triton.embed(squares[:8]), atol=1e-3)
-
-
 def test_wrong_input_is_refused_and_the_server_goes_on(triton: TritonClient, squares: NDArray[np.uint8]) -> None:
     with pytest.raises(UnusableOutputError, match="refused the request"):
         triton.infer(np.zeros((1, 1, 128, 128), np.uint8))

@@ -1,28 +1,33 @@
-"""From manifest rows to embeddings in bulk: read in worker processes, embed in batches, and let a bad file harm nobody else."""
+"""Confirmed cases in bulk, through the one pipeline: an ingest into a gallery, and embeddings for an evaluation."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import IMAGE_SIZE
-from cxr_retrieval.errors import CxrError, ImageError, InputError, UnusableOutputError
+from cxr_retrieval.contract import EMBEDDING
+from cxr_retrieval.errors import CxrError, ImageError, InputError
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
-from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
-from cxr_retrieval.radiograph.decoding import Film, FilmReader
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
 
-CHUNK: Final = 64
-"""Rows between two writes; what an interrupted ingest repeats."""
+_LOOKED_UP: Final = 128
+"""Rows that the gallery is asked about at once."""
 
 Advance = Callable[[int], None]
+Tell = Callable[[str], None]
 T = TypeVar("T")
 
 
@@ -36,12 +41,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of every row: newly embedded, only its facts corrected, found unchanged, or failed."""
+    """What became of every row: newly embedded, only its facts corrected, found unchanged, failed, or (`pending`) not reached."""
 
     stored: int
     corrected: int
     unchanged: int
     problems: tuple[Problem, ...]
+    pending: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,73 +62,156 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class _Vectors:
-    """What came of embedding entries: those that could be, each with the digest of its picture and its embedding."""
+class _NewCase:
+    """A row that must be embedded, and what the gallery holds under its key."""
 
-    entries: list[Entry]
-    pixels: list[str]
-    embeddings: list[NDArray[np.float32]]
-    problems: list[Problem]
+    entry: Entry
+    held: Held | None = None
+    member: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.entry.row.path
 
 
-def ingest(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store, advance: Advance) -> IngestReport:
+def ingest(
+    rows: Sequence[ManifestRow],
+    reader: FilmReader,
+    triton: TritonClient,
+    store: Store,
+    advance: Advance,
+    *,
+    stop: threading.Event | None = None,
+    tell: Tell = lambda _: None,
+    patience_s: float = pipeline.PATIENCE_S,
+) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
     A row whose file is the one stored, but not its facts (a corrected label, a folder that moved), keeps its embedding.
 
     Args:
         advance: Told how many rows have been dealt with.
+        stop: Ends it early, once it is set, with what Triton has; nothing is lost.
+        tell: Told what is waited for.
+        patience_s: How long a server that went away is waited for.
     """
-    stored = corrected = unchanged = 0
-    problems: list[Problem] = []
-    with ThreadPoolExecutor() as pool:
-        for chunk in _chunks(rows, CHUNK):
-            entries, failed = _typed(chunk, pool)
-            problems += failed
-            held = store.held([entry.key for entry in entries])
-            new = [entry for entry in entries if entry.key not in held or held[entry.key].file != entry.file]
+    stop = stop or threading.Event()
+    sink = _Gallery(store, advance)
+    patiently = pipeline.patiently(stop, patience_s)
+    with ThreadPoolExecutor() as hashing:
+        new = sink.new_cases(rows, hashing, lambda call: patiently(call))
+        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, patience_s=patience_s)
+    done = sink.stored + sink.corrected + sink.unchanged
+    if done:
+        store.publish()
+    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), len(rows) - done - len(sink.problems))
+
+
+class _Gallery:
+    """The sink of an ingest."""
+
+    outputs = (EMBEDDING,)
+
+    def __init__(self, store: Store, advance: Advance) -> None:
+        self._store, self._advance = store, advance
+        self.stored = self.corrected = self.unchanged = 0
+        self.problems: list[Problem] = []
+
+    def new_cases(
+        self, rows: Sequence[ManifestRow], hashing: ThreadPoolExecutor, patiently: Callable[[Callable[[], None]], None]
+    ) -> Iterator[_NewCase]:
+        """Rows that must be embedded; those whose facts alone have changed are corrected on the way."""
+        for chunk in _chunks(rows, _LOOKED_UP):
+            entries, failed = _typed(chunk, hashing)
+            self.problems += failed
+            held: dict[str, Held] = {}
+            patiently(lambda entries=entries, held=held: held.update(self._store.held([entry.key for entry in entries])))
             same = [entry for entry in entries if entry.key in held and held[entry.key].file == entry.file]
             other_facts = [entry for entry in same if held[entry.key].facts != entry.facts]
-            found = _embed_entries(new, reader, triton, held)
-            problems += found.problems
-            vectors = store.embeddings([entry.key for entry in other_facts])
-            store.upsert(
-                [*found.entries, *other_facts],
-                [*found.pixels, *(held[entry.key].pixels for entry in other_facts)],
-                [*found.embeddings, *(vectors[entry.key] for entry in other_facts)],
-            )
-            stored += len(found.entries)
-            corrected += len(other_facts)
-            unchanged += len(same) - len(other_facts)
-            advance(len(chunk))
-    if stored or corrected or unchanged:
-        store.publish()
-    return IngestReport(stored, corrected, unchanged, tuple(problems))
+            patiently(lambda other_facts=other_facts, held=held: self._correct(other_facts, held))
+            self.corrected += len(other_facts)
+            self.unchanged += len(same) - len(other_facts)
+            self._advance(len(same) + len(failed))
+            settled = {entry.key for entry in same}
+            yield from (_NewCase(entry, held.get(entry.key)) for entry in entries if entry.key not in settled)
+
+    def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
+        vectors = self._store.embeddings([entry.key for entry in entries])
+        self._store.upsert(entries, [held[entry.key].pixels for entry in entries], [vectors[entry.key] for entry in entries])
+
+    def keep(self, seen: Sequence[Seen[_NewCase]]) -> tuple[int, list[Problem]]:
+        problems: list[Problem] = []
+        kept: list[tuple[Entry, Seen[_NewCase]]] = []
+        for one in seen:
+            try:
+                _refuse_another_film(one)
+                kept.append((replace(one.work.entry, file=one.film.file), one))  # of the bytes embedded, should the file have changed
+            except InputError as error:
+                problems.append(Problem(one.work.entry.row.image_id, error))
+        self._store.upsert([entry for entry, _ in kept], [one.film.pixels for _, one in kept], [_embedding(one) for _, one in kept])
+        return len(kept), problems
+
+    def kept(self, result: tuple[int, list[Problem]]) -> None:
+        stored, problems = result
+        self.stored += stored
+        self.problems += problems
+        self._advance(stored + len(problems))
+
+    def failed(self, work: _NewCase, error: CxrError) -> None:
+        self.problems.append(Problem(work.entry.row.image_id, error))
+        self._advance(1)
 
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:
-    """Embeddings of rows for evaluation: taken from the store where it holds the same file, else computed now."""
-    known: dict[str, tuple[str, NDArray[np.float32]]] = {}
+    """Embeddings of rows for evaluation, in their order: taken from the store where it holds the same file, else computed now."""
+    sink = _Collected(advance)
+    from_store = 0
+    with ThreadPoolExecutor() as hashing:
+        typed, failed = _typed(rows, hashing)
+    sink.problems += failed
+    advance(len(failed))
     if store is not None:
         cases, stored = store.vectors()
         known = {case.file: (case.pixels, vector) for case, vector in zip(cases, stored, strict=True)}
-    entries: list[Entry] = []
-    pixels: list[str] = []
-    embeddings: list[NDArray[np.float32]] = []
-    problems: list[Problem] = []
-    from_store = 0
-    with ThreadPoolExecutor() as pool:
-        for chunk in _chunks(rows, CHUNK):
-            typed, failed = _typed(chunk, pool)
-            have = [entry for entry in typed if entry.file in known]
-            found = _embed_entries([entry for entry in typed if entry.file not in known], reader, triton, {})
-            problems += [*failed, *found.problems]
-            from_store += len(have)
-            entries += [*have, *found.entries]
-            pixels += [*(known[entry.file][0] for entry in have), *found.pixels]
-            embeddings += [*(known[entry.file][1] for entry in have), *found.embeddings]
-            advance(len(chunk))
-    return Embedded(tuple(entries), np.array(embeddings, np.float32), tuple(pixels), tuple(problems), from_store)
+        sink.found |= {entry.key: (entry, *known[entry.file]) for entry in typed if entry.file in known}
+        from_store = len(sink.found)
+        advance(from_store)
+    pipeline.run((_NewCase(entry) for entry in typed if entry.key not in sink.found), reader, triton, sink)
+    ordered = [sink.found[entry.key] for entry in typed if entry.key in sink.found]
+    return Embedded(
+        tuple(entry for entry, _, _ in ordered),
+        np.array([vector for _, _, vector in ordered], np.float32),
+        tuple(pixels for _, pixels, _ in ordered),
+        tuple(sink.problems),
+        from_store,
+    )
+
+
+class _Collected:
+    """The sink of an evaluation: key → entry, digest of its picture, embedding."""
+
+    outputs = (EMBEDDING,)
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self.found: dict[str, tuple[Entry, str, NDArray[np.float32]]] = {}
+        self.problems: list[Problem] = []
+
+    def keep(self, seen: Sequence[Seen[_NewCase]]) -> Sequence[Seen[_NewCase]]:
+        return seen
+
+    def kept(self, result: Sequence[Seen[_NewCase]]) -> None:
+        for one in result:
+            self.found[one.work.entry.key] = (replace(one.work.entry, file=one.film.file), one.film.pixels, _embedding(one))
+        self._advance(len(result))
+
+    def failed(self, work: _NewCase, error: CxrError) -> None:
+        self.problems.append(Problem(work.entry.row.image_id, error))
+        self._advance(1)
+
+
+def _embedding(seen: Seen[_NewCase]) -> NDArray[np.float32]:
+    return np.asarray(seen.outputs[EMBEDDING.name], np.float32)
 
 
 def _typed(rows: Sequence[ManifestRow], pool: ThreadPoolExecutor) -> tuple[list[Entry], list[Problem]]:
@@ -136,46 +225,14 @@ def _typed(rows: Sequence[ManifestRow], pool: ThreadPoolExecutor) -> tuple[list[
     return [r for r in results if isinstance(r, Entry)], [r for r in results if isinstance(r, Problem)]
 
 
-def _embed_entries(entries: Sequence[Entry], reader: FilmReader, triton: TritonClient, held: dict[str, Held]) -> _Vectors:
-    films: list[tuple[Entry, Film]] = []
-    out = _Vectors([], [], [], [])
-    for entry, future in [(entry, reader.submit(entry.row.path)) for entry in entries]:
-        try:
-            film = future.result()
-            _refuse_another_film(entry, film, held.get(entry.key))
-            films.append((replace(entry, file=film.file), film))  # of the bytes embedded, should the file have changed meanwhile
-        except InputError as error:
-            out.problems.append(Problem(entry.row.image_id, error))
-    batches = list(_chunks(films, BATCH_SIZE))
-    stream = triton.embed_stream(_stack([film.square for _, film in batch]) for batch in batches)
-    for batch, future in zip(batches, stream, strict=True):
-        try:
-            vectors = list(future.result())
-        except UnusableOutputError:  # find the image to blame
-            vectors = [_alone(entry, film, triton, out.problems) for entry, film in batch]
-        for (entry, film), vector in zip(batch, vectors, strict=True):
-            if vector is not None:
-                out.entries.append(entry)
-                out.pixels.append(film.pixels)
-                out.embeddings.append(vector)
-    return out
-
-
-def _alone(entry: Entry, film: Film, triton: TritonClient, problems: list[Problem]) -> NDArray[np.float32] | None:
-    try:
-        return triton.embed(_stack([film.square]))[0]
-    except UnusableOutputError as error:
-        problems.append(Problem(entry.row.image_id, error))
-        return None
-
-
-def _refuse_another_film(entry: Entry, film: Film, held: Held | None) -> None:
+def _refuse_another_film(seen: Seen[_NewCase]) -> None:
     """Two sources may number their films alike; the second must not replace the first without a word."""
-    if held is not None and held.pixels != film.pixels and held.source != entry.row.source and held.source and entry.row.source:
+    held, row = seen.work.held, seen.work.entry.row
+    if held is not None and held.pixels != seen.film.pixels and held.source != row.source and held.source and row.source:
         raise InputError(
-            f"image_id {entry.row.image_id} is taken by another film",
+            f"image_id {row.image_id} is taken by another film",
             expected="one image_id for one film, whatever its source",
-            got=f"a film of {held.source} in the gallery, one of {entry.row.source} here",
+            got=f"a film of {held.source} in the gallery, one of {row.source} here",
             next_step="rename it in the manifest, or take the other out with `cxr gallery remove --image`",
         )
 
@@ -197,10 +254,6 @@ def _digest(row: ManifestRow) -> str:
             next_step="correct the path in the manifest (it is relative to the manifest's folder)",
         ) from error
     return digest.hexdigest()
-
-
-def _stack(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return np.stack(images).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:

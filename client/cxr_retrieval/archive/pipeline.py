@@ -143,6 +143,17 @@ def run(
             conductor.abandon()
 
 
+def patiently(stop: threading.Event, patience_s: float, *others: threading.Event) -> Retrying:
+    """Calls again, ever more seldom, what raises ServerDownError or StoreDownError, for `patience_s` or until an event is set."""
+    return Retrying(
+        retry=retry_if_exception_type((ServerDownError, StoreDownError)),
+        wait=wait_random_exponential(multiplier=0.5, max=15),
+        stop=stop_any(stop_after_delay(patience_s), *map(stop_when_event_set, (stop, *others))),
+        sleep=sleep_using_event(stop),
+        reraise=True,
+    )
+
+
 class _Conductor(Generic[W, R]):
     def __init__(
         self,
@@ -289,11 +300,5 @@ class _Conductor(Generic[W, R]):
         started, name = time.monotonic(), service.capitalize()
         self._tell(f"{name} is away: {error.what}. Waiting for it")
 
-        Retrying(
-            retry=retry_if_exception_type((ServerDownError, StoreDownError)),
-            wait=wait_random_exponential(multiplier=0.5, max=15),
-            stop=stop_any(stop_after_delay(self._patience_s), stop_when_event_set(self._stop), stop_when_event_set(self._abandoned)),
-            sleep=sleep_using_event(self._stop),
-            reraise=True,
-        )(probe)
+        patiently(self._stop, self._patience_s, self._abandoned)(probe)
         self._tell(f"{name} is back after {time.monotonic() - started:.0f} s")

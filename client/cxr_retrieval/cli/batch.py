@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +12,10 @@ from rich.text import Text
 
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import print_json, talk
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, talk, until_interrupted
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
-
-_INTERRUPTED = 130
 
 
 def batch(
@@ -55,7 +49,7 @@ def batch(
         raise UsageError("--embed-only with --attention", expected="one of them", next_step="leave one out")
     lines = out if form is Format.jsonl else out.with_suffix(".jsonl")  # from which the table is written at the end
     started = time.monotonic()
-    with ExitStack() as opened, _until_interrupted() as stop:
+    with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
         from cxr_retrieval.archive.batch import BatchOptions, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
@@ -126,29 +120,7 @@ def _report(summary: dict[str, Any], *, json: bool) -> None:
         )
     if summary["pending"]:
         talk().print("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here", soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if summary["failed"] or summary["refused"]:
         reasons = f"see {summary['dead_letters']}; --retry-failed asks them again" if summary["failed"] else "see their reasons"
         raise InputError(f"{summary['failed']} inputs failed, {summary['refused']} were refused", next_step=reasons)
-
-
-@contextmanager
-def _until_interrupted() -> Generator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; a second one ends the process as usual."""
-    stop = threading.Event()
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    for number in former:
-        signal.signal(number, interrupt)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import print_json, print_problems, progress, talk
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, talk, until_interrupted
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
     ] = False,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
     triton: options.Triton = options.TRITON_DEFAULT,
@@ -53,9 +56,19 @@ def ingest(
         TritonClient(TritonSettings(triton, timeout)) as client,
         Store(milvus_settings, client.model_version, create=True) as store,
     ):
-        with progress("ingesting", len(rows)) as advance:
-            report = embedding.ingest(rows, reader, client, store, advance)
-        if prune:
+        with until_interrupted() as stop, progress_bar() as bar:
+            task = bar.add_task("ingesting", total=len(rows))
+            report = embedding.ingest(
+                rows,
+                reader,
+                client,
+                store,
+                advance=lambda count: bar.update(task, advance=count),
+                stop=stop,
+                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                patience_s=patience,
+            )
+        if prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
                 gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 removed[store.collection] = gone
@@ -83,6 +96,9 @@ def ingest(
         )
     if total > LITE_COMFORTABLE_ROWS and milvus_settings.is_lite:
         talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
+    if report.pending:
+        talk().print(f"interrupted, {report.pending} to go. Next: give the same command again, it goes on from here", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
     if report.problems:
         raise typer.Exit(1)
 

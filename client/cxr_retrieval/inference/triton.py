@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -104,26 +102,6 @@ class TritonClient:
     def embed(self, images: Images) -> NDArray[np.float32]:
         """Embeddings `[n, 64]` of unit length; the attention map is not computed."""
         return np.asarray(self.infer(images, (EMBEDDING,))[EMBEDDING.name], np.float32)
-
-    def embed_stream(self, batches: Iterable[Images]) -> Iterator[Future[NDArray[np.float32]]]:
-        """Finished futures of each batch's embeddings, in order, with at most `in_flight` requests open.
-
-        Batches are drawn lazily, so the source is read while the server computes; a failed batch fails its own future.
-        """
-        waiting: deque[Future[NDArray[np.float32]]] = deque()
-        with ThreadPoolExecutor(self._settings.in_flight) as pool:
-            try:
-                for batch in batches:
-                    waiting.append(pool.submit(self.embed, batch))
-                    if len(waiting) >= self._settings.in_flight:
-                        wait([waiting[0]])
-                        yield waiting.popleft()
-                while waiting:
-                    wait([waiting[0]])
-                    yield waiting.popleft()
-            finally:
-                for future in waiting:
-                    future.cancel()
 
     def _checked(self, output: TensorSpec, values: NDArray[np.generic] | None, count: int) -> NDArray[np.generic]:
         shape = (count, *output.shape)
