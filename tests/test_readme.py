@@ -30,7 +30,9 @@ def test_own_cases(server: Endpoints, phantom_manifest: Path, tmp_path: Path) ->
     shutil.copytree(phantom_manifest.parent, tmp_path / "cases")
     write_dicom(make_phantom(50, "covid19"), tmp_path / "film.dcm")
     lines = [line for line in block("sh").splitlines() if line and not line.startswith("cxr serve")]
-    assert len(lines) == 4
+    assert len(lines) == 5
+    (tmp_path / "archive").mkdir()
+    shutil.copy(tmp_path / "film.dcm", tmp_path / "archive")
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     environment = ENVIRONMENT | {"PATH": path, "CXR_TRITON": server.grpc, "CXR_MILVUS": str(tmp_path / "g.db")}
     result = subprocess.run(
@@ -39,6 +41,7 @@ def test_own_cases(server: Endpoints, phantom_manifest: Path, tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     assert "9 stored, 0 unchanged, 0 failed" in result.stdout
     assert (tmp_path / "film.html").is_file()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
 def test_every_make_target_named_exists() -> None:

@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
+from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import find_inputs
 from cxr_retrieval.archive.journal import Journal
+from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.errors import ServerDownError
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
@@ -188,6 +190,36 @@ def test_a_triton_that_goes_away_is_waited_for(
             running.result()
         assert journal.counts() == {"pending": 0, "answered": len(some), "refused": 0, "failed": 0}
     assert "Triton is away" in told[0]
+    assert "Triton is back" in told[-1]
+
+
+def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, repository: Path, tmp_path: Path) -> None:
+    some = sorted(archive.glob("*-?.png"))
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("image_id,path,label\n" + "".join(f"{path.stem},{path},control\n" for path in some))
+    told: list[str] = []
+    with ExitStack() as stack:
+        first = stack.enter_context(ExitStack())
+        server = first.enter_context(embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)))
+        port = int(server.grpc.rsplit(":")[-1])
+        reader = stack.enter_context(FilmReader())
+        client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
+        store = stack.enter_context(Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, create=True))
+        begun = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            rows = read_manifest(manifest).rows
+            running = pool.submit(ingest, rows, reader, client, store, lambda _: begun.set(), tell=told.append)
+            begun.wait()
+            end(server.process, signal.SIGKILL)
+            while not told and not running.done():
+                time.sleep(0.05)
+            first.close()
+            stack.enter_context(embedded_triton(ServerOptions(repository, grpc_port=port, http_port=0, metrics_port=0)))
+            report = running.result()
+        assert (report.stored, report.problems, report.pending) == (len(some), (), 0)
+        assert store.count() == len(some)
+        again = ingest(rows, reader, client, store, lambda _: None)
+        assert (again.stored, again.unchanged) == (0, len(some))
     assert "Triton is back" in told[-1]
 
 

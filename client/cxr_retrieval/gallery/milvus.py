@@ -19,6 +19,10 @@ from cxr_retrieval.errors import StoreDownError, StoreError, UsageError
 from cxr_retrieval.settings import MilvusSettings
 
 _NULLABLE_SINCE: Final = (2, 5)
+_QUIET: Final = {"grpc.keepalive_time_ms": 330_000, "grpc.keepalive_permit_without_calls": 0}
+"""gRPC servers close a connection that pings more than every five minutes while nothing is asked ("too many pings", Milvus Lite's does);
+pymilvus would every ten seconds. A dead peer is noticed by the deadline of each call.
+"""
 _CONNECT_FAILED: Final = 2
 """Code of a MilvusException: no server there, or credentials refused while connecting."""
 
@@ -50,6 +54,7 @@ def connect(settings: MilvusSettings) -> MilvusClient:
             token=settings.token,
             db_name=settings.database,
             timeout=settings.timeout_s,
+            grpc_options=_QUIET,
         )
 
 

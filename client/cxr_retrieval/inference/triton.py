@@ -181,6 +181,6 @@ class TritonClient:
 
     def _lives(self) -> bool:
         try:
-            return bool(self._client.is_server_live(client_timeout=min(5.0, self._settings.timeout_s)))
+            return bool(self._client.is_server_live(client_timeout=5.0))
         except InferenceServerException:
             return False
