@@ -18,7 +18,10 @@ from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 
+@options.with_servers
 def batch(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Radiographs, or folders that hold them.")],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
@@ -34,13 +37,6 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     json: options.Json = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -57,12 +53,11 @@ def batch(
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
 
-        client = opened.enter_context(TritonClient(TritonSettings(triton, timeout)))
-        settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
-        store = None if embed_only else opened.enter_context(Store(settings, client.model_version))
+        client = opened.enter_context(TritonClient(triton))
+        store = None if embed_only else opened.enter_context(Store(milvus, client.model_version))
         decisive = {
             "model_version": client.model_version,
-            "gallery": None if embed_only else milvus,
+            "gallery": None if embed_only else milvus.uri,
             "top_k": top_k,
             "where": where,
             "include_own": include_own,

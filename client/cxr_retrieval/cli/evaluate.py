@@ -21,20 +21,16 @@ if TYPE_CHECKING:
     from cxr_retrieval.evaluation.metrics import LabelledSet
 
 
+@options.with_servers
 def evaluate(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
     gallery: Annotated[Path, typer.Option(help="Manifest of the gallery.")],
     queries: Annotated[Path, typer.Option(help="Manifest of the queries.")],
     gallery_split: Annotated[str | None, typer.Option(help="Only gallery rows of this split; without it all but 'extra'.")] = None,
     queries_split: Annotated[str | None, typer.Option(help="Only query rows of this split; without it all but 'extra'.")] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours that vote.")] = 10,
     json: options.Json = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Measure retrieval: recall@k, accuracy, mAP@R per class and source, within and across sources. Never counts a query's own patient.
 
@@ -51,11 +47,10 @@ def evaluate(
         "gallery": read_manifest(gallery).require(split=gallery_split),
         "queries": read_manifest(queries).require(split=queries_split),
     }
-    milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     found: dict[str, Embedded] = {}
-    with FilmReader() as reader, TritonClient(TritonSettings(triton, timeout)) as client:
+    with FilmReader() as reader, TritonClient(triton) as client:
         try:
-            store = Store(milvus_settings, client.model_version)
+            store = Store(milvus, client.model_version)
         except StoreError as error:
             talk().print(f"computing every vector now: {error}", soft_wrap=True)
             store = None

@@ -18,7 +18,9 @@ _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no pati
 
 
 @app.command()
+@options.with_servers
 def remove(
+    milvus: MilvusSettings,
     image: Annotated[list[str] | None, typer.Option(metavar="ID", help="The case with this image_id; may be repeated.")] = None,
     patient: Annotated[str | None, typer.Option(metavar="ID", help="Every case with this patient_id.")] = None,
     source: Annotated[str | None, typer.Option(help="Of --patient: only cases of this source.")] = None,
@@ -27,24 +29,17 @@ def remove(
     reason: _Reason = "",
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Remove cases from the galleries of every model version: a patient who withdrew consent, a wrong file, a whole source."""
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.gallery.store import remove_cases
 
     clause = _clause(image or [], patient, source, where)
-    settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     if dry_run:
-        found = remove_cases(settings, clause, dry_run=True)
+        found = remove_cases(milvus, clause, dry_run=True)
     else:
         with audited(audit.expanduser(), "gallery remove", reason) as removed:
-            found = remove_cases(settings, clause)
+            found = remove_cases(milvus, clause)
             removed.update(found)
     if json:
         print_json({"dry_run": dry_run, "removed": {name: len(keys) for name, keys in found.items()}})
@@ -56,25 +51,20 @@ def remove(
 
 
 @app.command()
+@options.with_servers
 def drop(
+    milvus: MilvusSettings,
     collection: Annotated[str, typer.Argument(help="As `cxr info --collections` lists it, such as cxr_2bbd38cfa579.")],
     reason: _Reason = "",
     audit: options.Audit = options.AUDIT_DEFAULT,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Remove a whole gallery, such as one of a model version that is no longer served."""
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.gallery.store import drop_gallery
 
-    settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     with audited(audit.expanduser(), "gallery drop", reason) as removed:
         removed[collection] = ["*"]
-        rows = drop_gallery(settings, collection)
+        rows = drop_gallery(milvus, collection)
     typer.echo(f"{collection}: dropped, {rows} cases")
 
 

@@ -16,33 +16,30 @@ from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.serving.choices import Precision, cpu_flags, supported
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 _PACKAGES = ("cxr-retrieval", "nvidia-pytriton", "tritonclient", "openvino", "pymilvus", "milvus-lite", "pydicom", "torch")
 
 
+@options.with_servers
 def info(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
     repository: options.Repository = None,
     collections: Annotated[bool, typer.Option("--collections", help="Also ask Milvus for its collections (takes a second).")] = False,
     json: options.Json = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Versions, models, servers and devices, at once."""
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "models": _models(repository),
-        "servers": {"triton": {"url": triton, "answers": _answers(triton)}, "milvus": _milvus(milvus)},
+        "servers": {"triton": {"url": triton.url, "answers": _answers(triton.url)}, "milvus": _milvus(milvus)},
         "devices": _devices(),
     }
     if collections:
         from cxr_retrieval.gallery.store import list_collections
 
-        facts["collections"] = list_collections(MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database))
+        facts["collections"] = list_collections(milvus)
     if json:
         print_json(facts)
         return
@@ -78,11 +75,10 @@ def _models(repository: Path | None) -> dict[str, Any]:
     }
 
 
-def _milvus(uri: str) -> dict[str, Any]:
-    settings = MilvusSettings(uri)
+def _milvus(settings: MilvusSettings) -> dict[str, Any]:
     if settings.is_lite:
-        return {"file": uri, "exists": Path(uri).exists()}
-    return {"url": uri, "answers": _answers(uri.split("://", 1)[-1])}
+        return {"file": settings.uri, "exists": Path(settings.uri).exists()}
+    return {"url": settings.uri, "answers": _answers(settings.uri.split("://", 1)[-1])}
 
 
 def _answers(address: str) -> bool:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from cxr_retrieval.cases.manifest import ManifestRow
 
 
+@options.with_servers
 def ingest(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
     manifest: Annotated[Path, typer.Option(help="CSV with image_id,path,label and any clinical columns.")],
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[PATH]...", help="Only rows whose file is, or lies under, one of these.")
@@ -31,13 +34,6 @@ def ingest(
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Embed confirmed cases and keep them, with their clinical facts. Repeat it at will: only what changed is done again."""
     from cxr_retrieval.archive import embedding
@@ -49,12 +45,11 @@ def ingest(
 
     listed = read_manifest(manifest)
     rows = _under(listed.require(split=split), paths or [])
-    milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
     gone: Sequence[str] = ()
     with (
         FilmReader() as reader,
-        TritonClient(TritonSettings(triton, timeout)) as client,
-        Store(milvus_settings, client.model_version, create=True) as store,
+        TritonClient(triton) as client,
+        Store(milvus, client.model_version, create=True) as store,
     ):
         with until_interrupted() as stop, progress_bar() as bar:
             task = bar.add_task("ingesting", total=len(rows))
@@ -94,7 +89,7 @@ def ingest(
         typer.echo(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )
-    if total > LITE_COMFORTABLE_ROWS and milvus_settings.is_lite:
+    if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
         talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:
         talk().print(f"interrupted, {report.pending} to go. Next: give the same command again, it goes on from here", soft_wrap=True)

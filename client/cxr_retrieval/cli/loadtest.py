@@ -14,6 +14,7 @@ from rich.table import Table
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, progress, results, talk
 from cxr_retrieval.errors import InferenceError, SetupError
+from cxr_retrieval.settings import TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.evaluation.loadtest import Outcome
@@ -38,7 +39,9 @@ class SharedMemory(str, Enum):
     on = "on"
 
 
+@options.with_servers
 def loadtest(
+    triton: TritonSettings,
     images: Annotated[list[Path] | None, typer.Argument(help="Radiographs to send in turn.", show_default="synthetic phantoms")] = None,
     model: Annotated[list[Model] | None, typer.Option(help="What to load; may be repeated.", show_default="all four")] = None,
     concurrency: Annotated[
@@ -57,7 +60,6 @@ def loadtest(
     trials: Annotated[int, typer.Option(min=3, help="Windows before a load is given up as unstable.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder for loadtest.json and loadtest.png.")] = Path("loadtest"),
     json: options.Json = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
 ) -> None:
     """Load a running Triton with perf_analyzer and say what it can take: throughput, latency, and where the time goes."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -82,7 +84,7 @@ def loadtest(
                 _write(out, outcomes)
                 advance(1)
 
-            return run_loads(loads, squares, triton, program, window, done)
+            return run_loads(loads, squares, triton.url, program, window, done)
 
     for name in [one.value for one in model or list(Model)]:
         sweep = [Load(name, "concurrency", level, way, batch) for way in ways for level in concurrency or (1, 4, 16)]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.query import QueryResult
 
 
+@options.with_servers
 def query(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
     image: Annotated[Path, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF.")],
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
     where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
@@ -35,13 +38,6 @@ def query(
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
-    triton: options.Triton = options.TRITON_DEFAULT,
-    timeout: options.Timeout = options.TIMEOUT_DEFAULT,
-    milvus: options.Milvus = options.MILVUS_DEFAULT,
-    milvus_user: options.MilvusUser = "",
-    milvus_password: options.MilvusPassword = "",
-    milvus_token: options.MilvusToken = "",
-    milvus_database: options.MilvusDatabase = "",
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -52,8 +48,7 @@ def query(
         from cxr_retrieval.retrieval.picture import write_html, write_montage
         from cxr_retrieval.retrieval.query import query as answer
 
-        milvus_settings = MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
-        with TritonClient(TritonSettings(triton, timeout)) as client, Store(milvus_settings, client.model_version) as store:
+        with TritonClient(triton) as client, Store(milvus, client.model_version) as store:
             result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
         if html:
             write_html(result, html, reader)
