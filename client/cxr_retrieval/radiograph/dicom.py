@@ -1,7 +1,7 @@
-"""A DICOM radiograph: which are refused, and how stored values become grey.
+"""A DICOM radiograph: how its stored values become grey.
 
 The order is fixed by PS3.3 C.11 and PS3.4 N.2: Modality LUT, then VOI LUT or window, then inversion. Of all elements only the pixels
-and the Patient ID leave this module, and messages name view words alone.
+and the Patient ID leave this module, and messages repeat no words but the standard's own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,57 +17,14 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.errors import InvalidDicomError
-from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.grey import MAX_PIXELS, NEXT_STEP, Grey8, Radiograph, shown_range, to_8_bit, too_large, truncated, varies
+from cxr_retrieval.radiograph.elements import first_number, numbers, text, texts
+from cxr_retrieval.radiograph.grey import MAX_PIXELS, Grey8, Radiograph, shown_range, to_8_bit, truncated, varies
+from cxr_retrieval.radiograph.refused import refuse_what_is_no_frontal_film
+from cxr_retrieval.radiograph.syntaxes import inflated, stored_values, transfer_syntax
 
-_PROJECTION_MODALITIES: Final = frozenset({"CR", "DX", "RG", "XA", "RF", "OT", "SC", ""})
-_OTHER_VIEW_CODES: Final = frozenset(
-    {
-        ("SCT", "399067008"),  # lateral
-        ("SCT", "399173006"),  # left lateral
-        ("SCT", "399198007"),  # right lateral
-        ("SCT", "399352003"),  # lateral-medial
-        ("SCT", "399260004"),  # medial-lateral
-        ("SCT", "30730003"),  # sagittal
-        ("SCT", "399182000"),  # oblique
-        ("SCT", "399184004"),  # left oblique
-        ("SCT", "399236003"),  # right oblique
-        ("SCT", "399135007"),  # left anterior oblique
-        ("SCT", "399356000"),  # right anterior oblique
-        ("SCT", "399006002"),  # left posterior oblique
-        ("SCT", "399038007"),  # right posterior oblique
-        ("SRT", "R-102CD"),
-        ("SRT", "R-10236"),
-        ("SRT", "R-10232"),
-        ("SRT", "R-10228"),
-        ("SRT", "R-10224"),
-        ("SRT", "G-A145"),
-        ("SRT", "R-102C1"),
-        ("SRT", "R-10238"),
-        ("SRT", "R-10234"),
-        ("SRT", "R-10220"),
-        ("SRT", "R-40985"),
-        ("SRT", "R-10212"),
-        ("SRT", "R-10210"),
-    }
-)
-"""PS3.16 CID 4010 "DX View", in SNOMED CT and in the older SNOMED-RT codes of the same concepts, which SNM3 named, too."""
-_DESCRIPTIONS: Final = ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription")
-_FRONTAL_WORDS: Final = frozenset(
-    {"PA", "AP", "FRONTAL", "FRONTALE", "DV", "VD", "FACE", "FRENTE", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "POSTERO", "ANTERO"}
-)
-_LATERAL_WORDS: Final = frozenset(
-    {"LAT", "LLAT", "RLAT", "LATL", "LATR", "LATERAL", "LATERALE", "LATÉRAL", "LATÉRALE", "LATERO", "LATEROLATERAL", "LATEROLATERALE"}
-    | {"SEITL", "SEITLICH", "PROFIL", "PERFIL"}
-)
-_LATERAL_VIEWS: Final = _LATERAL_WORDS | {"LL", "RL"}
-_TURNED_VIEWS: Final = frozenset(
-    {"LLD", "RLD", "DECUB", "DECUBITUS", "LLO", "RLO", "LAO", "RAO", "LPO", "RPO", "OBL", "OBLIQUE"}  # even where PA or AP stands beside
-)
-"""What scanners and people write, in capitals. LL and RL mean a view only in View Position, whose defined terms they are (C.8.7.1)."""
 _MAX_PIXEL_ASPECT: Final = 4.0
 _SQUARE_ENOUGH: Final = 0.01
 
@@ -82,9 +38,10 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
-            notes = _refuse_what_is_no_frontal_film(dataset, name)
-            pixels = _square_pixels(_rendered(dataset, name, notes), dataset, notes)
+            dataset = pydicom.dcmread(io.BytesIO(inflated(data, name)), force=data[128:132] != b"DICM")
+            notes = refuse_what_is_no_frontal_film(dataset, name)
+            stored = stored_values(dataset, transfer_syntax(dataset, name), name)
+            pixels = _square_pixels(_rendered(stored, dataset, notes), dataset, notes)
     except ImageError:
         raise
     except (InvalidDicomError, EOFError, OSError) as error:
@@ -93,85 +50,20 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
         raise ImageError(
             f"{name}: the DICOM pixel data cannot be decoded",
             expected="a complete image in a supported transfer syntax",
-            got=" ".join(str(error).split())[:300],
+            got=_without_values(error),
             next_step="export the image again, uncompressed if need be",
         ) from error
-    return Radiograph(pixels, "DICOM", tuple(notes), "\\".join(_texts(dataset, "PatientID")) or None)
+    return Radiograph(pixels, "DICOM", tuple(notes), "\\".join(texts(dataset, "PatientID")) or None)
 
 
-def _refuse_what_is_no_frontal_film(dataset: pydicom.Dataset, name: str) -> list[str]:
-    """Returns what a careful reader should know of the file's own words."""
-    if "PixelData" not in dataset:
-        raise ImageError(
-            f"{name}: the DICOM file holds no pixels",
-            expected="an image object",
-            got=_text(dataset, "Modality") or "no Modality",
-            next_step=NEXT_STEP,
-        )
-    modality = _text(dataset, "Modality")
-    if modality not in _PROJECTION_MODALITIES:
-        raise ImageError(f"{name}: not a projection radiograph", expected="modality CR or DX", got=modality, next_step=NEXT_STEP)
-    notes = _refuse_other_views(dataset, name)
-    body_part = _text(dataset, "BodyPartExamined").upper()
-    if body_part and not any(word in body_part for word in ("CHEST", "THORAX", "LUNG")):
-        notes.append(f"DICOM says the body part is {body_part}, not CHEST")
-    if _text(dataset, "BurnedInAnnotation").upper() == "YES":
-        notes.append("DICOM says text is burned into the picture (0028,0301): it may name the patient")
-    frames = int(_first_number(dataset, "NumberOfFrames") or 1)
-    if frames == 1 and "NumberOfFrames" in dataset:
-        del dataset.NumberOfFrames  # pydicom fails where it is blank
-    if frames > 1:
-        raise ImageError(
-            f"{name}: a multi-frame DICOM", expected="one radiograph per file", got=f"{frames} frames", next_step="export a single frame"
-        )
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    if rows * columns > MAX_PIXELS:
-        raise too_large(name, f"{columns}×{rows} = {rows * columns / 1e6:.0f} million pixels")
-    return notes
+def _without_values(error: Exception) -> str:
+    """What pydicom or a decoder says; what it quotes may be anything that somebody typed."""
+    said = re.sub(r"""'[^']*'|"[^"]*"|b'.*'""", "'…'", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {said[:300]}"
 
 
-def _refuse_other_views(dataset: pydicom.Dataset, name: str) -> list[str]:
-    """View Position, View Code Sequence and Patient Orientation; the descriptions only where neither of the first two says frontal."""
-
-    def refusal(element: str, got: str) -> ImageError:
-        return ImageError(f"{name}: not a frontal view", expected="a PA or AP view", got=f"{element} {got}", next_step=NEXT_STEP)
-
-    view = _words(" ".join(_texts(dataset, "ViewPosition")))
-    frontal = bool(view & _FRONTAL_WORDS)
-    if view & _TURNED_VIEWS or (view & _LATERAL_VIEWS and not frontal):
-        raise refusal("View Position (0018,5101)", " ".join(sorted(view & (_TURNED_VIEWS | _LATERAL_VIEWS))))
-    for item in dataset.get("ViewCodeSequence") or ():
-        scheme, code = _text(item, "CodingSchemeDesignator").upper(), _text(item, "CodeValue")
-        if ("SRT" if scheme in ("SNM3", "99SDM") else scheme, code) in _OTHER_VIEW_CODES:
-            raise refusal("View Code Sequence (0054,0220)", f"{code} ({scheme})")
-        meaning = _words(_text(item, "CodeMeaning"))
-        if meaning & (_LATERAL_WORDS | _TURNED_VIEWS):
-            raise refusal("View Code Sequence (0054,0220)", " ".join(sorted(meaning & (_LATERAL_WORDS | _TURNED_VIEWS))))
-        frontal = frontal or bool(meaning & _FRONTAL_WORDS)
-    directions = [value.upper() for value in _texts(dataset, "PatientOrientation") if re.fullmatch("[ALRPHFalrphf]{1,3}", value)]
-    axes = {next(axis for axis in ("AP", "LR", "HF") if direction[0] in axis) for direction in directions}
-    if len(axes) == 2 and "AP" in axes:  # PS3.3 C.7.6.1.1.1: rows' and columns' direction; one alone, or "A\\P", is a view put there
-        raise refusal("Patient Orientation (0020,0020)", "\\".join(directions))
-    if view & _LATERAL_VIEWS:
-        return ["View Position (0018,5101) names a lateral and a frontal view: is this the frontal one?"]
-    return [] if frontal else _refuse_described_laterals(dataset, refusal)
-
-
-def _refuse_described_laterals(dataset: pydicom.Dataset, refusal: Callable[[str, str], ImageError]) -> list[str]:
-    """A description that speaks of a lateral view alone is believed, unless another speaks of a frontal view alone."""
-    described = [(element, _words(_text(dataset, element))) for element in _DESCRIPTIONS]
-    frontal = any(words & _FRONTAL_WORDS and not words & _LATERAL_WORDS for _, words in described)
-    for element, words in described:
-        if words & _LATERAL_WORDS and not words & _FRONTAL_WORDS and not frontal:
-            raise refusal(element, " ".join(sorted(words & _LATERAL_WORDS)))
-    if any(words & _LATERAL_WORDS for _, words in described):
-        return ["DICOM's descriptions speak of a lateral and a frontal view: is this the frontal one?"]
-    return []
-
-
-def _rendered(dataset: pydicom.Dataset, name: str, notes: list[str]) -> Grey8:
+def _rendered(stored: NDArray[Any], dataset: pydicom.Dataset, notes: list[str]) -> Grey8:
     photometric = str(dataset.PhotometricInterpretation)
-    stored: NDArray[np.generic] = dataset.pixel_array
     bits = int(dataset.BitsStored)
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
@@ -195,7 +87,7 @@ def _shown(stored: NDArray[Any], padding: NDArray[np.bool_] | None, dataset: pyd
         grey = shown(values, dataset)
         if grey is not None and varies(grey, padding):
             return grey
-    if dataset.get("VOILUTSequence") or (_numbers(dataset, "WindowCenter") and _numbers(dataset, "WindowWidth")):
+    if dataset.get("VOILUTSequence") or (numbers(dataset, "WindowCenter") and numbers(dataset, "WindowWidth")):
         notes.append("DICOM's window or VOI LUT shows nothing of this film; it is shown over the range of its values")
     return to_8_bit(values, *shown_range(values, padding))
 
@@ -205,7 +97,7 @@ def _modality_values(stored: NDArray[Any], dataset: pydicom.Dataset) -> NDArray[
     table = _table(dataset, "ModalityLUTSequence", stored)
     if table is not None:
         return _looked_up(stored, table)
-    slope, intercept = _first_number(dataset, "RescaleSlope") or 1.0, _first_number(dataset, "RescaleIntercept") or 0.0
+    slope, intercept = first_number(dataset, "RescaleSlope") or 1.0, first_number(dataset, "RescaleIntercept") or 0.0
     if (slope, intercept) == (1.0, 0.0):
         return stored
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
@@ -240,7 +132,7 @@ def _table(dataset: pydicom.Dataset, sequence: str, values: NDArray[Any]) -> _Ta
     item = next(iter(dataset.get(sequence) or ()), None)
     if item is None:
         return None
-    descriptor = _numbers(item, "LUTDescriptor")
+    descriptor = numbers(item, "LUTDescriptor")
     data: Any = item.get("LUTData")
     if len(descriptor) != 3 or not np.isfinite(descriptor).all() or not data:
         return None
@@ -268,9 +160,9 @@ def _windowed(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | None:
 
     The first pair that is numbers counts. A LINEAR window of width 1, a usual placeholder, has but black and white: it counts as none.
     """
-    pairs = zip(_numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth"), strict=False)
+    pairs = zip(numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth"), strict=False)
     centre, width = next((pair for pair in pairs if np.isfinite(pair).all()), (0.0, 0.0))
-    function = _text(dataset, "VOILUTFunction").upper()
+    function = text(dataset, "VOILUTFunction").upper()
     if width <= (0 if function in ("SIGMOID", "LINEAR_EXACT") else 1):
         return None
     if function == "SIGMOID":
@@ -282,7 +174,7 @@ def _windowed(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | None:
 
 def _padding(stored: NDArray[Any], dataset: pydicom.Dataset) -> NDArray[np.bool_] | None:
     """Pixel Padding Value, or the range up to Pixel Padding Range Limit (C.7.5.1.1.2), in stored values; it is shown black."""
-    value, limit = _first_number(dataset, "PixelPaddingValue"), _first_number(dataset, "PixelPaddingRangeLimit")
+    value, limit = first_number(dataset, "PixelPaddingValue"), first_number(dataset, "PixelPaddingRangeLimit")
     if value is None:
         return None
     ends = (_as_signed(int(value), stored), _as_signed(int(value if limit is None else limit), stored))
@@ -299,7 +191,7 @@ def _is_inverted(dataset: pydicom.Dataset, photometric: str, notes: list[str]) -
 
     The pairs that contradict themselves are noted.
     """
-    shape, negative = _text(dataset, "PresentationLUTShape").upper(), photometric == "MONOCHROME1"
+    shape, negative = text(dataset, "PresentationLUTShape").upper(), photometric == "MONOCHROME1"
     if shape == ("IDENTITY" if negative else "INVERSE"):
         notes.append(f"DICOM contradicts itself on black and white ({photometric} with presentation shape {shape}); it is shown inverted")
     return negative or shape == "INVERSE"
@@ -308,7 +200,7 @@ def _is_inverted(dataset: pydicom.Dataset, photometric: str, notes: list[str]) -
 def _square_pixels(grey: Grey8, dataset: pydicom.Dataset, notes: list[str]) -> Grey8:
     """Enlarges the axis along which pixels are farther apart, so that shapes are true (PS3.3 10.7.1.3, C.7.6.3.1.7)."""
     for element in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
-        between = _numbers(dataset, element)
+        between = numbers(dataset, element)
         if len(between) == 2 and np.isfinite(between).all() and min(between) > 0:
             break
     else:
@@ -326,47 +218,6 @@ def _square_pixels(grey: Grey8, dataset: pydicom.Dataset, notes: list[str]) -> G
     return np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
 
 
-# ---------------------------------------------------------------------------------------------------- elements
-
-
-def _values(dataset: pydicom.Dataset, element: str) -> list[Any]:
-    """All values of an element; none where it is absent, empty, or what its VR does not allow, such as a decimal comma."""
-    try:
-        value = dataset.get(element)
-    except (ValueError, TypeError, ArithmeticError):
-        return [None]
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, MultiValue | list | tuple) else [value]
-
-
-def _numbers(dataset: pydicom.Dataset, element: str) -> list[float]:
-    """All values as numbers; NaN in the place of one that is none."""
-    return [float(value) if isinstance(value, int | float) else np.nan for value in _values(dataset, element)]
-
-
-def _first_number(dataset: pydicom.Dataset, element: str) -> float | None:
-    """The first value; None where it is absent, empty or not finite."""
-    number = next(iter(_numbers(dataset, element)), np.nan)
-    return number if np.isfinite(number) else None
-
-
 def _as_signed(value: int, values: NDArray[Any]) -> int:
     """A value written as unsigned (US) though pixels are signed, as the signed one of the same 16 bits."""
     return value - 2**16 if values.dtype.kind == "i" and 2**15 <= value < 2**16 else value
-
-
-def _texts(dataset: pydicom.Dataset, element: str) -> list[str]:
-    """All values as text, without padding."""
-    return [str(value).strip(" \0\t\r\n") for value in _values(dataset, element) if value is not None]
-
-
-def _text(dataset: pydicom.Dataset, element: str) -> str:
-    """The first value as text, without padding; empty where it is absent."""
-    return next(iter(_texts(dataset, element)), "")
-
-
-def _words(text: str) -> set[str]:
-    """Whole words in capitals; "p.a.", "P-A" and "A/P" are words, too."""
-    joined = re.sub(r"\b([APDV])[./-] ?([APDV])\b", r"\1\2", text.upper())
-    return set(re.findall(r"[A-ZÀ-Þ]+", joined))

@@ -37,10 +37,9 @@ def read_raster(data: bytes, name: str) -> Radiograph:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise too_large(name, f"{width}×{height} = {width * height / 1e6:.0f} million pixels")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if getattr(image, "is_animated", False):  # how many is not asked: Pillow would read a million of them
         raise ImageError(
-            f"{name}: holds several pages", expected="one radiograph per file", got=f"{frames} pages", next_step="split the file"
+            f"{name}: holds several pages", expected="one radiograph per file", got="more than one", next_step="split the file"
         )
     kind = image.format or "image"
     white_is_zero, reduced = _white_is_zero(image), _is_16_bit_colour(image)
