@@ -110,19 +110,19 @@ def stored_values(dataset: pydicom.Dataset, syntax: str, name: str) -> NDArray[A
         ImageError: More pixels than Rows and Columns say.
         Exception: Whatever a decoder raises on damaged data.
     """
-    use = syntax
+    use = uid.UID(syntax)
     if syntax == ENCAPSULATED_UNCOMPRESSED:
         dataset.PixelData = get_frame(dataset.PixelData, 0, number_of_frames=1)
         dataset["PixelData"].is_undefined_length = False
-        use = str(uid.ExplicitVRLittleEndian)
+        use = uid.ExplicitVRLittleEndian
     elif syntax == uid.JPEGExtended12Bit:  # GDCM reads whatever process the codestream has; pydicom 3.0 keeps 12 bits from it, but not here
-        use = str(uid.JPEGLossless)
+        use = uid.JPEGLossless
     dataset.file_meta.TransferSyntaxUID = use
     decoder = get_decoder(use)
     if decoder.is_native:
         _refuse_more_than_a_frame(dataset, name)
     plugin = "" if DECODERS[syntax] == "numpy" else DECODERS[syntax]
-    values, _ = decoder.as_array(dataset, index=0, decoding_plugin=plugin, correct_unused_bits=False)
+    values, _ = decoder.as_array(dataset, index=0, decoding_plugin=plugin, correct_unused_bits=False)  # pyright: ignore[reportArgumentType]
     return _significant(values, dataset, syntax)
 
 
