@@ -2,7 +2,10 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
-.PHONY: demo test test-real image-check lint bench clean prerequisites browser compose
+SEEDS ?= 1 2 3 4 5
+FILES ?= 2000
+
+.PHONY: demo test test-real fuzz image-check lint bench clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -13,6 +16,9 @@ test: .venv-dev/.installed browser compose ## every test
 
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
 	@CXR_REAL_DATA=$${CXR_REAL_DATA:-$(SHARED_DATA)} .venv-dev/bin/python -m pytest -m whole --timeout 7200 tests/real_data
+
+fuzz: .venv-dev/.installed      ## harmed films through the reader: SEEDS="1 2 3" FILES=2000 for each
+	@.venv-dev/bin/python tests/fuzz.py $(SEEDS) --files $(FILES)
 
 # As root, for a chroot is made. Not a part of `test`: five minutes, and a gigabyte from package registries.
 image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian in place of NVIDIA's image

@@ -53,8 +53,8 @@ _NEWER: Final = {
 }
 """Names that pydicom 3.0 does not know."""
 _GROUP_2: Final = 0x0002
-_MOST_INFLATED: Final = 8 * MAX_PIXELS
-"""Bytes that a deflated data set may have: 16 bits a pixel, four times over."""
+_MOST_INFLATED: Final = 4 * MAX_PIXELS
+"""Bytes that a deflated data set may have: 16 bits a pixel, twice over."""
 
 
 def inflated(data: bytes, name: str) -> bytes:
@@ -122,7 +122,12 @@ def stored_values(dataset: pydicom.Dataset, syntax: str, name: str) -> NDArray[A
     if decoder.is_native:
         _refuse_more_than_a_frame(dataset, name)
     plugin = "" if DECODERS[syntax] == "numpy" else DECODERS[syntax]
-    values, _ = decoder.as_array(dataset, index=0, decoding_plugin=plugin, correct_unused_bits=False)  # pyright: ignore[reportArgumentType]
+    try:
+        values, _ = decoder.as_array(dataset, index=0, decoding_plugin=plugin, correct_unused_bits=False)  # pyright: ignore[reportArgumentType]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of pylibjpeg-rle, which is written in Rust: no Exception, and not to be imported
+            raise
+        raise ValueError(str(error)) from error
     return _significant(values, dataset, syntax)
 
 
