@@ -1,0 +1,292 @@
+"""What the chaos suite, the soak and the night run in: real servers in processes of their own, an archive of phantoms, and a client to harm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import tritonclient.grpc as grpcclient
+from numpy.typing import NDArray
+from PIL import Image
+from pymilvus import MilvusClient
+from tritonclient.utils import InferenceServerException
+
+from cxr_retrieval.contract import EMBEDDING_SIZE, ENSEMBLE
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
+from tests_support import ENVIRONMENT, cxr_command
+
+MARK: Final = "CHAOS_MARK"
+"""Environment variable by which what a client left running is found."""
+_KEY: Final = "0123456789abcdef" * 4
+"""Of pseudonyms: the same everywhere, so that keys of two galleries can be compared."""
+
+
+@dataclass
+class Film:
+    """One phantom on disk."""
+
+    path: Path
+    label: str
+
+
+def make_archive(folder: Path, count: int, seed: int = 0, variants: int = 6) -> list[Film]:
+    """`count` films: phantoms, each moved and brightened in several ways, so that no two show one picture nor have one embedding."""
+    folder.mkdir(parents=True, exist_ok=True)
+    films: list[Film] = []
+    for number in range(count):
+        base, variant = divmod(number, variants)
+        label = PHANTOM_LABELS[base % len(PHANTOM_LABELS)]
+        if variant == 0:
+            pixels = make_phantom(1000 * seed + base, label).pixels
+        shifted = np.roll(pixels, (7 * variant, -5 * variant), (0, 1)).astype(np.float32)  # pyright: ignore[reportPossiblyUnbound]
+        film = Film(folder / f"{number:06d}.png", label)
+        Image.fromarray((255 * (shifted / 255) ** (1 + 0.06 * variant)).astype(np.uint8)).save(film.path, compress_level=1)
+        films.append(film)
+    return films
+
+
+def write_manifest(path: Path, films: Sequence[Film]) -> Path:
+    """The CSV of an ingest."""
+    path.write_text("image_id,path,label\n" + "".join(f"{film.path.stem},{film.path},{film.label}\n" for film in films))
+    return path
+
+
+def free_port() -> int:
+    """One that nobody listens on, below those that the kernel gives to clients: it must still be free after a restart."""
+    while True:
+        port = random.SystemRandom().randint(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def environment(home: Path, mark: str = "") -> dict[str, str]:
+    """Of a child: its home and its temporary files lie in `home`."""
+    temporary = home / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    return ENVIRONMENT | {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": _KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass
+class Service:
+    """A server in a session of its own, which can be killed, stopped and brought back on its port. Use as a context manager."""
+
+    name: str
+    command: Sequence[str]
+    home: Path
+    is_ready: Callable[[], bool]
+    ready_s: float = 120.0
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def log(self) -> Path:
+        return self.home / f"{self.name}.log"
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=environment(self.home) | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.starts += 1
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.ready_s
+        while not self.is_ready():
+            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start: {self.log.read_text(errors='replace')[-800:]}")
+            time.sleep(0.05)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to it, those first that were started last."""
+        if self.process is None or self.process.poll() is not None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            return [*reversed(root.children(recursive=True)), root]
+        return []
+
+    def victims(self) -> list[psutil.Process]:
+        """What a harm meets: of `cxr serve` the tritonserver and its models, of any other server all of it."""
+        every = self.processes()
+        inner = [one for one in every if one.pid != (self.process.pid if self.process else 0)]
+        return inner or every
+
+    def signal(self, number: signal.Signals) -> None:
+        """To every victim."""
+        for victim in self.victims():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9, and waits until they are gone: a dying server's port still takes connections."""
+        victims = self.victims()
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        psutil.wait_procs(victims, timeout=30)
+
+    def bring_back(self) -> None:
+        """Starts it again on its port; one that is started again by whoever watches over it is waited for."""
+        assert self.process is not None
+        deadline = time.monotonic() + self.ready_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                self.start()
+                return
+            if self.is_ready():
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.name} did not come back: {self.log.read_text(errors='replace')[-800:]}")
+
+    def stop(self) -> None:
+        """As a user would, then by force."""
+        if self.process is None:
+            return
+        self.signal(signal.SIGCONT)
+        left = self.processes()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            for one in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self.process.wait()
+
+    def left_behind(self) -> list[str]:
+        """Temporary files and shared memory after its end."""
+        prefix = f"cxr-serve-{self.process.pid}-" if self.process else "cxr-serve-"
+        return [*(path.name for path in (self.home / "tmp").glob("*")), *(path.name for path in Path("/dev/shm").glob(f"{prefix}*"))]
+
+
+def triton_service(home: Path, *arguments: str) -> tuple[Service, int]:
+    """The embedded Triton in `cxr serve`, with the small networks unless told otherwise; and its gRPC port."""
+    port = free_port()
+    command = cxr_command("serve", "--no-store", "--grpc-port", str(port), "--http-port", "0", "--metrics-port", "0", *arguments)
+
+    def ready() -> bool:
+        try:
+            with grpcclient.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                return bool(client.is_model_ready(ENSEMBLE, client_timeout=2.0))
+        except InferenceServerException:
+            return False
+
+    return Service("triton", command, home, ready), port
+
+
+def milvus_service(home: Path, folder: Path) -> tuple[Service, int]:
+    """Milvus Lite as a server over `folder`, and its port."""
+    port = free_port()
+    command = [sys.executable, "-c", "import sys; from milvus_lite.cmdline import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["server", "--data-dir", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+
+    def ready() -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    return Service("milvus", command, home, ready), port
+
+
+@dataclass
+class Client:
+    """One `cxr` command under way, its output in files."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @staticmethod
+    def start(folder: Path, mark: str, *arguments: str | Path) -> Client:
+        """In a session of its own; what it says of earlier starts is kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "client.out").open("ab") as out, (folder / "client.err").open("ab") as err:
+            process = subprocess.Popen(
+                cxr_command(*arguments),
+                env=environment(folder / "home", mark),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        return Client(process, folder)
+
+    def family(self) -> list[psutil.Process]:
+        """The client and its workers."""
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def running_with(mark: str) -> list[str]:
+    """Processes that carry this mark: what a client has left behind."""
+    found: list[str] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
+    return found
+
+
+def stored_vectors(port: int) -> tuple[list[str], NDArray[np.float32]]:
+    """Every row of the only gallery behind a Milvus, ordered by key, as it is stored: a key that is there twice comes twice."""
+    client: Any = MilvusClient(f"http://127.0.0.1:{port}", timeout=30)
+    try:
+        names = [name for name in client.list_collections() if name.startswith("cxr_") and "thumbnail" not in name]
+        if not names:
+            return [], np.empty((0, EMBEDDING_SIZE), np.float32)
+        name = names[0]
+        client.load_collection(name)
+        counted = int(client.query(name, filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"])
+        rows: list[dict[str, Any]] = client.query(
+            name, filter='key != ""', output_fields=["key", "embedding"], limit=16_384, consistency_level="Strong"
+        )
+    finally:
+        client.close()
+    assert counted == len(rows), f"count(*) says {counted}, reading finds {len(rows)}"
+    rows.sort(key=lambda row: str(row["key"]))
+    return [str(row["key"]) for row in rows], np.array([row["embedding"] for row in rows], np.float32)
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A gallery's folder, to be harmed."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+def is_root() -> bool:
+    """Whether file systems can be mounted."""
+    return os.geteuid() == 0
