@@ -2,7 +2,12 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
-.PHONY: demo test test-real image-check lint bench clean prerequisites browser compose
+RUNS ?= 60
+SEED ?=
+MINUTES ?= 20
+FILES ?= 100000
+
+.PHONY: demo test test-real test-night chaos soak image-check lint bench clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -13,6 +18,15 @@ test: .venv-dev/.installed browser compose ## every test
 
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
 	@CXR_REAL_DATA=$${CXR_REAL_DATA:-$(SHARED_DATA)} .venv-dev/bin/python -m pytest -m whole --timeout 7200 tests/real_data
+
+test-night: .venv-dev/.installed ## the val split as an archive of DICOM files with planted identities, Triton killed three times; NIGHT="--gallery DIR.db" takes a filled one
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.night $${CXR_REAL_DATA:-$(SHARED_DATA)} $(NIGHT)
+
+chaos: .venv-dev/.installed     ## each component killed, stalled and cut at random moments; counts what is lost, doubled or wrong. RUNS=60 SEED=
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.run --runs $(RUNS) $(if $(SEED),--seed $(SEED))
+
+soak: .venv-dev/.installed      ## memory and descriptors over MINUTES=20 of everything at once, and over FILES=100000, twice
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.soak --minutes $(MINUTES) --files $(FILES)
 
 # As root, for a chroot is made. Not a part of `test`: five minutes, and a gigabyte from package registries.
 image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian in place of NVIDIA's image
@@ -26,7 +40,7 @@ lint: .venv-dev/.installed      ## style, types and layers
 	@.venv-dev/bin/lint-imports --no-logo --no-cache
 
 bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
-	@.venv-dev/bin/python tests/benchmark/bench.py
+	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/bench.py
 
 clean:                          ## remove environments and everything made by demo and tests
 	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis

@@ -109,11 +109,11 @@ class World:
 
 
 @contextmanager
-def world(films: int, *, segmentation: str = "student") -> Generator[World]:
-    """Starts Triton, fills a gallery, and runs each command once undisturbed."""
+def world(films: int, commands: Sequence[str] = COMMANDS) -> Generator[World]:
+    """Starts Triton with the small networks, fills a gallery, and runs each command once undisturbed."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-chaos-")))
-        triton, port = triton_service(folder / "triton", "--segmentation", segmentation)
+        triton, port = triton_service(folder / "triton", "--segmentation", "student")
         stack.enter_context(triton)
         archive = make_archive(folder / "archive", films)
         made = World(folder, archive, triton, port, folder / "gallery.db", write_manifest(folder / "archive.csv", archive))
@@ -132,12 +132,11 @@ def world(films: int, *, segmentation: str = "student") -> Generator[World]:
                 f"http://127.0.0.1:{milvus_port}",
             )
             assert filling.process.wait(240) == 0, (filling.folder / "client.err").read_text()
-        for command in COMMANDS:
+        for command in commands:
             record, found = run_one(made, Plan(-1, command, "none", 0, command))
             assert record.exits == [0], record
             made.expected[command], made.seconds[command] = found, record.seconds
         yield made
-    # The world's folder is gone with its stack; so are its servers.
 
 
 def plans(runs: int, seed: int, commands: Sequence[str] = COMMANDS) -> list[Plan]:
@@ -342,7 +341,7 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=300)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single runs")
     parser.add_argument("--harm", help="only harms whose name contains this")
-    parser.add_argument("--json", type=Path, default=Path("chaos.json"), help="where the figures go")
+    parser.add_argument("--json", type=Path, default=Path("runs/chaos.json"), help="where the figures go")
     asked = parser.parse_args()
     chosen = [plan for plan in plans(asked.runs, asked.seed) if asked.harm is None or asked.harm in plan.harm]
     chosen = [plan for plan in chosen if not asked.only or plan.number in asked.only]
@@ -352,11 +351,12 @@ def main() -> None:
         records = run_all(made, chosen, show)
         triton = made.triton
     left = triton.left_behind()
-    found = summary(records, asked.films) | {"seed": asked.seed, "left_by_triton": left}
+    found: dict[str, Any] = {**summary(records, asked.films), "seed": asked.seed, "left_by_triton": left}
     table = Table("harm", "runs", "struck", "commands", "lost", "doubled", "wrong", "failed", "other trouble")
     for name, row in found["harms"].items():
         table.add_row(name, *map(str, row.values()))
     Console().print(table)
+    asked.json.parent.mkdir(parents=True, exist_ok=True)
     asked.json.write_text(json.dumps(found | {"records": [asdict(record) for record in records]}, indent=2) + "\n")
     if left or not all(record.fine for record in records):
         console.print(f"left by Triton: {left}")

@@ -47,15 +47,14 @@ def make_archive(folder: Path, count: int, seed: int = 0, variants: int = 6) -> 
     """`count` films: phantoms, each moved and brightened in several ways, so that no two show one picture nor have one embedding."""
     folder.mkdir(parents=True, exist_ok=True)
     films: list[Film] = []
-    for number in range(count):
-        base, variant = divmod(number, variants)
+    for base in range(-(-count // variants)):
         label = PHANTOM_LABELS[base % len(PHANTOM_LABELS)]
-        if variant == 0:
-            pixels = make_phantom(1000 * seed + base, label).pixels
-        shifted = np.roll(pixels, (7 * variant, -5 * variant), (0, 1)).astype(np.float32)  # pyright: ignore[reportPossiblyUnbound]
-        film = Film(folder / f"{number:06d}.png", label)
-        Image.fromarray((255 * (shifted / 255) ** (1 + 0.06 * variant)).astype(np.uint8)).save(film.path, compress_level=1)
-        films.append(film)
+        pixels = make_phantom(1000 * seed + base, label).pixels
+        for variant in range(min(variants, count - base * variants)):
+            shifted = np.roll(pixels, (7 * variant, -5 * variant), (0, 1)).astype(np.float32)
+            film = Film(folder / f"{len(films):06d}.png", label)
+            Image.fromarray((255 * (shifted / 255) ** (1 + 0.06 * variant)).astype(np.uint8)).save(film.path, compress_level=1)
+            films.append(film)
     return films
 
 
