@@ -50,7 +50,7 @@ def _graph(leaf: LeafSpec, parts: tuple[Sequence[Any], dict[str, Any]]) -> Any:
         for side in (leaf.inputs, leaf.outputs)
     ]
     values = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(list(nodes), leaf.name, *tensors, values)
+    graph = helper.make_graph(list(nodes), leaf.name, tensors[0], tensors[1], values)
     make: Any = helper.make_model  # its stub knows no keywords
     return make(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 

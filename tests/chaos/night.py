@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from pymilvus import MilvusClient
 from rich.console import Console
 
@@ -190,7 +189,7 @@ def _agreement(
     evaluate: dict[str, str] = {}
     for film, row in films.items():
         if str(row.path) in embeddings:
-            similarity: NDArray[np.float64] = vectors @ embeddings[str(row.path)]
+            similarity: Any = vectors @ embeddings[str(row.path)]
             nearest = np.argsort(-similarity, kind="stable")[:K]
             evaluate[str(film)] = str(weighted_vote([(labels[i], float(similarity[i])) for i in nearest]).label)
     mine = float(np.mean([evaluate[str(film)] == row.label for film, row in films.items() if str(film) in evaluate]))

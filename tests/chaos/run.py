@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chaos.harms import DISK_FULL, HARMS, Disk, Scene
+from chaos.instant import instant_repository
 from chaos.proxy import Proxy
 from chaos.world import (
     Client,
@@ -109,11 +110,16 @@ class World:
 
 
 @contextmanager
-def world(films: int, commands: Sequence[str] = COMMANDS) -> Generator[World]:
-    """Starts Triton with the small networks, fills a gallery, and runs each command once undisturbed."""
+def world(films: int, commands: Sequence[str] = COMMANDS, *, instant: bool = False) -> Generator[World]:
+    """Starts Triton, fills a gallery, and runs each command once undisturbed.
+
+    Args:
+        instant: Networks that answer at once instead of the small ones: many more runs in an hour, hardly a request in flight when a harm comes.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-chaos-")))
-        triton, port = triton_service(folder / "triton", "--segmentation", "student")
+        networks = ["--repository", str(instant_repository(folder / "networks"))] if instant else []
+        triton, port = triton_service(folder / "triton", "--segmentation", "student", *networks)
         stack.enter_context(triton)
         archive = make_archive(folder / "archive", films)
         made = World(folder, archive, triton, port, folder / "gallery.db", write_manifest(folder / "archive.csv", archive))
@@ -339,6 +345,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--films", type=int, default=300)
+    parser.add_argument("--instant", action="store_true", help="networks that answer at once")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single runs")
     parser.add_argument("--harm", help="only harms whose name contains this")
     parser.add_argument("--json", type=Path, default=Path("runs/chaos.json"), help="where the figures go")
@@ -346,7 +353,7 @@ def main() -> None:
     chosen = [plan for plan in plans(asked.runs, asked.seed) if asked.harm is None or asked.harm in plan.harm]
     chosen = [plan for plan in chosen if not asked.only or plan.number in asked.only]
     console.print(f"seed {asked.seed}, {len(chosen)} runs over {asked.films} films")
-    with world(asked.films) as made:
+    with world(asked.films, instant=asked.instant) as made:
         console.print("undisturbed: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in made.seconds.items()))
         records = run_all(made, chosen, show)
         triton = made.triton

@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import psutil
@@ -80,6 +80,13 @@ def environment(home: Path, mark: str = "") -> dict[str, str]:
     return ENVIRONMENT | {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": _KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
 
 
+def spawn(command: Sequence[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:
+    """In a session of its own, ended with this process, and with Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
+    return subprocess.Popen(
+        ["setpriv", "--pdeathsig", "TERM", "env", "--default-signal=INT", *command], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+    )
+
+
 @dataclass
 class Service:
     """A server in a session of its own, which can be killed, stopped and brought back on its port. Use as a context manager."""
@@ -89,7 +96,6 @@ class Service:
     home: Path
     is_ready: Callable[[], bool]
     ready_s: float = 120.0
-    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -108,14 +114,7 @@ class Service:
         """Starts it and waits until it answers."""
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                env=environment(self.home) | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self.process = spawn(self.command, environment(self.home), log, log)
         self.starts += 1
         self.wait_until_ready()
 
@@ -230,14 +229,7 @@ class Client:
         """In a session of its own; what it says of earlier starts is kept."""
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "client.out").open("ab") as out, (folder / "client.err").open("ab") as err:
-            process = subprocess.Popen(
-                cxr_command(*arguments),
-                env=environment(folder / "home", mark),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            process = spawn(cxr_command(*arguments), environment(folder / "home", mark), out, err)
         return Client(process, folder)
 
     def family(self) -> list[psutil.Process]:
