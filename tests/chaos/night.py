@@ -214,7 +214,7 @@ def _rows_of(port: int) -> list[dict[str, Any]]:
     with closing(client):
         name = next(name for name in sorted(client.list_collections()) if name.startswith("cxr_"))
         client.load_collection(name)
-        return client.query(name, filter='key != ""', output_fields=["*"], limit=16_384, consistency_level="Strong")
+        return [dict(row) for row in client.query(name, filter='key != ""', output_fields=["*"], limit=16_384, consistency_level="Strong")]
 
 
 def main() -> None:

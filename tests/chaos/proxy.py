@@ -35,6 +35,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._towards_clients: set[asyncio.StreamWriter] = set()
         self._connections = 0
+        self.passed_bytes = 0
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -135,6 +136,7 @@ class Proxy:
                 await self._open.wait()
                 if self._rate is not None:
                     await asyncio.sleep(len(piece) / self._rate)
+                self.passed_bytes += len(piece)
                 if log is not None:
                     log.write(piece)
                 if self._fuse is not None:

@@ -51,6 +51,9 @@ ATTEMPTS: Final = 12
 ATTEMPT_S: Final = 240.0
 NEAR: Final = 0.999
 """Cosine of an embedding with that of the undisturbed run: batches are cut otherwise, so last digits differ."""
+START_SHARE: Final = 0.15
+START_S: Final = 3.0
+"""Some harms strike within the seconds in which a client loads its libraries and connects."""
 _FINE: Final = frozenset({0, 2, 130, -9, -2})
 """Exit codes that a harmed client may end with: done, could not go on, interrupted, killed."""
 
@@ -102,6 +105,7 @@ class World:
     expected: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def archive(self) -> Path:
@@ -141,7 +145,7 @@ def world(films: int, commands: Sequence[str] = COMMANDS, *, instant: bool = Fal
         for command in commands:
             record, found = run_one(made, Plan(-1, command, "none", 0, command))
             assert record.exits == [0], record
-            made.expected[command], made.seconds[command] = found, record.seconds
+            made.expected[command] = found
         yield made
 
 
@@ -190,19 +194,19 @@ def run_one(world: World, plan: Plan) -> tuple[Record, Any]:
         if disk is not None:
             disk.mount(4096 * round(dice.uniform(0.1, 0.9) * world.sizes[plan.command] / 4096))
         arguments = _arguments(world, plan.command, results, to_triton.port, to_milvus.port)
-        left = plan.times
+        left, begun = plan.times, started
         while record.attempts < ATTEMPTS and (not record.exits or record.exits[-1] != 0):
             record.attempts += 1
             client = Client.start(folder, mark, *arguments)
             scene = Scene(client, world.triton, milvus, to_triton, to_milvus, dice, disk)
             begun = time.monotonic()
-            next_harm = begun + dice.uniform(0.1, 1.0) * world.seconds.get(plan.command, 1)
+            moment = _moment(world, plan, dice, to_triton)
             while client.process.poll() is None:
-                if left and plan.harm != DISK_FULL and time.monotonic() >= next_harm:
+                if left and plan.harm != DISK_FULL and moment():
                     left -= 1
                     record.struck += 1
                     HARMS[plan.harm](scene)
-                    next_harm = time.monotonic() + dice.uniform(0, 0.6) * world.seconds[plan.command]
+                    moment = _moment(world, plan, dice, to_triton)
                 if time.monotonic() > begun + ATTEMPT_S:
                     record.troubles.append(f"attempt {record.attempts} did not end in {ATTEMPT_S:g} s")
                     client.process.kill()
@@ -213,6 +217,8 @@ def run_one(world: World, plan: Plan) -> tuple[Record, Any]:
             if disk is not None and record.exits[-1] != 0:
                 record.struck += 1
                 disk.grow()
+        world.asked_bytes.setdefault(plan.command, to_triton.passed_bytes)
+        world.seconds.setdefault(plan.command, time.monotonic() - begun)
         world.sizes.setdefault(plan.command, sum(path.stat().st_size for path in results.glob("*")) if results.is_dir() else 0)
         found = _look(world, plan, record, results, milvus, milvus_port)
         record.troubles += _remains(folder, results, mark)
@@ -220,6 +226,15 @@ def run_one(world: World, plan: Plan) -> tuple[Record, Any]:
     if record.fine:
         shutil.rmtree(folder, ignore_errors=True)
     return record, found
+
+
+def _moment(world: World, plan: Plan, dice: random.Random, to_triton: Proxy) -> Callable[[], bool]:
+    """When the next harm strikes: once so many bytes more have gone to and from Triton, of those that the whole takes; or while a client starts."""
+    if dice.random() < START_SHARE:
+        at = time.monotonic() + dice.uniform(0, START_S)
+        return lambda: time.monotonic() >= at
+    passed = to_triton.passed_bytes + dice.uniform(0, 0.8) * max(0, world.asked_bytes.get(plan.command, 0) - to_triton.passed_bytes)
+    return lambda: to_triton.passed_bytes > passed
 
 
 def _arguments(world: World, command: str, results: Path, triton: int, milvus: int) -> list[str | Path]:

@@ -17,12 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
 
+import grpc
 import numpy as np
 import psutil
 import tritonclient.grpc as grpcclient
 from numpy.typing import NDArray
 from PIL import Image
 from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import EMBEDDING_SIZE, ENSEMBLE
@@ -83,7 +86,12 @@ def environment(home: Path, mark: str = "") -> dict[str, str]:
 def spawn(command: Sequence[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:
     """In a session of its own, ended with this process, and with Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
     return subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", "env", "--default-signal=INT", *command], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        ["setpriv", "--pdeathsig", "TERM", "env", "--default-signal=INT", *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        start_new_session=True,
     )
 
 
@@ -251,24 +259,25 @@ def running_with(mark: str) -> list[str]:
     return found
 
 
+@retry(retry=retry_if_exception_type((MilvusException, grpc.RpcError)), wait=wait_fixed(0.5), stop=stop_after_delay(30), reraise=True)
 def stored_vectors(port: int) -> tuple[list[str], NDArray[np.float32]]:
-    """Every row of the only gallery behind a Milvus, ordered by key, as it is stored: a key that is there twice comes twice."""
+    """Every row of the only gallery behind a Milvus, ordered by key, as it is stored: a key that is there twice comes twice.
+
+    Asked again where it fails: in a process that has seen a server die, gRPC holds that against the next one on its port for a while.
+    """
     client: Any = MilvusClient(f"http://127.0.0.1:{port}", timeout=30)
     try:
         names = [name for name in client.list_collections() if name.startswith("cxr_") and "thumbnail" not in name]
         if not names:
             return [], np.empty((0, EMBEDDING_SIZE), np.float32)
-        name = names[0]
-        client.load_collection(name)
-        counted = int(client.query(name, filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"])
-        rows: list[dict[str, Any]] = client.query(
-            name, filter='key != ""', output_fields=["key", "embedding"], limit=16_384, consistency_level="Strong"
-        )
+        client.load_collection(names[0])
+        counted = int(client.query(names[0], filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"])
+        found = client.query(names[0], filter='key != ""', output_fields=["key", "embedding"], limit=16_384, consistency_level="Strong")
+        rows = sorted((str(row["key"]), list(row["embedding"])) for row in found)  # a copy: pymilvus puts vectors into rows by their place
     finally:
         client.close()
     assert counted == len(rows), f"count(*) says {counted}, reading finds {len(rows)}"
-    rows.sort(key=lambda row: str(row["key"]))
-    return [str(row["key"]) for row in rows], np.array([row["embedding"] for row in rows], np.float32)
+    return [key for key, _ in rows], np.array([vector for _, vector in rows], np.float32)
 
 
 def copy_folder(source: Path, target: Path) -> Path:
