@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 GALLERY: Final = 10_000
 CONCURRENCIES: Final = (1, 2, 4, 8)
-ROUNDS: Final = 1
+ROUNDS: Final = 3
 SHARES: Final = (0.1, 0.95)
 """Of the films, between which the rate is taken: what a start and an end cost does not grow with an archive."""
 
@@ -120,9 +119,3 @@ def cpu_s(processes: Sequence[psutil.Process]) -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(json.dumps(measure_archive(sys.argv[1], int(sys.argv[2])), indent=2))
