@@ -89,6 +89,7 @@ def _pause(service: Callable[[Scene], Service]) -> Callable[[Scene], None]:
         service(scene).signal(signal.SIGSTOP)
         time.sleep(scene.away())
         service(scene).signal(signal.SIGCONT)
+        service(scene).bring_back()  # Triton 2.51 at times ends itself after some seconds' stop
 
     return harm
 

@@ -32,6 +32,8 @@ from cxr_retrieval.contract import EMBEDDING_SIZE, ENSEMBLE
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from tests_support import ENVIRONMENT, cxr_command
 
+_STEADY: Final = 5
+"""Times in a row, a tenth of a second apart, that a server must answer to be back: a dying one may answer once more."""
 MARK: Final = "CHAOS_MARK"
 """Environment variable by which what a client left running is found."""
 _KEY: Final = "0123456789abcdef" * 4
@@ -166,13 +168,15 @@ class Service:
         """Starts it again on its port; one that is started again by whoever watches over it is waited for."""
         assert self.process is not None
         deadline = time.monotonic() + self.ready_s
+        steady = 0
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 self.start()
                 return
-            if self.is_ready():
+            steady = steady + 1 if self.is_ready() else 0
+            if steady == _STEADY:
                 return
-            time.sleep(0.05)
+            time.sleep(0.1)
         raise RuntimeError(f"{self.name} did not come back: {self.log.read_text(errors='replace')[-800:]}")
 
     def stop(self) -> None:
