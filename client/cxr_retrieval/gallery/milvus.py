@@ -48,7 +48,7 @@ def connect(settings: MilvusSettings) -> MilvusClient:
     """
     if settings.is_lite:
         _refuse_locked(Path(settings.uri))
-    logging.getLogger("pymilvus.decorators").setLevel(logging.CRITICAL)  # it logs the stack of every failure, all of which become ours
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs the stack of every failure, all of which become ours
     with translated(settings):
         return MilvusClient(
             settings.uri,
