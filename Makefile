@@ -2,10 +2,15 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
+# Of the long forms of tests; a seed of nothing is another one each time.
 SEEDS ?= 1 2 3 4 5
-FILES ?= 2000
+HARMED ?= 2000
+RUNS ?= 60
+SEED ?=
+MINUTES ?= 20
+FILES ?= 100000
 
-.PHONY: demo test test-real fuzz image-check lint bench clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -17,8 +22,17 @@ test: .venv-dev/.installed browser compose ## every test
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
 	@CXR_REAL_DATA=$${CXR_REAL_DATA:-$(SHARED_DATA)} .venv-dev/bin/python -m pytest -m whole --timeout 7200 tests/real_data
 
-fuzz: .venv-dev/.installed      ## harmed films through the reader: SEEDS="1 2 3" FILES=2000 for each
-	@.venv-dev/bin/python tests/fuzz.py $(SEEDS) --files $(FILES)
+fuzz: .venv-dev/.installed      ## harmed films through the reader: SEEDS="1 2 3" HARMED=2000 for each
+	@.venv-dev/bin/python tests/fuzz.py $(SEEDS) --files $(HARMED)
+
+test-night: .venv-dev/.installed ## the val split as an archive of DICOM files with planted identities, Triton killed three times; NIGHT="--gallery DIR.db" takes a filled one
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.night $${CXR_REAL_DATA:-$(SHARED_DATA)} $(NIGHT)
+
+chaos: .venv-dev/.installed     ## each component killed, stalled and cut at random moments; counts what is lost, doubled or wrong. RUNS=60 SEED=
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.run --runs $(RUNS) $(if $(SEED),--seed $(SEED))
+
+soak: .venv-dev/.installed      ## memory and descriptors over MINUTES=20 of everything at once, and over FILES=100000, twice
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.soak --minutes $(MINUTES) --files $(FILES)
 
 # As root, for a chroot is made. Not a part of `test`: five minutes, and a gigabyte from package registries.
 image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian in place of NVIDIA's image
@@ -32,7 +46,7 @@ lint: .venv-dev/.installed      ## style, types and layers
 	@.venv-dev/bin/lint-imports --no-logo --no-cache
 
 bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
-	@.venv-dev/bin/python tests/benchmark/bench.py
+	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/bench.py
 
 clean:                          ## remove environments and everything made by demo and tests
 	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from archive_rate import measure_archive
 from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
 from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
 from rich.console import Console
@@ -64,8 +65,14 @@ console = Console(stderr=True)
 
 
 def main() -> None:
-    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic."""
-    parts: dict[str, Callable[[], Any]] = {"services": services, "peer": peer, "retrieval": retrieval, "arithmetic": arithmetic}
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive."""
+    parts: dict[str, Callable[[], Any]] = {
+        "services": services,
+        "peer": peer,
+        "retrieval": retrieval,
+        "arithmetic": arithmetic,
+        "archive": archive,
+    }
     chosen = sys.argv[1:] or list(parts)
     report_file = DOCS / "performance.json"
     report: dict[str, Any] = json.loads(report_file.read_text()) if report_file.is_file() and sys.argv[1:] else {}
@@ -310,6 +317,13 @@ def arithmetic() -> dict[str, Any]:
     return {"embedder_gflop": round(embedder, 2), "engines": rows}
 
 
+def archive() -> list[dict[str, Any]]:
+    """`cxr batch` beside perf_analyzer, through the networks that ship and through the student."""
+    return [
+        measure_archive(segmentation.value, count) for segmentation, count in ((Segmentation.ensemble, 600), (Segmentation.student, 1200))
+    ]
+
+
 def show(report: dict[str, Any]) -> None:
     """Ratios as tables on stdout, and the plot."""
     out = Console()
@@ -351,6 +365,14 @@ def show(report: dict[str, Any]) -> None:
         table = Table("segmentation", "precision", "GFLOP/image", "GFLOP/s", "matrix product GFLOP/s", "share")
         for row in found["engines"]:
             table.add_row(*(str(row[key]) for key in ("segmentation", "precision", "gflop_per_image", "gflops", "peak_gflops", "share")))
+        out.print(table)
+    if found := report.get("archive"):
+        table = Table("cxr batch", "images/s", "of perf_analyzer's", "CPU ms a film: client", "workers", "Triton", "Milvus")
+        for row in found:
+            table.add_row(f"{row['segmentation']}, perf_analyzer", f"{row['images_per_second']['perf_analyzer']:.2f}")
+            for name, share in row["of_perf_analyzer"].items():
+                costs = (f"{row['cpu_ms_per_film'][name][part]:.1f}" for part in ("client", "workers", "triton", "milvus"))
+                table.add_row(f"{row['segmentation']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
         out.print(table)
     if {"peer", "retrieval"} <= report.keys():
         plot(report, DOCS / "performance.png")

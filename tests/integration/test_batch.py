@@ -12,18 +12,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from pymilvus import MilvusClient
 
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import find_inputs
 from cxr_retrieval.archive.journal import Journal
 from cxr_retrieval.cases.manifest import read_manifest
-from cxr_retrieval.errors import ServerDownError
+from cxr_retrieval.errors import ServerDownError, StoreDownError
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -221,6 +222,22 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, rep
         again = ingest(rows, reader, client, store, lambda _: None)
         assert (again.stored, again.unchanged) == (0, len(some))
     assert "Triton is back" in told[-1]
+
+
+def test_an_ingest_has_a_milvus_that_was_started_anew_load_its_gallery(
+    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path
+) -> None:
+    """Milvus Lite forgets at its start what was loaded; `release_collection` stands for that."""
+    with (
+        embedded_milvus(tmp_path / "g.db", "127.0.0.1", 0) as uri,
+        Store(MilvusSettings(uri), triton.model_version, create=True) as store,
+        closing(MilvusClient(uri)) as beside,
+    ):
+        rows = read_manifest(phantom_manifest).rows
+        beside.release_collection(store.collection)
+        with pytest.raises(StoreDownError, match="started anew"):
+            store.held(["0"])
+        assert ingest(rows, reader, triton, store, lambda _: None).stored == len(rows)
 
 
 def test_patience_ends(archive: Path, repository: Path, tmp_path: Path) -> None:

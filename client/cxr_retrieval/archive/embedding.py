@@ -97,13 +97,20 @@ def ingest(
     """
     stop = stop or threading.Event()
     sink = _Gallery(store, advance)
-    patiently = pipeline.patiently(stop, patience_s)
+
+    def patiently(call: Callable[[], None]) -> None:
+        for attempt in pipeline.patiently(stop, patience_s):
+            with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    store.probe()  # which also has the gallery loaded again
+                call()
+
     with ThreadPoolExecutor() as hashing:
-        new = sink.new_cases(rows, hashing, lambda call: patiently(call))
+        new = sink.new_cases(rows, hashing, patiently)
         pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, patience_s=patience_s)
     done = sink.stored + sink.corrected + sink.unchanged
     if done:
-        store.publish()
+        patiently(store.publish)
     return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), len(rows) - done - len(sink.problems))
 
 

@@ -11,10 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -74,6 +76,7 @@ class Work(Protocol):
 
 W = TypeVar("W", bound=Work)
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,20 +185,31 @@ class _Conductor(Generic[W, R]):
         self._keeping: tuple[Future[R], list[Seen[W]]] | None = None
         self._keeping_attempts = 0
         self._away: dict[str, Future[None]] = {}
+        self._ended: SimpleQueue[Future[Any]] = SimpleQueue()
 
     def step(self) -> bool:
         """Starts what can be started and takes in what has ended; False when nothing is left."""
         self._feed()
         self._send()
         self._keep()
-        open_now: list[Future[Any]] = [*self._reads, *self._requests, *self._away.values()]
-        open_now += [self._feeding] if self._feeding else []
-        open_now += [self._keeping[0]] if self._keeping else []
-        if not open_now:
+        if not (self._reads or self._requests or self._away or self._feeding or self._keeping):
             return False
-        ended = wait(open_now, timeout=0.5, return_when=FIRST_COMPLETED).done
-        self._take_in(ended)
+        self._take_in(self._next_ended())
         return True
+
+    def _begun(self, future: Future[T]) -> Future[T]:
+        """Has its end told to `_next_ended`; `concurrent.futures.wait` would look at every open future again for each that ends."""
+        future.add_done_callback(self._ended.put)
+        return future
+
+    def _next_ended(self) -> set[Future[Any]]:
+        """What has ended since the last call; waits for one, but not for long."""
+        ended: set[Future[Any]] = set()
+        with suppress(Empty):
+            ended.add(self._ended.get(timeout=0.5))
+            while True:
+                ended.add(self._ended.get_nowait())
+        return ended
 
     def abandon(self) -> None:
         """Lets go of what has not begun."""
@@ -209,7 +223,7 @@ class _Conductor(Generic[W, R]):
     def _feed(self) -> None:
         held = len(self._reads) + len(self._films) + len(self._seen) + BATCH_SIZE * (len(self._requests) + len(self._again))
         if self._feeding is None and not self._fed_all and not self._stopping() and held < _HELD - _FED:
-            self._feeding = self._pool.submit(lambda: list(islice(self._works, _FED)))
+            self._feeding = self._begun(self._pool.submit(lambda: list(islice(self._works, _FED))))
 
     def _send(self) -> None:
         while "triton" not in self._away and len(self._requests) < self._in_flight.limit and not self._stopping():
@@ -221,7 +235,7 @@ class _Conductor(Generic[W, R]):
                 batch = _Batch([self._films.popleft() for _ in range(len(self._films))])
             else:
                 return
-            self._requests[self._pool.submit(self._ask, batch)] = batch
+            self._requests[self._begun(self._pool.submit(self._ask, batch))] = batch
 
     def _ask(self, batch: _Batch[W]) -> tuple[dict[str, NDArray[np.generic]], float]:
         squares = np.stack([film.square for _, film in batch.films]).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
@@ -234,21 +248,21 @@ class _Conductor(Generic[W, R]):
         no_more = not self._requests and (self._stopping() or "triton" in self._away or not (self._films or self._reads or self._again))
         if len(self._seen) >= KEPT_AT_ONCE or no_more:
             some = [self._seen.popleft() for _ in range(min(KEPT_AT_ONCE, len(self._seen)))]
-            self._keeping = (self._pool.submit(self._sink.keep, some), some)
+            self._keeping = (self._begun(self._pool.submit(self._sink.keep, some)), some)
 
     def _take_in(self, ended: set[Future[Any]]) -> None:
         if self._feeding is not None and self._feeding.done():
             fed, self._feeding = self._feeding.result(), None
             self._fed_all = len(fed) < _FED
             for work in fed:
-                self._reads[self._reader.submit(work.path, work.member)] = work
-        for future in [future for future in self._reads if future in ended]:
+                self._reads[self._begun(self._reader.submit(work.path, work.member))] = work
+        for future in ended & self._reads.keys():
             work = self._reads.pop(future)
             try:
                 self._films.append((work, future.result()))
             except InputError as error:
                 self._sink.failed(work, error)
-        for future in [future for future in self._requests if future in ended]:
+        for future in ended & self._requests.keys():
             self._take_answer(future, self._requests.pop(future))
         if self._keeping is not None and self._keeping[0] in ended:
             self._take_kept(*self._keeping)
@@ -293,7 +307,7 @@ class _Conductor(Generic[W, R]):
 
     def _wait_for(self, service: str, error: CxrError, probe: Callable[[], None]) -> None:
         if service not in self._away and not self._stopping():
-            self._away[service] = self._pool.submit(self._until_back, service, error, probe)
+            self._away[service] = self._begun(self._pool.submit(self._until_back, service, error, probe))
 
     def _until_back(self, service: str, error: CxrError, probe: Callable[[], None]) -> None:
         """Asks again and again, ever more seldom, until the server answers."""

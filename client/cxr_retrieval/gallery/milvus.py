@@ -25,6 +25,8 @@ pymilvus would every ten seconds. A dead peer is noticed by the deadline of each
 """
 _CONNECT_FAILED: Final = 2
 """Code of a MilvusException: no server there, or credentials refused while connecting."""
+_NOT_LOADED: Final = 101
+"""Code of a MilvusException: the collection is there, but not in memory; so it is after Milvus Lite has been started anew."""
 
 
 @contextmanager
@@ -46,6 +48,7 @@ def connect(settings: MilvusSettings) -> MilvusClient:
     """
     if settings.is_lite:
         _refuse_locked(Path(settings.uri))
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs the stack of every failure, all of which become ours
     with translated(settings):
         return MilvusClient(
             settings.uri,
@@ -122,6 +125,12 @@ class translated:  # noqa: N801 (read as a verb at its uses)
         if not isinstance(error, MilvusException):
             return
         reason = " ".join(str(error.message).split())[:300]
+        if error.code == _NOT_LOADED:
+            raise StoreDownError(
+                f"Milvus at {self._settings.uri} has been started anew",
+                got=reason,
+                next_step="give the command again: it loads the gallery",
+            ) from error
         if self._where and _is_expression_error(error):
             raise UsageError(
                 f"the filter {self._where!r} is not understood",

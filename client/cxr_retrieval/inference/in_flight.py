@@ -11,9 +11,11 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-_FEW: Final = 1.0
-_MANY: Final = 3.0
-"""Requests waiting at the server, below which one more is sent, and above which one less."""
+_FEW: Final = 2.0
+_MANY: Final = 4.0
+"""Requests waiting at the server, below which one more is sent, and above which one less.
+
+Of one that waits, a server of several steps lets a step idle whenever two requests are in the same one: two should."""
 _FORGET: Final = 1.01
 """Growth of `base` at each change, so that one lucky request is not believed for ever."""
 
