@@ -56,7 +56,7 @@ class Served:
         self.servers = ("--triton", f"127.0.0.1:{grpc}", "--milvus", f"http://127.0.0.1:{milvus}")
         ports = ("--grpc-port", f"{grpc}", "--http-port", f"{http}", "--metrics-port", f"{metrics}", "--milvus-port", f"{milvus}")
         self.process = subprocess.Popen(
-            cxr_command("serve", "--store", folder / "gallery.db", *ports, *options),
+            cxr_command("serve", "--store", folder / "gallery.db", "--ready-timeout", "600", *ports, *options),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

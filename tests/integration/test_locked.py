@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -178,6 +179,39 @@ def test_perf_analyzer_goes_through_tls_and_is_not_told_secrets(locked: Locked, 
     assert refused.returncode == 2
     assert "perf_analyzer cannot keep a secret" in refused.stderr
     assert "planted" not in refused.stderr
+
+
+def test_the_ten_lines_of_the_document_work(tiny: Path, phantom_manifest: Path, tmp_path: Path) -> None:
+    """As they stand there, but for address and ports."""
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
+    lines = text.split("```sh\n")[1].split("```")[0].splitlines()
+    assert len(lines) == 10
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("cxr serve"))
+    shutil.copytree(phantom_manifest.parent, tmp_path / "cases")
+    shutil.copy(next((tmp_path / "cases" / "images").iterdir()), tmp_path / "film.dcm")
+    environment = ENVIRONMENT | {"PATH": f"{Path(cxr_command()[0]).parent}:{ENVIRONMENT['PATH']}", "CXR_AUDIT": str(tmp_path / "audit")}
+
+    def shell(some: list[str], *moved: tuple[str, str]) -> str:
+        script = "\n".join(some)
+        for former, now in moved:
+            script = script.replace(former, now)
+        done = subprocess.run(
+            ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shell(lines[:at], ("10.0.0.5", LOCAL))
+    words = [LOCAL if word == "10.0.0.5" else word for word in lines[at].removesuffix(" &").split()[2:]]
+    options = [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words]
+    served = Served(tmp_path, "--repository", str(tiny), "--precision", "fp32", *options)
+    try:
+        triton, milvus = served.servers[1], served.servers[3].removeprefix("http://")
+        said = shell(lines[at + 1 :], ("10.0.0.5:8001", triton), ("10.0.0.5:19530", milvus))
+    finally:
+        served.stop()
+    assert "9 stored" in said
+    assert "confidence" in said
 
 
 # ------------------------------------------------------------------------------------------- a proxy before Triton
