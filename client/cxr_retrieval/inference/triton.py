@@ -24,6 +24,11 @@ Images = NDArray[np.uint8]
 Outputs = dict[str, NDArray[np.generic]]
 
 _START: Final = "start one with `cxr serve`, or give --triton"
+_CHANNEL: Final = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 10_000),  # of 120 s, as gRPC has it, a server that is back would be noticed two minutes late
+)
 _NO_ANSWER: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
@@ -47,7 +52,7 @@ def open_channel(settings: TritonSettings) -> grpcclient.InferenceServerClient:
         root_certificates=tls.ca,
         private_key=tls.key,
         certificate_chain=tls.certificate,
-        channel_args=[("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), *named],
+        channel_args=[*_CHANNEL, *named],
     )
     client.register_plugin(_Credentials(settings))
     return client
