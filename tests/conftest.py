@@ -12,6 +12,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
+from certificates import Certificates
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -19,6 +20,7 @@ from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
+from tiny_models import write_tiny_repository
 
 install_import_hook("cxr_retrieval_training", "beartype.beartype")  # shapes in signatures are checked, wherever it is imported from first
 settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=True)
@@ -53,6 +55,17 @@ def server(repository: Path) -> Iterator[Endpoints]:
     """The shipped ensemble in a real Triton."""
     with embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
         yield endpoints
+
+
+@pytest.fixture(scope="session")
+def tiny(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of tiny graphs, which answer NaN for bright pictures."""
+    return write_tiny_repository(repository, tmp_path_factory.mktemp("tiny") / "repository")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="session")

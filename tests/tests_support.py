@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
@@ -22,9 +25,69 @@ def cxr_command(*arguments: str | Path) -> list[str]:
     return [str(Path(sys.executable).with_name("cxr")), *map(str, arguments)]
 
 
-def run_cxr(*arguments: str | Path, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_cxr(
+    *arguments: str | Path, timeout: float = 240, cwd: Path | None = None, environment: Mapping[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, in a process of its own."""
-    return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd, check=False)
+    return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd, check=False)
+
+
+def free_ports(count: int) -> list[int]:
+    """On this machine; whoever is quick may still take them."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _as_at_a_terminal() -> None:
+    """A shell without job control starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Served:
+    """`cxr serve` in the background; there when it is ready."""
+
+    def __init__(self, folder: Path, *options: str, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+        grpc, http, metrics, milvus = free_ports(4)
+        self.servers = ("--triton", f"127.0.0.1:{grpc}", "--milvus", f"http://127.0.0.1:{milvus}")
+        ports = ("--grpc-port", f"{grpc}", "--http-port", f"{http}", "--metrics-port", f"{metrics}", "--milvus-port", f"{milvus}")
+        self.process = subprocess.Popen(
+            cxr_command("serve", "--store", folder / "gallery.db", "--ready-timeout", "600", *ports, *options),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_as_at_a_terminal,
+        )
+        self.said: list[str] = []
+        self.until("ready")
+
+    def until(self, words: str) -> str:
+        """Listens until it says so; the line."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if words in line:
+                return line
+        raise AssertionError(f"cxr serve did not say {words!r}: " + "".join(self.said))
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> int:
+        """Its exit code."""
+        self.process.send_signal(with_signal)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Its exit code, once it has ended; `said` then has all it said."""
+        try:
+            self.said.append(self.process.communicate(timeout=90)[1])
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode
 
 
 def leftovers(pid: int) -> set[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.query import QueryResult, query
     from cxr_retrieval.retrieval.retriever import Retriever
     from cxr_retrieval.retrieval.voting import Vote, weighted_vote
-    from cxr_retrieval.settings import MilvusSettings, TritonSettings
+    from cxr_retrieval.settings import MilvusSettings, Tls, TritonSettings
 
 __version__ = _version("cxr-retrieval")
 
@@ -45,7 +45,7 @@ _WHERE = {
     "retrieval.query": ("QueryResult", "query"),
     "retrieval.retriever": ("Retriever",),
     "retrieval.voting": ("Vote", "weighted_vote"),
-    "settings": ("MilvusSettings", "TritonSettings"),
+    "settings": ("MilvusSettings", "Tls", "TritonSettings"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -69,6 +69,7 @@ __all__ = [
     "ServiceError",
     "Store",
     "StoreError",
+    "Tls",
     "TritonClient",
     "TritonSettings",
     "UsageError",

@@ -6,11 +6,13 @@ CxrError
 │   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
-    ├── InferenceError         Triton: too slow, another version, no access
+    ├── InferenceError         Triton: too slow, another version
+    │   ├── AccessError            it does not trust us, or we do not trust it: certificates, tokens; no waiting mends it
     │   ├── ServerDownError        nobody answers, or its models are not ready: worth waiting for
     │   ├── OverloadedError        its queue or memory is full: worth another try
     │   └── UnusableOutputError    it refused or could not compute just these images          (exit code 1)
     ├── StoreError             Milvus: locked, collection does not fit
+    │   ├── StoreAccessError       as with Triton
     │   └── StoreDownError         nobody answers in time: worth waiting for
     └── SetupError             missing extra, broken installation, server did not start
 """
@@ -80,7 +82,11 @@ class ServiceError(CxrError):
 
 
 class InferenceError(ServiceError):
-    """Triton is too slow, refuses access, serves other weights, or answered with something unusable."""
+    """Triton is too slow, serves other weights, or answered with something unusable."""
+
+
+class AccessError(InferenceError):
+    """Triton or a proxy before it refuses us, or shows a certificate that we do not accept."""
 
 
 class ServerDownError(InferenceError):
@@ -99,6 +105,10 @@ class UnusableOutputError(InferenceError):
 
 class StoreError(ServiceError):
     """Milvus is locked, or holds a collection that does not fit."""
+
+
+class StoreAccessError(StoreError):
+    """Milvus refuses us, or shows a certificate that we do not accept."""
 
 
 class StoreDownError(StoreError):

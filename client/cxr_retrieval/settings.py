@@ -1,11 +1,17 @@
-"""How to reach Triton and Milvus: frozen, checked when made. Every value is also a command-line option and a CXR_ variable."""
+"""How to reach Triton and Milvus: frozen, checked when made. Every value is also a command-line option and a CXR_ variable.
+
+Secrets are values here, never options: they come from a file or the environment, and stay out of `repr`.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from cxr_retrieval.errors import SetupError
 
@@ -18,28 +24,124 @@ DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
 
 
 @dataclass(frozen=True)
+class Tls:
+    """What each side of an encrypted connection shows the other; PEM files.
+
+    Args:
+        ca: Authorities that must have signed the other side's certificate; None: the public ones that gRPC knows.
+        certificate: Our own, with what chains it to its authority. A client needs one where the server asks for it (mutual TLS).
+        key: Its private key, without a passphrase.
+        server_name: In the server's certificate, where that is not the host in its address.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise SetupError(
+                "a certificate and its private key go together",
+                expected="both, or neither",
+                got="only the key" if self.certificate is None else "only the certificate",
+                next_step="give the other one, too",
+            )
+        self.context()
+
+    def context(self) -> ssl.SSLContext:
+        """The same for Python's own TLS, as a client.
+
+        Raises:
+            SetupError: A file is missing, not readable, no PEM, or the key is not the certificate's.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+        except OSError as error:  # ssl.SSLError is one, too
+            raise _unusable(self.ca or Path(), "PEM certificates of authorities", error) from error
+        if self.certificate is not None and self.key is not None:
+            for path in (self.certificate, self.key):
+                try:
+                    path.read_bytes()
+                except OSError as error:
+                    raise _unusable(path, "a PEM file", error) from error
+            try:
+                context.load_cert_chain(self.certificate, self.key, password=lambda: "")  # or it would ask at the terminal
+            except (OSError, ValueError) as error:
+                raise _unusable(self.certificate, f"a PEM certificate whose private key, not encrypted, is {self.key}", error) from error
+        return context
+
+
+def _unusable(path: Path, expected: str, error: Exception) -> SetupError:
+    said = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else str(error)
+    return SetupError(f"{path}: not usable for TLS", expected=expected, got=said or type(error).__name__, next_step="correct that file")
+
+
+@dataclass(frozen=True)
 class TritonSettings:
-    """`url` is host:port of the gRPC endpoint; `timeout_s` the deadline of one call."""
+    """How to reach Triton.
+
+    Args:
+        url: host:port of the gRPC endpoint.
+        timeout_s: Deadline of one call.
+        tls: None where the connection is not encrypted.
+        token: For a proxy before it, sent as `authorization: Bearer …`.
+        headers: Further ones for such a proxy; names in lower case, values may be secret.
+    """
 
     url: str = DEFAULT_TRITON
     timeout_s: float = 60.0
+    tls: Tls | None = None
+    token: str = field(default="", repr=False)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d{1,5}", self.url):
+        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s@]+):\d{1,5}", self.url):
             raise SetupError(
-                "the Triton address is malformed", expected="host:port, such as 127.0.0.1:8001", got=self.url, next_step="correct --triton"
+                "the Triton address is malformed",
+                expected="host:port, such as 127.0.0.1:8001",
+                got=_without_credentials(self.url),
+                next_step="correct --triton",
             )
         if self.timeout_s <= 0:
             raise SetupError(
                 "the Triton timeout is out of range", expected="more than 0 s", got=f"{self.timeout_s:g}", next_step="correct --timeout"
             )
+        for name, value in self.metadata.items():
+            if not re.fullmatch(r"[a-z0-9_.-]+", name) or name.endswith("-bin") or not re.fullmatch(r"[ -~]+", value):
+                raise SetupError(
+                    f"the header {name!r} for Triton's proxy cannot be sent",
+                    expected="a name in lower case, and a value of printable ASCII",
+                    next_step="correct --triton-token-file or --triton-header-file",
+                )
+        if self.metadata and self.tls is None and not is_loopback(self.host_and_port[0]):
+            raise _in_the_open("Triton", self.url, "give --triton-ca or --triton-tls")
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """`url` in its parts."""
+        host, _, port = self.url.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every request carries."""
+        return {**dict(self.headers), **({"authorization": f"Bearer {self.token}"} if self.token else {})}
+
+    def without_secrets(self, text: str) -> str:
+        """What a server or a proxy said, should it have repeated a secret."""
+        return _masked(text, self.token, *(value for _, value in self.headers))
 
 
 @dataclass(frozen=True)
 class MilvusSettings:
-    """`uri` is http(s)://host:port of a server, or the path of a Milvus Lite folder ending in .db.
+    """How to reach Milvus.
 
-    `token`, or `user` and `password`, authenticate against a server; they are kept out of `repr`.
+    Args:
+        uri: http(s)://host:port of a server, or the path of a Milvus Lite folder ending in .db. https is TLS.
+        user: With `password`, for a server that wants to know; or `token`.
+        timeout_s: Deadline of one call.
+        tls: For https; None: trust in the public authorities alone.
     """
 
     uri: str = DEFAULT_MILVUS
@@ -48,21 +150,78 @@ class MilvusSettings:
     token: str = field(default="", repr=False)
     database: str = ""
     timeout_s: float = 30.0
+    tls: Tls | None = None
 
     def __post_init__(self) -> None:
-        if not self.is_lite and not re.match(r"(https?|tcp|unix)://", self.uri):
+        if not self.is_lite and (not re.match(r"(https?|tcp|unix)://", self.uri) or "@" in self.uri):
             raise SetupError(
                 "the Milvus URI is malformed",
-                expected="http://host:port, or a path ending in .db",
-                got=self.uri,
-                next_step="correct --milvus",
+                expected="http://host:port, https://host:port, or a path ending in .db; credentials apart",
+                got=_without_credentials(self.uri),
+                next_step="correct --milvus; a user's name is --milvus-user",
             )
         if self.timeout_s <= 0:
             raise SetupError(
                 "the Milvus timeout is out of range", expected="more than 0 s", got=f"{self.timeout_s:g}", next_step="correct the timeout"
             )
+        if self.tls is not None and not (self.secure or self.is_lite):
+            raise SetupError(
+                "certificates for a Milvus that is reached without TLS",
+                expected="https://host:port",
+                got=self.uri,
+                next_step="correct --milvus, or leave the certificates out",
+            )
+        if self.tls is not None and self.tls.certificate is not None and self.tls.ca is None:  # pymilvus would not send it
+            raise SetupError(
+                "a client certificate for Milvus without its authority", expected="a CA file, too", next_step="give --milvus-ca"
+            )
+        local = self.is_lite or self.uri.startswith("unix:") or is_loopback(self.host_and_port[0])
+        if (self.token or self.password) and not (self.secure or local):
+            raise _in_the_open("Milvus", self.uri, "write https:// in --milvus, with --milvus-ca")
 
     @property
     def is_lite(self) -> bool:
         """Whether this is a local file rather than a server."""
         return self.uri.endswith(".db")
+
+    @property
+    def secure(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.uri.startswith("https://")
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Of a server."""
+        parts = urlsplit(self.uri)
+        return parts.hostname or "localhost", parts.port or (443 if self.secure else 19530)
+
+    def without_secrets(self, text: str) -> str:
+        """What a server said, should it have repeated a secret."""
+        return _masked(text, self.token, self.password)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine and nothing else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_the_open(service: str, address: str, next_step: str) -> SetupError:
+    return SetupError(
+        f"a secret for {service} at {address} would cross the network unencrypted",
+        expected="TLS, or a server on this machine",
+        next_step=f"{next_step}; or reach it through a tunnel that ends at 127.0.0.1",
+    )
+
+
+def _without_credentials(address: str) -> str:
+    before, at, host = address.rpartition("@")
+    return f"***@{host}" if at and before else address
+
+
+def _masked(text: str, *secrets: str) -> str:
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text

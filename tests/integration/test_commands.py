@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,55 +14,7 @@ import pytest
 
 from cxr_retrieval.gallery.store import case_key
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
-from tests_support import ENVIRONMENT, cxr_command, leftovers, run_cxr
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def as_at_a_terminal() -> None:
-    """A shell without job control starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class Served:
-    """`cxr serve` in the background."""
-
-    def __init__(self, folder: Path) -> None:
-        grpc, http, metrics, milvus = free_ports(4)
-        self.servers = ("--triton", f"127.0.0.1:{grpc}", "--milvus", f"http://127.0.0.1:{milvus}")
-        ports = ("--grpc-port", f"{grpc}", "--http-port", f"{http}", "--metrics-port", f"{metrics}", "--milvus-port", f"{milvus}")
-        self.process = subprocess.Popen(
-            cxr_command("serve", "--store", folder / "gallery.db", *ports),
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=as_at_a_terminal,
-        )
-        assert self.process.stderr is not None
-        self.said: list[str] = []
-        for line in self.process.stderr:
-            self.said.append(line)
-            if line.startswith("ready"):
-                return
-        pytest.fail("cxr serve did not become ready: " + "".join(self.said))
-
-    def stop(self, with_signal: int) -> int:
-        self.process.send_signal(with_signal)
-        try:
-            self.process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        return self.process.returncode
+from tests_support import Served, leftovers, run_cxr
 
 
 @pytest.fixture(scope="module")

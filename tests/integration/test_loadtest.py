@@ -17,6 +17,7 @@ from cxr_retrieval.evaluation import perf_analyzer
 from cxr_retrieval.evaluation.loadtest import Load, Window, run_loads, write_input_data
 from cxr_retrieval.evaluation.perf_analyzer import PerfAnalyzer, find_perf_analyzer
 from cxr_retrieval.serving.server import Endpoints
+from cxr_retrieval.settings import TritonSettings
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
 
 QUICK = Window(seconds=0.5, stable_percent=100.0, trials=6)
@@ -34,7 +35,9 @@ def test_ensemble_and_step_are_measured(server: Endpoints, program: PerfAnalyzer
         Load("cxr_retrieval", "concurrency", 2),
     ]
     seen: list[str] = []
-    found = run_loads(loads, squares[:2], server.grpc, program, Window(2.0, 100.0, 6), lambda one: seen.append(one.load.model))
+    found = run_loads(
+        loads, squares[:2], TritonSettings(server.grpc), program, Window(2.0, 100.0, 6), lambda one: seen.append(one.load.model)
+    )
     assert seen == [load.model for load in loads]
     alone, _, ensemble = found
     assert alone.stable
@@ -53,7 +56,12 @@ def test_ensemble_and_step_are_measured(server: Endpoints, program: PerfAnalyzer
 def test_unstable_is_never_called_stable(server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     """Three windows of half a second never agree to a ten-thousandth of a percent."""
     (found,) = run_loads(
-        [Load("attention_map", "rate", 7)], squares[:1], server.grpc, program, replace(QUICK, stable_percent=1e-4, trials=3), print
+        [Load("attention_map", "rate", 7)],
+        squares[:1],
+        TritonSettings(server.grpc),
+        program,
+        replace(QUICK, stable_percent=1e-4, trials=3),
+        print,
     )
     assert not found.stable
     assert (found.images_per_second, found.p95_ms) == (None, None)
@@ -92,12 +100,12 @@ def test_shared_memory_out_of_tritons_sight_is_an_error_and_no_figure(server: En
 
 def test_no_server(program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     with pytest.raises(InferenceError, match=r"127\.0\.0\.1:9 could not be measured"):
-        run_loads([Load("embedder", "concurrency", 1)], squares[:1], "127.0.0.1:9", program, QUICK, print)
+        run_loads([Load("embedder", "concurrency", 1)], squares[:1], TritonSettings("127.0.0.1:9"), program, QUICK, print)
 
 
 def test_perf_analyzers_own_complaint_is_passed_on(server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     with pytest.raises(InferenceError, match="perf_analyzer failed on embedder"):
-        run_loads([Load("embedder", "concurrency", 1, batch=65)], squares[:1], server.grpc, program, QUICK, print)
+        run_loads([Load("embedder", "concurrency", 1, batch=65)], squares[:1], TritonSettings(server.grpc), program, QUICK, print)
 
 
 def test_input_data_holds_the_images(tmp_path: Path, squares: NDArray[np.uint8]) -> None:

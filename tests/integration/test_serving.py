@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK, LUNG_SEGMENTATION, TensorSpec
-from cxr_retrieval.errors import InferenceError, OverloadedError, SetupError, UnusableOutputError
+from cxr_retrieval.errors import AccessError, InferenceError, OverloadedError, SetupError, UnusableOutputError
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
@@ -112,7 +112,7 @@ def test_wrong_input_is_refused_and_the_server_goes_on(triton: TritonClient, squ
     [
         ("INTERNAL", InferenceError, "failed; got CUDA out of memory"),
         ("NOT_FOUND", InferenceError, "does not serve cxr_retrieval"),
-        ("UNAUTHENTICATED", InferenceError, "refused access"),
+        ("UNAUTHENTICATED", AccessError, "refused access"),
         ("INVALID_ARGUMENT", UnusableOutputError, "refused the request"),
         ("RESOURCE_EXHAUSTED", OverloadedError, "no room for this request now"),
         ("UNAVAILABLE", OverloadedError, "no room for this request now"),

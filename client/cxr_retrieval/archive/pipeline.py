@@ -33,6 +33,7 @@ from tenacity import (
 
 from cxr_retrieval.contract import IMAGE_SIZE, TensorSpec
 from cxr_retrieval.errors import (
+    AccessError,
     CxrError,
     InferenceError,
     InputError,
@@ -277,6 +278,8 @@ class _Conductor(Generic[W, R]):
         except (ServerDownError, OverloadedError) as error:
             self._again.append(batch)
             self._wait_for("triton", error, self._triton.probe)
+        except AccessError:  # the films are not to blame, and no waiting mends it
+            raise
         except InferenceError as error:
             tried = batch.attempts + 1
             if tried < _ATTEMPTS and not isinstance(error, UnusableOutputError):

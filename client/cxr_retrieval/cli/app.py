@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -44,6 +45,7 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 some inputs failed, 2 could not run."""
     for noisy in ("pymilvus", "milvus_lite"):  # their log lines repeat what our errors say
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # so do its own
     signal.signal(signal.SIGTERM, _unwind)
     try:
         app()

@@ -84,7 +84,7 @@ def loadtest(
                 _write(out, outcomes)
                 advance(1)
 
-            return run_loads(loads, squares, triton.url, program, window, done)
+            return run_loads(loads, squares, triton, program, window, done)
 
     for name in [one.value for one in model or list(Model)]:
         sweep = [Load(name, "concurrency", level, way, batch) for way in ways for level in concurrency or (1, 4, 16)]

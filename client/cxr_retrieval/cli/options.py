@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON, MilvusSettings, TritonSettings
+from cxr_retrieval.errors import SetupError
+from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON, MilvusSettings, Tls, TritonSettings
 
 _SERVER: Final = "Servers"
+_LOCKED: Final = "Encryption and credentials"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[
@@ -31,8 +34,52 @@ def _triton(
         str, typer.Option("--triton", envvar="CXR_TRITON", help="Triton's gRPC endpoint, host:port.", rich_help_panel=_SERVER)
     ] = DEFAULT_TRITON,
     timeout: _Timeout = 60.0,
+    triton_tls: Annotated[
+        bool,
+        typer.Option(
+            "--triton-tls",
+            envvar="CXR_TRITON_TLS",
+            help="Encrypt; trust public authorities.",
+            rich_help_panel=_LOCKED,
+            show_default=False,
+        ),
+    ] = False,
+    triton_ca: Annotated[
+        Path | None, typer.Option(envvar="CXR_TRITON_CA", help="Encrypt, trusting these authorities (PEM).", rich_help_panel=_LOCKED)
+    ] = None,
+    triton_cert: Annotated[
+        Path | None, typer.Option(envvar="CXR_TRITON_CERT", help="Encrypt, and show this certificate (PEM).", rich_help_panel=_LOCKED)
+    ] = None,
+    triton_key: Annotated[
+        Path | None, typer.Option(envvar="CXR_TRITON_KEY", help="Private key of --triton-cert.", rich_help_panel=_LOCKED)
+    ] = None,
+    triton_server_name: Annotated[
+        str,
+        typer.Option(envvar="CXR_TRITON_SERVER_NAME", help="Name in its certificate, if another.", rich_help_panel=_LOCKED),
+    ] = "",
+    triton_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CXR_TRITON_TOKEN_FILE",
+            help="File with a bearer token for a proxy before Triton; or CXR_TRITON_TOKEN holds it.",
+            rich_help_panel=_LOCKED,
+        ),
+    ] = None,
+    triton_header_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CXR_TRITON_HEADER_FILE",
+            help="File with headers for it, a line 'name: value' each; or CXR_TRITON_HEADERS holds them.",
+            rich_help_panel=_LOCKED,
+        ),
+    ] = None,
 ) -> TritonSettings:
-    return TritonSettings(triton, timeout)
+    tls = None
+    if triton_tls or triton_ca or triton_cert or triton_key or triton_server_name:
+        tls = Tls(triton_ca, triton_cert, triton_key, triton_server_name)
+    headers = secret(triton_header_file, "CXR_TRITON_HEADERS").splitlines()
+    pairs = tuple((name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in headers if line.strip()))
+    return TritonSettings(triton, timeout, tls, secret(triton_token_file, "CXR_TRITON_TOKEN"), pairs)
 
 
 def _milvus(
@@ -41,14 +88,62 @@ def _milvus(
         str,
         typer.Option("--milvus", envvar="CXR_MILVUS", help="Milvus URI, or a Milvus Lite path ending in .db.", rich_help_panel=_SERVER),
     ] = DEFAULT_MILVUS,
-    milvus_user: Annotated[str, typer.Option(envvar="CXR_MILVUS_USER", help="User name.", rich_help_panel=_SERVER)] = "",
-    milvus_password: Annotated[str, typer.Option(envvar="CXR_MILVUS_PASSWORD", help="Password.", rich_help_panel=_SERVER)] = "",
-    milvus_token: Annotated[
-        str, typer.Option(envvar="CXR_MILVUS_TOKEN", help="Token, instead of user and password.", rich_help_panel=_SERVER)
-    ] = "",
     milvus_database: Annotated[str, typer.Option(envvar="CXR_MILVUS_DATABASE", help="Database name.", rich_help_panel=_SERVER)] = "",
+    milvus_ca: Annotated[
+        Path | None, typer.Option(envvar="CXR_MILVUS_CA", help="Authorities to trust, for https:// (PEM).", rich_help_panel=_LOCKED)
+    ] = None,
+    milvus_cert: Annotated[
+        Path | None, typer.Option(envvar="CXR_MILVUS_CERT", help="Certificate to show (PEM).", rich_help_panel=_LOCKED)
+    ] = None,
+    milvus_key: Annotated[
+        Path | None, typer.Option(envvar="CXR_MILVUS_KEY", help="Private key of --milvus-cert.", rich_help_panel=_LOCKED)
+    ] = None,
+    milvus_server_name: Annotated[
+        str,
+        typer.Option(envvar="CXR_MILVUS_SERVER_NAME", help="Name in its certificate, if another.", rich_help_panel=_LOCKED),
+    ] = "",
+    milvus_token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="CXR_MILVUS_TOKEN_FILE", help="File with the token; or CXR_MILVUS_TOKEN holds it.", rich_help_panel=_LOCKED),
+    ] = None,
+    milvus_user: Annotated[
+        str, typer.Option(envvar="CXR_MILVUS_USER", help="User name, instead of a token.", rich_help_panel=_LOCKED)
+    ] = "",
+    milvus_password_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CXR_MILVUS_PASSWORD_FILE",
+            help="File with the user's password; or CXR_MILVUS_PASSWORD holds it.",
+            rich_help_panel=_LOCKED,
+        ),
+    ] = None,
 ) -> MilvusSettings:
-    return MilvusSettings(milvus, milvus_user, milvus_password, milvus_token, milvus_database, timeout)
+    tls = None
+    if milvus_ca or milvus_cert or milvus_key or milvus_server_name:
+        tls = Tls(milvus_ca, milvus_cert, milvus_key, milvus_server_name)
+    password, token = secret(milvus_password_file, "CXR_MILVUS_PASSWORD"), secret(milvus_token_file, "CXR_MILVUS_TOKEN")
+    return MilvusSettings(milvus, milvus_user, password, token, milvus_database, timeout, tls)
+
+
+def secret(file: Path | None, variable: str) -> str:
+    """From a file, or from the environment and then no longer there: what we start afterwards does not inherit it.
+
+    Never from the command line, which the process list shows to everybody on the machine.
+
+    Raises:
+        SetupError: The file cannot be read, or there is nothing in it.
+    """
+    found = os.environ.pop(variable, "").strip()
+    if file is None:
+        return found
+    try:
+        found = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "bytes that are no text"
+        raise SetupError(f"{file}: cannot be read", expected="a secret", got=said or "", next_step="correct that file") from None
+    if not found:
+        raise SetupError(f"{file}: empty", expected="a secret", next_step="correct that file")
+    return found
 
 
 _MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus}

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ENSEMBLE, IMAGE, LEAF_MODELS, LEAVES, LUNG_MASK, MASK
-from cxr_retrieval.errors import InferenceError
+from cxr_retrieval.errors import InferenceError, UsageError
 from cxr_retrieval.evaluation.perf_analyzer import PerfAnalyzer
+from cxr_retrieval.inference.triton import open_channel
+from cxr_retrieval.settings import Tls, TritonSettings
 
 MODELS: Final = (ENSEMBLE, *LEAF_MODELS)
 Arrays = dict[str, NDArray[np.generic]]
@@ -83,32 +85,49 @@ class Outcome:
 
 
 def run_loads(
-    loads: Sequence[Load], images: NDArray[np.uint8], url: str, program: PerfAnalyzer, window: Window, done: Callable[[Outcome], None]
+    loads: Sequence[Load],
+    images: NDArray[np.uint8],
+    triton: TritonSettings,
+    program: PerfAnalyzer,
+    window: Window,
+    done: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Measures one load after the other, and tells each outcome as it is there.
 
     Args:
         images: `[n, 1, 256, 256]`, sent in turn.
-        url: Triton's gRPC endpoint, host:port.
 
     Raises:
+        UsageError: Triton is reached with a token or a header, which perf_analyzer takes on its command line alone, for all to see.
         InferenceError: Triton does not answer, or perf_analyzer failed for another reason than unstable figures.
     """
+    if triton.metadata:
+        raise UsageError(
+            "perf_analyzer cannot keep a secret",
+            expected="a Triton that asks for no token or header, which it takes on its command line, where the process list shows them",
+            next_step="measure from behind the proxy, or with a client certificate",
+        )
+    if triton.tls is not None and triton.tls.server_name:
+        raise UsageError(
+            "perf_analyzer cannot check another name than the address's",
+            expected="a certificate for the host in --triton",
+            next_step="leave --triton-server-name out",
+        )
     outcomes: list[Outcome] = []
     try:
-        with grpcclient.InferenceServerClient(url) as client, tempfile.TemporaryDirectory(prefix="cxr-loadtest-") as folder:
+        with open_channel(triton) as client, tempfile.TemporaryDirectory(prefix="cxr-loadtest-") as folder:
             tensors = _step_inputs(client, images)
             for load in loads:
                 data = Path(folder, f"{load.model}.json")
                 if not data.is_file():
                     write_input_data(data, tensors[load.model])
-                outcomes.append(_run(load, data, url, client, program, window))
+                outcomes.append(_run(load, data, triton, client, program, window))
                 done(outcomes[-1])
     except InferenceServerException as error:
         raise InferenceError(
-            f"Triton at {url} could not be measured",
+            f"Triton at {triton.url} could not be measured",
             got=str(error.message())[:300],
-            next_step="start it with `cxr serve`, or give --triton",
+            next_step="start it with `cxr serve`, or give --triton, and what TLS needs",
         ) from error
     return outcomes
 
@@ -140,7 +159,9 @@ def _step_inputs(client: grpcclient.InferenceServerClient, images: NDArray[np.ui
     return inputs
 
 
-def _run(load: Load, data: Path, url: str, client: grpcclient.InferenceServerClient, program: PerfAnalyzer, window: Window) -> Outcome:
+def _run(
+    load: Load, data: Path, triton: TritonSettings, client: grpcclient.InferenceServerClient, program: PerfAnalyzer, window: Window
+) -> Outcome:
     table = data.with_suffix(".csv")
     table.unlink(missing_ok=True)
     sweep = (
@@ -150,7 +171,8 @@ def _run(load: Load, data: Path, url: str, client: grpcclient.InferenceServerCli
     )
     shared = ["--shared-memory", "system", "--output-shared-memory-size", str(load.batch * 2**20)] if load.shared_memory else []
     command = [
-        *(str(program.binary), "-m", load.model, "-i", "grpc", "-u", url, "-b", str(load.batch), "--input-data", str(data)),
+        *(str(program.binary), "-m", load.model, "-i", "grpc", "-u", triton.url, "-b", str(load.batch), "--input-data", str(data)),
+        *_encrypted(triton.tls),
         *sweep,
         *shared,
         *("--measurement-interval", f"{1000 * window.seconds:.0f}", "--stability-percentage", f"{window.stable_percent:g}"),
@@ -165,7 +187,7 @@ def _run(load: Load, data: Path, url: str, client: grpcclient.InferenceServerCli
     if not table.is_file():
         if load.shared_memory and "shared memory region" in result.stdout + result.stderr:
             raise InferenceError(
-                f"Triton at {url} does not see this client's shared memory",
+                f"Triton at {triton.url} does not see this client's shared memory",
                 expected="one machine; of containers, one IPC namespace",
                 next_step="give --shared-memory off, or let the client join Triton's (`ipc` in compose.yaml)",
             )
@@ -180,6 +202,15 @@ def _run(load: Load, data: Path, url: str, client: grpcclient.InferenceServerCli
         row = next(csv.DictReader(lines))
     p50, p95, p99 = (float(row[f"p{rank} latency"]) / 1000 for rank in (50, 95, 99))
     return Outcome(load, True, float(row["Inferences/Second"]), p50, p95, p99, steps, "")
+
+
+def _encrypted(tls: Tls | None) -> list[str]:
+    """perf_analyzer's words for it."""
+    if tls is None:
+        return []
+    files = {"root-certifications": tls.ca, "private-key": tls.key, "certificate-chain": tls.certificate}
+    named = [word for name, path in files.items() if path is not None for word in (f"--ssl-grpc-{name}-file", str(path))]
+    return ["--ssl-grpc-use-ssl", *named]
 
 
 def _statistics(client: grpcclient.InferenceServerClient) -> dict[str, tuple[int, int, int, int, int]]:

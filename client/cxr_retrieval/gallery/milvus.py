@@ -15,8 +15,9 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 from threadpoolctl import threadpool_limits
 
-from cxr_retrieval.errors import StoreDownError, StoreError, UsageError
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.errors import StoreAccessError, StoreDownError, StoreError, UsageError
+from cxr_retrieval.handshake import refusal
+from cxr_retrieval.settings import MilvusSettings, Tls
 
 _NULLABLE_SINCE: Final = (2, 5)
 _QUIET: Final = {"grpc.keepalive_time_ms": 330_000, "grpc.keepalive_permit_without_calls": 0}
@@ -24,7 +25,7 @@ _QUIET: Final = {"grpc.keepalive_time_ms": 330_000, "grpc.keepalive_permit_witho
 pymilvus would every ten seconds. A dead peer is noticed by the deadline of each call.
 """
 _CONNECT_FAILED: Final = 2
-"""Code of a MilvusException: no server there, or credentials refused while connecting."""
+"""Code of a MilvusException: no server there, or credentials refused while connecting (then its cause has the gRPC status)."""
 _NOT_LOADED: Final = 101
 """Code of a MilvusException: the collection is there, but not in memory; so it is after Milvus Lite has been started anew."""
 
@@ -44,10 +45,15 @@ def connect(settings: MilvusSettings) -> MilvusClient:
     """Opens a client.
 
     Raises:
-        StoreError: Down, locked, or credentials refused.
+        StoreAccessError: It refuses us, or its certificate is not accepted.
+        StoreError: Down, or locked.
     """
     if settings.is_lite:
         _refuse_locked(Path(settings.uri))
+    elif refused := _refusal(settings):  # before pymilvus tries again and again, up to the deadline
+        raise refused
+    tls = settings.tls or Tls()
+    mutual = tls.certificate is not None
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs the stack of every failure, all of which become ours
     with translated(settings):
         return MilvusClient(
@@ -58,7 +64,25 @@ def connect(settings: MilvusSettings) -> MilvusClient:
             db_name=settings.database,
             timeout=settings.timeout_s,
             grpc_options=_QUIET,
+            dedicated=True,  # else it would stay open, and serve whoever names the same address and token, whatever his certificate
+            # pymilvus has two names for the authority: with the one it shows no certificate of ours, without ours it ignores the other
+            server_pem_path="" if mutual else str(tls.ca or ""),
+            ca_pem_path=str(tls.ca or "") if mutual else "",
+            client_pem_path=str(tls.certificate or ""),
+            client_key_path=str(tls.key or ""),
+            server_name=tls.server_name,
         )
+
+
+def _refusal(settings: MilvusSettings) -> StoreAccessError | None:
+    """What keeps us from a server that is there."""
+    if settings.is_lite or settings.uri.startswith("unix:"):
+        return None
+    refused = refusal(*settings.host_and_port, (settings.tls or Tls()) if settings.secure else None, min(5.0, settings.timeout_s))
+    if refused is None:
+        return None
+    how = "https:// in --milvus, --milvus-ca" if not settings.secure else "--milvus-…"
+    return StoreAccessError(f"no trusted connection to Milvus at {settings.uri}", got=refused.why, next_step=f"{refused.next_step} ({how})")
 
 
 def close(client: MilvusClient, settings: MilvusSettings) -> None:
@@ -121,10 +145,10 @@ class translated:  # noqa: N801 (read as a verb at its uses)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, grpc.RpcError | grpc.FutureTimeoutError):  # pymilvus passes some on as they are, deadlines above all
-            raise self._explained(_status(error), " ".join(str(error).split())[:300]) from error
+            raise self._explained(_status(error), self._reason(str(error))) from error
         if not isinstance(error, MilvusException):
             return
-        reason = " ".join(str(error.message).split())[:300]
+        reason = self._reason(str(error.message))
         if error.code == _NOT_LOADED:
             raise StoreDownError(
                 f"Milvus at {self._settings.uri} has been started anew",
@@ -140,9 +164,14 @@ class translated:  # noqa: N801 (read as a verb at its uses)
             ) from error
         raise self._explained(_status(error), reason) from error
 
+    def _reason(self, said: str) -> str:
+        return self._settings.without_secrets(" ".join(said.split()))[:300]
+
     def _explained(self, status: grpc.StatusCode, reason: str) -> StoreError:
         uri = self._settings.uri
         if status is grpc.StatusCode.UNAVAILABLE:
+            if refused := _refusal(self._settings):
+                return refused
             return StoreDownError(f"no Milvus answers at {uri}", got=reason, next_step="start one with `cxr serve`, or give --milvus")
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             return StoreDownError(
@@ -152,14 +181,20 @@ class translated:  # noqa: N801 (read as a verb at its uses)
                 next_step="give a longer --timeout, or look at the server's load",
             )
         if status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            return StoreError(
-                f"Milvus at {uri} refused these credentials", got=reason, next_step="check --milvus-token, or user and password"
+            return StoreAccessError(
+                f"Milvus at {uri} refused access",
+                expected="other credentials" if self._settings.token or self._settings.password else "credentials, and none were sent",
+                got=reason,
+                next_step="give --milvus-token-file, or --milvus-user and --milvus-password-file",
             )
         return StoreError(f"Milvus at {uri} cannot do this", got=reason, next_step="see the reason, and the server's log")
 
 
 def _status(error: BaseException) -> grpc.StatusCode:
-    """Of what pymilvus raises: a gRPC status that it passes on or wraps, or its own failure to connect."""
+    """Of what pymilvus raises: a gRPC status that it passes on or wraps, or its own failure to connect, whose cause may have one."""
+    cause = error.__cause__
+    if getattr(error, "code", None) == _CONNECT_FAILED and isinstance(cause, grpc.RpcError):
+        return _status(cause)
     if isinstance(error, grpc.FutureTimeoutError | ConnectError) or getattr(error, "code", None) == _CONNECT_FAILED:
         return grpc.StatusCode.UNAVAILABLE
     code: Any = getattr(error, "code", None)

@@ -13,8 +13,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, TensorSpec
-from cxr_retrieval.errors import InferenceError, OverloadedError, ServerDownError, UnusableOutputError
-from cxr_retrieval.settings import TritonSettings
+from cxr_retrieval.errors import AccessError, InferenceError, OverloadedError, ServerDownError, UnusableOutputError
+from cxr_retrieval.handshake import refusal
+from cxr_retrieval.settings import Tls, TritonSettings
 
 BATCH_SIZE: Final = 8
 """Radiographs per request in bulk work; the ensemble itself never batches, its steps do."""
@@ -23,6 +24,38 @@ Images = NDArray[np.uint8]
 Outputs = dict[str, NDArray[np.generic]]
 
 _START: Final = "start one with `cxr serve`, or give --triton"
+_CHANNEL: Final = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 10_000),  # of 120 s, as gRPC has it, a server that is back would be noticed two minutes late
+)
+_NO_ANSWER: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+
+
+class _Credentials(grpcclient.InferenceServerClientPlugin):
+    """Adds to every request what a proxy before Triton wants to see."""
+
+    def __init__(self, settings: TritonSettings) -> None:
+        self._settings = settings
+
+    def __call__(self, request: grpcclient.Request) -> None:
+        request.headers = {**request.headers, **self._settings.metadata}
+
+
+def open_channel(settings: TritonSettings) -> grpcclient.InferenceServerClient:
+    """A bare client that connects at its first request, encrypted and with credentials as the settings say."""
+    tls = settings.tls or Tls()
+    named = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    client = grpcclient.InferenceServerClient(
+        settings.url,
+        ssl=settings.tls is not None,
+        root_certificates=tls.ca,
+        private_key=tls.key,
+        certificate_chain=tls.certificate,
+        channel_args=[*_CHANNEL, *named],
+    )
+    client.register_plugin(_Credentials(settings))
+    return client
 
 
 class TritonClient:
@@ -30,11 +63,12 @@ class TritonClient:
 
     Raises:
         InferenceError: Server down, or the ensemble not ready.
+        AccessError: It refuses us, or its certificate is not accepted.
     """
 
     def __init__(self, settings: TritonSettings) -> None:
         self._settings = settings
-        self._client = grpcclient.InferenceServerClient(settings.url)
+        self._client = open_channel(settings)
         self._retried = Retrying(
             retry=retry_if_exception_type(OverloadedError),
             wait=wait_random_exponential(multiplier=0.1, max=5),
@@ -62,6 +96,7 @@ class TritonClient:
 
         Raises:
             ServerDownError: Not there yet.
+            AccessError: There, but it no longer lets us in.
             InferenceError: It serves other weights now.
         """
         version = self._announced_version()
@@ -150,10 +185,14 @@ class TritonClient:
         )
 
     def _translate(self, error: InferenceServerException) -> InferenceError:
-        """By gRPC status. UNAVAILABLE is what a full queue gives, and no server at all: then it is asked whether it lives."""
-        url, status = self._settings.url, (error.status() or "").rpartition(".")[2]
-        reason = " ".join(str(error.message()).split())[:300]
-        if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED") and not self._lives():
+        """By gRPC status. UNAVAILABLE is what a full queue gives, a failed handshake, and no server at all: then it is asked which."""
+        url, status = self._settings.url, _status(error)
+        reason = self._settings.without_secrets(" ".join(str(error.message()).split()))[:300]
+        if status in _NO_ANSWER and not self._lives():
+            if refused := refusal(*self._settings.host_and_port, self._settings.tls):
+                return AccessError(
+                    f"no trusted connection to Triton at {url}", got=refused.why, next_step=f"{refused.next_step} (--triton-…)"
+                )
             return ServerDownError(f"no Triton server answers at {url}", got=reason, next_step=_START)
         if status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
             return OverloadedError(f"Triton at {url} has no room for this request now", got=reason, next_step="send less at once, or later")
@@ -165,7 +204,12 @@ class TritonClient:
                 next_step="give a longer --timeout, or send less at once",
             )
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return InferenceError(f"Triton at {url} refused access", got=reason, next_step="check what the proxy before it asks for")
+            return AccessError(
+                f"Triton at {url} refused access",
+                expected="other credentials" if self._settings.metadata else "credentials, and none were sent",
+                got=reason,
+                next_step="give what the proxy before it asks for: --triton-token-file, --triton-header-file",
+            )
         if status in ("NOT_FOUND", "UNIMPLEMENTED"):
             return InferenceError(
                 f"Triton at {url} does not serve {ENSEMBLE}",
@@ -182,5 +226,10 @@ class TritonClient:
     def _lives(self) -> bool:
         try:
             return bool(self._client.is_server_live(client_timeout=5.0))
-        except InferenceServerException:
-            return False
+        except InferenceServerException as error:
+            return _status(error) not in _NO_ANSWER
+
+
+def _status(error: InferenceServerException) -> str:
+    """The name of its gRPC status."""
+    return str(error.status() or "").rpartition(".")[2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import importlib.util
 import ipaddress
+import json
 import os
 import re
 import shutil
@@ -16,25 +18,41 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import tritonclient.grpc as grpcclient
-from tritonclient.utils import InferenceServerException
-
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
+from cxr_retrieval.serving.access import Access, TokenCheck, credentials
 from cxr_retrieval.serving.choices import Precision, Segmentation, resolve
 from cxr_retrieval.serving.repository import derive_embedded
+from cxr_retrieval.settings import Tls
 
 _SHM: Final = Path("/dev/shm")  # noqa: S108 (where Linux shows POSIX shared memory)
+_LARGEST_MESSAGE: Final = 256 * 2**20
+"""Bytes of a request to the gallery, as of Milvus itself."""
+_DIE_WITH_PARENT: Final = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has ended meanwhile")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes Triton, which the kernel then ends should the thread that started it be killed without a chance to clean up. A program of its own
+instead of Popen's `preexec_fn`: between fork and exec of a process with threads (Milvus Lite's, gRPC's) no Python may run.
+"""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and how the embedded Triton runs. A port of 0 means any free one."""
+    """Where and how the embedded Triton runs. A port of 0 means any free one.
+
+    `tls` encrypts gRPC; with a `ca`, every client must show a certificate. HTTP and metrics, for which Triton has no TLS, then stay on
+    127.0.0.1.
+    """
 
     repository: Path
     precision: Precision = Precision.auto
@@ -45,6 +63,25 @@ class ServerOptions:
     metrics_port: int = 8002
     threads: int = 0
     ready_timeout_s: float = 120.0
+    tls: Tls | None = None
+
+    @property
+    def plain_host(self) -> str:
+        """Where HTTP and metrics listen."""
+        return self.host if self.tls is None else "127.0.0.1"
+
+    def on_free_ports(self) -> ServerOptions:
+        """The same with each port chosen, and found free.
+
+        Raises:
+            SetupError: One is in use.
+        """
+        return replace(
+            self,
+            grpc_port=_free_port(self.host, self.grpc_port, "grpc"),
+            http_port=_free_port(self.plain_host, self.http_port, "http"),
+            metrics_port=_free_port(self.plain_host, self.metrics_port, "metrics"),
+        )
 
     @property
     def chosen_precision(self) -> Precision:
@@ -60,6 +97,11 @@ class Endpoints:
     http: str
     metrics: str
     process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        """The end of its log, on one line."""
+        return _log_end(self.log)
 
 
 @contextmanager
@@ -69,7 +111,7 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
     Raises:
         SetupError: Port in use, wheel or shared library missing, a model failed (its name and Triton's reason), timeout.
     """
-    ports = _ports(options)
+    options = options.on_free_ports()
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
         prefix = f"{work.name}-"
@@ -80,16 +122,19 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
         log = stack.enter_context((work / "triton.log").open("wb"))
         process = subprocess.Popen(
             [
+                sys.executable,
+                *("-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
                 str(binary),
                 f"--model-repository={work / 'models'}",
                 f"--backend-directory={work / 'backends'}",
                 f"--backend-config=python,shm-region-prefix-name={prefix}",
                 f"--grpc-address={options.host}",
-                f"--grpc-port={ports[0]}",
-                f"--http-address={options.host}",
-                f"--http-port={ports[1]}",
-                f"--metrics-address={options.host}",
-                f"--metrics-port={ports[2]}",
+                f"--grpc-port={options.grpc_port}",
+                f"--http-address={options.plain_host}",
+                f"--http-port={options.http_port}",
+                f"--metrics-address={options.plain_host}",
+                f"--metrics-port={options.metrics_port}",
+                *_encrypted(options.tls),
                 "--exit-on-error=false",
                 "--exit-timeout-secs=10",
                 "--disable-auto-complete-config",
@@ -100,48 +145,69 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
         stack.callback(_stop, process)
-        host = "127.0.0.1" if ipaddress.ip_address(options.host).is_unspecified else options.host
-        host = f"[{host}]" if ":" in host else host
-        endpoints = Endpoints(*(f"{host}:{port}" for port in ports), process=process)
-        _wait_until_ready(process, endpoints.grpc, work / "triton.log", options.ready_timeout_s)
+        endpoints = Endpoints(
+            _reached_at(options.host, options.grpc_port),
+            _reached_at(options.plain_host, options.http_port),
+            _reached_at(options.plain_host, options.metrics_port),
+            process,
+            work / "triton.log",
+        )
+        _wait_until_ready(endpoints, options.ready_timeout_s)
         yield endpoints
 
 
+def _reached_at(host: str, port: int) -> str:
+    host = "127.0.0.1" if ipaddress.ip_address(host).is_unspecified else host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _encrypted(tls: Tls | None) -> list[str]:
+    """Triton's words for it."""
+    if tls is None:
+        return []
+    own = [f"--grpc-server-cert={tls.certificate}", f"--grpc-server-key={tls.key}"]
+    return ["--grpc-use-ssl=true", *own, *([f"--grpc-root-cert={tls.ca}", "--grpc-use-ssl-mutual=true"] if tls.ca else [])]
+
+
 @contextmanager
-def embedded_milvus(folder: Path, host: str, port: int) -> Generator[str]:
+def embedded_milvus(folder: Path, host: str, port: int, access: Access = Access()) -> Generator[str]:  # noqa: B008 (frozen)
     """Serves a Milvus Lite folder over gRPC, so that several clients can use it at once. Yields its URI.
+
+    Milvus Lite's own way to do so has neither TLS nor a check of who asks.
 
     Raises:
         SetupError: Port in use, or another process has the folder open.
     """
-    from milvus_lite.adapter.grpc.server import start_server_in_thread
+    import grpc
+    from milvus_lite.adapter.grpc.servicer import MilvusServicer
+    from milvus_lite.db import MilvusLite
     from milvus_lite.exceptions import DataDirLockedError
+    from pymilvus.grpc_gen import milvus_pb2_grpc
 
     from cxr_retrieval.gallery.milvus import one_blas_thread
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port(host, port, "milvus")
     try:
-        server, database, bound = start_server_in_thread(str(folder), host, port)
+        database = MilvusLite(str(folder))
     except DataDirLockedError as error:
         raise SetupError(
             f"{folder}: another process has this gallery open", next_step="stop that process, or give another --store"
         ) from error
+    limits = [("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.max_send_message_length", _LARGEST_MESSAGE)]
+    server = grpc.server(ThreadPoolExecutor(10), interceptors=[TokenCheck(access.token)] if access.token else [], options=limits)
+    milvus_pb2_grpc.add_MilvusServiceServicer_to_server(MilvusServicer(database), server)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        bound = server.add_insecure_port(address) if access.tls is None else server.add_secure_port(address, credentials(access.tls))
+        server.start()
         with one_blas_thread():
-            yield f"http://{host}:{bound}"
+            yield f"{'http' if access.tls is None else 'https'}://{_reached_at(host, bound)}"
     finally:
         server.stop(grace=2).wait()
         database.close()
-
-
-def _ports(options: ServerOptions) -> tuple[int, int, int]:
-    wanted = {"grpc": options.grpc_port, "http": options.http_port, "metrics": options.metrics_port}
-    chosen = tuple(_free_port(options.host, port, name) for name, port in wanted.items())
-    return chosen[0], chosen[1], chosen[2]
 
 
 def _free_port(host: str, port: int, name: str) -> int:
@@ -184,7 +250,7 @@ def _install_backend(work: Path) -> tuple[Path, dict[str, str]]:
     shutil.copytree(package / "tritonserver" / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(stub, backend / stub.name)
     libraries = [str(package.parent / "nvidia_pytriton.libs"), *_python_library_folder(version)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "CXR_"))}  # nor any secret
     environment["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
     environment["PYTHONPATH"] = ":".join(path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path)
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
@@ -209,40 +275,47 @@ def _python_library_folder(version: str) -> list[str]:
     return []
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to end the server should this process be killed without a chance to clean up."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
+def _wait_until_ready(server: Endpoints, timeout_s: float) -> None:
+    """Asks over HTTP, which is on this machine and unencrypted whatever gRPC is."""
     deadline = time.monotonic() + timeout_s
     models = (*LEAF_MODELS, ENSEMBLE)
-    with grpcclient.InferenceServerClient(url) as client:
-        while True:
-            if process.poll() is not None:
-                # Triton 2.51 can crash over a model that fails its warm-up; its log still says which one and why.
-                if failed := _failures_in_log(log):
-                    raise _could_not_load(failed)
-                raise SetupError(
-                    f"Triton stopped with exit code {process.returncode} while starting", got=_log_end(log), next_step="see its words above"
-                )
-            try:
-                if all(client.is_model_ready(name, client_timeout=5) for name in models):
-                    return
-                failed = _failures(client)
-            except InferenceServerException:
-                failed = []  # not listening yet
-            if failed:
+    while True:
+        if server.process.poll() is not None:
+            # Triton 2.51 can crash over a model that fails its warm-up; its log still says which one and why.
+            if failed := _failures_in_log(server.log):
                 raise _could_not_load(failed)
-            if time.monotonic() > deadline:
-                raise SetupError(
-                    "Triton was not ready in time",
-                    expected=f"all models within {timeout_s:g} s",
-                    got=_log_end(log),
-                    next_step="try again with --ready-timeout",
-                )
-            time.sleep(0.1)
+            raise SetupError(
+                f"Triton stopped with exit code {server.process.returncode} while starting",
+                got=server.last_words(),
+                next_step="see its words above",
+            )
+        try:
+            if all(_asked(server.http, "GET", f"/v2/models/{name}/ready")[0] == http.HTTPStatus.OK for name in models):
+                return
+            failed = _failures(server.http)
+        except (OSError, http.client.HTTPException):
+            failed = []  # not listening yet
+        if failed:
+            raise _could_not_load(failed)
+        if time.monotonic() > deadline:
+            raise SetupError(
+                "Triton was not ready in time",
+                expected=f"all models within {timeout_s:g} s",
+                got=server.last_words(),
+                next_step="try again with --ready-timeout",
+            )
+        time.sleep(0.1)
+
+
+def _asked(address: str, method: str, path: str) -> tuple[int, bytes]:
+    """Status and body; no proxy of the environment's comes between."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
 
 
 def _could_not_load(failed: list[str]) -> SetupError:
@@ -256,10 +329,11 @@ def _failures_in_log(log: Path) -> list[str]:
     ]
 
 
-def _failures(client: grpcclient.InferenceServerClient) -> list[str]:
+def _failures(address: str) -> list[str]:
     """Models that Triton gave up on, with its own reason; the leaves' reasons first, they explain the ensemble's."""
-    index: Any = client.get_model_repository_index(client_timeout=5)
-    failed = {model.name: model.reason for model in index.models if model.state == "UNAVAILABLE" and model.reason}
+    status, body = _asked(address, "POST", "/v2/repository/index")
+    index: list[dict[str, Any]] = json.loads(body) if status == http.HTTPStatus.OK else []
+    failed = {model["name"]: model["reason"] for model in index if model.get("state") == "UNAVAILABLE" and model.get("reason")}
     leaves = [f"{name}: {failed[name]}" for name in LEAF_MODELS if name in failed]
     return leaves or [f"{name}: {reason}" for name, reason in failed.items()]
 
