@@ -84,7 +84,7 @@ def fill_gallery(folder: Path, triton: str) -> None:
 def load_generator(squares: NDArray[np.uint8], triton: str) -> float:
     """The most that perf_analyzer reaches with requests of the same size, over how many are in flight."""
     loads = [Load(ENSEMBLE, "concurrency", level, batch=BATCH_SIZE) for level in CONCURRENCIES]
-    outcomes = run_loads(loads, squares, triton, find_perf_analyzer(), Window(4.0, 15.0), lambda _: None)
+    outcomes = run_loads(loads, squares, TritonSettings(triton), find_perf_analyzer(), Window(4.0, 15.0), lambda _: None)
     return max(outcome.images_per_second or 0.0 for outcome in outcomes)
 
 
