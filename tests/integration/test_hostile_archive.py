@@ -13,7 +13,7 @@ from PIL import Image
 
 from cxr_retrieval.radiograph.phantoms import Phantom
 from cxr_retrieval.serving.server import Endpoints, embedded_milvus
-from hostile_files import hostile
+from hostile_files import hostile, valid
 from tests_support import run_cxr
 
 
@@ -23,6 +23,9 @@ def test_every_hostile_file_has_its_line(server: Endpoints, phantoms: list[Phant
     odd.mkdir()
     for name, data in hostile(19, 100).items():
         (folder / name).write_bytes(data)
+    same = ("rle.dcm", "j2k.dcm", "htj2k.dcm", "implicit.dcm", "big.dcm", "deflated.dcm")  # one film in six lossless transfer syntaxes
+    for name in same:
+        (folder / name).write_bytes(valid()[name])
     for number, phantom in enumerate(phantoms):
         Image.fromarray(phantom.pixels).save(folder / f"good-{number}.png")
     shutil.copy(
@@ -53,6 +56,8 @@ def test_every_hostile_file_has_its_line(server: Endpoints, phantoms: list[Phant
         assert status[f"good-{number}.png"]["status"] == "answered"
     copy = next(line for line in lines if "ntgen-Th" in line["input"])
     assert (copy["status"], copy.get("same_as", status["good-0.png"].get("same_as"))) == ("answered", copy.get("same_as") or copy["input"])
+    assert len({status[name].get("same_as", status[name]["input"]) for name in same}) == 1
+    assert sum("same_as" in line for line in lines) == summary["copies"] >= len(same)
     for path in special:
         assert status[path.name]["status"] == "failed"
     for line in lines:
