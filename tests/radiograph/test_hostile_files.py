@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ MOST_GROWN = 64 * 2**20
 
 
 @contextmanager
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind() -> Generator[None]:
     """No descriptor, process, zombie or shared memory more than before; memory within bounds."""
     me = psutil.Process()
 

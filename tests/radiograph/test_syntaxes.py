@@ -248,6 +248,17 @@ def test_a_deflated_data_set_is_unpacked_as_far_as_a_film_goes(monkeypatch: pyte
         read_radiograph(data, "film")
 
 
+@pytest.mark.parametrize("syntax", [syntax for syntax in DECODERS if DECODERS[syntax] != "numpy" and syntax != uid.RLELossless])
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_a_codestream_of_another_shape_is_refused(syntax: str) -> None:
+    """Rows and columns changed places: as many pixels, and a sheared film."""
+    case = CASES[syntax][0]
+    dataset = pydicom.dcmread(io.BytesIO(case.write(picture("u8"), 8, syntax, "MONOCHROME2")))
+    dataset.Rows, dataset.Columns = dataset.Columns, dataset.Rows
+    with pytest.raises(ImageError, match=r"another shape than it says; .* got a codestream of 67 rows and 71 columns"):
+        read_radiograph(written(dataset))
+
+
 # ---------------------------------------------------------------------------------------------------- unused bits
 
 OVERLAY = np.indices(SHAPE).sum(axis=0) % 5 == 0

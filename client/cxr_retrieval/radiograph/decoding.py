@@ -477,7 +477,12 @@ def _contents(path: Path) -> bytes:
                 f"{path.name}: is no file", expected="a regular file", got=_kind(status.st_mode), next_step="give the path of an image"
             )
         if status.st_size > MAX_FILE_BYTES:
-            raise _too_large(path.name, _size(status.st_size))
+            raise ImageError(
+                f"{path.name}: the file is too large",
+                expected=f"at most {_size(MAX_FILE_BYTES)}",
+                got=_size(status.st_size),
+                next_step="give a single radiograph",
+            )
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # no wait, if it is a FIFO by now
             return file.read(status.st_size)  # and no more: some files of /proc have no size, and no end
     except OSError as error:
@@ -503,14 +508,13 @@ def _contents_of_member(path: Path, member: str) -> bytes:
             next_step="pack it again, or unpack it",
         ) from error
     if len(data) > MAX_FILE_BYTES:
-        raise _too_large(name, "more, once it is unpacked")
+        raise ImageError(
+            f"{name}: the file is too large",
+            expected=f"at most {_size(MAX_FILE_BYTES)}",
+            got="more, once it is unpacked",
+            next_step="give a single radiograph",
+        )
     return data
-
-
-def _too_large(name: str, got: str) -> ImageError:
-    return ImageError(
-        f"{name}: the file is too large", expected=f"at most {_size(MAX_FILE_BYTES)}", got=got, next_step="give a single radiograph"
-    )
 
 
 def _kind(mode: int) -> str:

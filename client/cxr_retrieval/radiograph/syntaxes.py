@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import zlib
 from typing import Any, Final
 
@@ -53,6 +54,8 @@ _NEWER: Final = {
 }
 """Names that pydicom 3.0 does not know."""
 _GROUP_2: Final = 0x0002
+_SOF: Final = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
+"""Markers that begin a frame: of JPEG, of any process, and of JPEG-LS."""
 _MOST_INFLATED: Final = 4 * MAX_PIXELS
 """Bytes that a deflated data set may have: 16 bits a pixel, twice over."""
 
@@ -107,7 +110,7 @@ def stored_values(dataset: pydicom.Dataset, syntax: str, name: str) -> NDArray[A
     """The pixels of the first frame before any LUT: `[rows, columns]`, or `[rows, columns, 3]` in RGB.
 
     Raises:
-        ImageError: More pixels than Rows and Columns say.
+        ImageError: Not as many pixels, or not in the shape, as Rows and Columns say.
         Exception: Whatever a decoder raises on damaged data.
     """
     use = uid.UID(syntax)
@@ -121,6 +124,8 @@ def stored_values(dataset: pydicom.Dataset, syntax: str, name: str) -> NDArray[A
     decoder = get_decoder(use)
     if decoder.is_native:
         _refuse_more_than_a_frame(dataset, name)
+    else:
+        _refuse_another_shape(dataset, name)
     plugin = "" if DECODERS[syntax] == "numpy" else DECODERS[syntax]
     try:
         values, _ = decoder.as_array(dataset, index=0, decoding_plugin=plugin, correct_unused_bits=False)  # pyright: ignore[reportArgumentType]
@@ -158,6 +163,33 @@ def _refuse_more_than_a_frame(dataset: pydicom.Dataset, name: str) -> None:
             got=f"{len(dataset.PixelData)} bytes",
             next_step="export the image again",
         )
+
+
+def _refuse_another_shape(dataset: pydicom.Dataset, name: str) -> None:
+    """What the codestream says of its size must be what the data set says: decoders allocate the one, and fill the other."""
+    said = int(dataset.Rows), int(dataset.Columns)
+    found = _codestream_shape(get_frame(dataset.PixelData, 0, number_of_frames=1))
+    if found not in (None, said):
+        raise ImageError(
+            f"{name}: its pixels have another shape than it says",
+            expected=f"{named('Rows')} {said[0]} and {named('Columns')} {said[1]}",
+            got="a codestream of {} rows and {} columns".format(*found or said),
+            next_step="export the image again",
+        )
+
+
+def _codestream_shape(frame: bytes) -> tuple[int, int] | None:
+    """Rows and columns by SIZ, which comes first (ITU-T T.800 A.5.1), or SOF (T.81 B.2.2, T.87 C.2.2); None where it has neither."""
+    if frame[:4] == b"\xff\x4f\xff\x51" and len(frame) >= 24:
+        right, bottom, left, top = struct.unpack(">4I", frame[8:24])
+        return bottom - top, right - left
+    at = 2
+    while frame[:2] == b"\xff\xd8" and frame[at : at + 1] == b"\xff" and at + 9 <= len(frame):
+        if frame[at + 1] in _SOF:
+            rows, columns = struct.unpack(">HH", frame[at + 5 : at + 9])
+            return rows, columns
+        at += 1 if frame[at + 1] == 0xFF else 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return None
 
 
 def _described(syntax: str) -> str:
