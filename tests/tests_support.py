@@ -10,8 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pydicom
+from pydicom.config import IGNORE
+from pydicom.dataelem import DataElement
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
@@ -100,3 +106,29 @@ def dashboard_metrics(prefix: str) -> set[str]:
     board = json.loads((Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards" / "cxr-retrieval.json").read_text())
     expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     return {name for expression in expressions for name in re.findall(rf"{prefix}\w+", expression)}
+
+
+def write_dicomdir(path: Path, file_ids: Sequence[str | list[str] | None], **first: object) -> None:
+    """A DICOMDIR with an IMAGE record for each Referenced File ID (None: without one), below a PATIENT record; `first`: other elements of
+    the first image's record."""
+    records: list[pydicom.Dataset] = []
+    for number, file_id in enumerate([None, *file_ids]):
+        record = pydicom.Dataset()
+        record.OffsetOfTheNextDirectoryRecord = record.OffsetOfReferencedLowerLevelDirectoryEntity = 0
+        record.RecordInUseFlag = 0xFFFF
+        record.DirectoryRecordType = "IMAGE" if number else "PATIENT"
+        if file_id is not None:
+            record.add(DataElement("ReferencedFileID", "CS", file_id, validation_mode=IGNORE))
+        for name, value in first.items() if number == 1 else ():
+            setattr(record, name, value)
+        records.append(record)
+    dataset = pydicom.Dataset()
+    dataset.FileSetID = "TEST"
+    dataset.OffsetOfTheFirstDirectoryRecordOfTheRootDirectoryEntity = dataset.OffsetOfTheLastDirectoryRecordOfTheRootDirectoryEntity = 0
+    dataset.FileSetConsistencyFlag = 0
+    dataset.DirectoryRecordSequence = records
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    pydicom.dcmwrite(path, dataset, enforce_file_format=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, Answer, Journal
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.errors import ImageError, SetupError, UsageError
+from cxr_retrieval.radiograph.containers import printable
 
 OPTIONS = {"model_version": "v", "top_k": 10}
 
@@ -78,11 +80,55 @@ def test_failures_are_lines_at_the_end_and_dead_letters_until_they_are_retried(t
         assert lines(journal.dead_letters) == lines(out)[-2:]
     with opened(out) as journal:
         assert journal.retry_failed() == 2
+        list(journal.add([Input("gone.dcm", Path("gone.dcm"))]))
         journal.record(answers(journal, 2))
         journal.finish()
     assert sorted(str(line["input"]) for line in lines(out)) == [*NAMES, "gone.dcm"]
     assert {line["status"] for line in lines(out)} == {"answered"}
     assert not journal.dead_letters.exists()
+
+
+def test_a_place_is_one_input_whatever_leads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first name stays; names that look alike do not hide each other; a member is no other file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.dcm").symlink_to("a.dcm")
+    found = [Input(name, Path(name)) for name in ("./a.dcm", "a.dcm", str(tmp_path / "a.dcm"), "link.dcm", "x/../a.dcm")]
+    (tmp_path / "x").mkdir()
+    found += [Input("z!/m", Path("z!/m")), Input("z!/m", Path("z"), "m"), Input("z!/m", Path("z"), "m"), Input("z", Path("z"))]
+    with opened(tmp_path / "results.jsonl") as journal:
+        list(journal.add(found))
+        list(journal.add(reversed(found)))
+        asked = [(one.name, one.path, one.member) for one in journal.pending()]
+    assert asked == [
+        ("./a.dcm", tmp_path / "a.dcm", None),
+        ("z!/m", tmp_path / "z!/m", None),
+        ("z!/m", tmp_path / "z", "m"),
+        ("z", tmp_path / "z", None),
+    ]
+
+
+def test_what_was_unusable_and_is_a_film_now_is_asked_in_the_same_run(tmp_path: Path) -> None:
+    """Even where `pending` has gone past its place in the order."""
+    gone = Unusable("gone.dcm", ImageError("gone.dcm: is not there"))
+    with opened(tmp_path / "results.jsonl") as journal:
+        list(journal.add([gone, *(Input(name, Path(name)) for name in NAMES)]))
+        last = [asked.id for asked in journal.pending()][-1]
+        list(journal.add([Input("gone.dcm", Path("gone.dcm"))]))
+        assert [asked.name for asked in journal.pending(after=last)] == ["gone.dcm"]
+        assert journal.counts()["failed"] == 0
+        list(journal.add([gone]))
+        assert journal.counts() == {"pending": 8, "answered": 0, "refused": 0, "failed": 0}
+
+
+def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    """Latin-1 on disk: shown with what it has, and led back to its bytes."""
+    path = Path(os.fsdecode(b"M\xfcller.dcm"))
+    with opened(tmp_path / "results.jsonl") as journal:
+        list(journal.add([Input(printable(str(path)), path)]))
+        (asked,) = journal.pending()
+        assert (asked.name, asked.path) == ("M\\udcfcller.dcm", path.absolute())
+        journal.record([Answer(asked, ANSWERED, {"image_id": asked.image_id}, "p")])
+    assert lines(tmp_path / "results.jsonl")[0]["input"] == "M\\udcfcller.dcm"
 
 
 def test_one_picture_under_several_names_is_said_and_counted_once(tmp_path: Path) -> None:

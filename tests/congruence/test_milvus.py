@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -30,7 +32,20 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
-from cxr_retrieval.gallery.store import ALIAS, Entry, Held, Store, case_key, drop_gallery, list_collections, make_entry, remove_cases
+from cxr_retrieval.gallery.store import (
+    ALIAS,
+    UPSERT_BYTES,
+    UPSERT_ROWS,
+    Entry,
+    Held,
+    Store,
+    by_bytes,
+    case_key,
+    drop_gallery,
+    list_collections,
+    make_entry,
+    remove_cases,
+)
 from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
 from tests_support import dashboard_metrics
@@ -234,6 +249,34 @@ def test_many_rows_cross_the_write_and_read_batches(settings: MilvusSettings, tm
         assert {hit.case.image_id for hit in store.search(query, 10)} == exact
 
 
+def test_rows_full_of_notes_are_written_in_calls_that_milvus_takes(settings: MilvusSettings, tmp_path: Path) -> None:
+    """30 MB, in as many calls as bytes demand."""
+    path = tmp_path / "notes.csv"
+    notes = ",".join(["ü" * 4_000] * 7)
+    path.write_text("image_id,path,label,a,b,c,d,e,f,g\n" + "".join(f"i{n},i{n}.png,control,{notes}\n" for n in range(530)))
+    many = [make_entry(row, "") for row in read_manifest(path).rows]
+    with Store(settings, "notes", create=True) as store:
+        store.upsert(many, digests(len(many)), vectors(len(many), 4))
+        assert store.count() == 530
+        (hit,) = store.search(vectors(530, 4)[529], 1)
+        assert hit.case.image_id == "i529"
+        assert hit.case.metadata["g"] == "ü" * 4_000
+
+
+@given(st.lists(st.integers(0, 3 * UPSERT_BYTES // 2), max_size=30))
+def test_calls_hold_what_bytes_allow(sizes: list[int]) -> None:
+    """Every row once and in order; no call is too large but for a row alone; none is smaller than it need be."""
+    text = "x" * max(sizes, default=0)
+    rows = [{"key": str(n), "notes": text[:size]} for n, size in enumerate(sizes)]
+    calls = list(by_bytes(rows))
+    assert [row for call in calls for row in call] == rows
+    total = [sum(len(row["notes"]) for row in call) for call in calls]
+    for size, call, following in zip(total, calls, [*calls[1:], None], strict=True):
+        assert size <= UPSERT_BYTES or len(call) == 1
+        assert following is None or size + len(following[0]["notes"]) + 1_000 > UPSERT_BYTES
+    assert max((len(call) for call in by_bytes({"key": str(n)} for n in range(1203))), default=0) == UPSERT_ROWS
+
+
 def test_alias_follows_the_newest_ingest(settings: MilvusSettings, entries: list[Entry], caplog: pytest.LogCaptureFixture) -> None:
     for version in ("alias_one", "alias_two"):
         with Store(settings, version, create=True) as store:
@@ -273,6 +316,12 @@ def test_cells_beyond_what_a_field_holds_are_refused_when_typed(manifest: Manife
     other = replace(manifest.rows[0], **changed)
     with pytest.raises(InputError, match=f"column {cell}: too long; expected at most {limit} bytes of UTF-8"):
         make_entry(other, "a")
+
+
+def test_further_columns_beyond_what_a_json_field_holds_are_refused_when_typed(manifest: Manifest) -> None:
+    row = replace(manifest.rows[0], fields={f"column {n}": "x" * 8_000 for n in range(9)})
+    with pytest.raises(InputError, match="the row's further columns: too long; expected at most 65536 bytes"):
+        make_entry(row, "")
 
 
 def test_prune_takes_only_what_these_sources_no_longer_list(settings: MilvusSettings, entries: list[Entry]) -> None:

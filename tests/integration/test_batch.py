@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +23,18 @@ from pymilvus import MilvusClient
 
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
-from cxr_retrieval.archive.inputs import find_inputs
+from cxr_retrieval.archive.inputs import Input, Unusable, find_inputs
 from cxr_retrieval.archive.journal import Journal
 from cxr_retrieval.cases.manifest import read_manifest
-from cxr_retrieval.errors import ServerDownError, StoreDownError
+from cxr_retrieval.errors import ServerDownError, StoreDownError, UsageError
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
-from cxr_retrieval.radiograph.phantoms import Phantom
+from cxr_retrieval.radiograph.phantoms import Phantom, write_dicom
 from cxr_retrieval.retrieval.query import query
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
-from tests_support import ENVIRONMENT, cxr_command, run_cxr
+from tests_support import ENVIRONMENT, cxr_command, run_cxr, write_dicomdir
 
 COPIES = 40
 
@@ -121,6 +123,161 @@ def test_a_client_killed_again_and_again_answers_each_film_once(archive: Path, s
     assert {line["status"] for line in results(out)} == {"answered"}
 
 
+@pytest.fixture(scope="module")
+def export(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a hospital hands over: loose files, a ZIP with a folder in it, a medium with a DICOMDIR, and what does not belong there."""
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "cd" / "DICOM").mkdir(parents=True)
+    for number, phantom in enumerate(phantoms):
+        write_dicom(phantom, folder / f"{number}.dcm")
+    with zipfile.ZipFile(folder / "study.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in (0, 1, 2):
+            archive.write(folder / f"{number}.dcm", f"../study/IM{number}")
+            (folder / f"{number}.dcm").unlink()
+        archive.writestr("readme.txt", "no film")
+        archive.writestr("inner.zip", b"PK\x05\x06" + bytes(18))
+    for number in (3, 4, 5):
+        (folder / f"{number}.dcm").rename(folder / "cd" / "DICOM" / f"IM{number}")
+    write_dicomdir(folder / "cd" / "DICOMDIR", [["DICOM", f"IM{number}"] for number in (3, 4, 5, 9)])
+    (folder / "elsewhere.dcm").symlink_to("/etc/hostname")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "._6.dcm").write_text("not taken")
+    return folder
+
+
+FOUND = [*(f"study.zip!/../study/IM{n}" for n in (0, 1, 2)), *(f"cd/DICOM/IM{n}" for n in (3, 4, 5)), *(f"{n}.dcm" for n in (6, 7, 8))]
+
+
+def test_every_kind_of_input_is_answered_once_whatever_is_killed(
+    export: Path, server: Endpoints, gallery: str, phantoms: list[Phantom], tmp_path: Path
+) -> None:
+    """A folder, what it holds named again, a list on stdin; killed at its first line, so that members are taken up again from the journal."""
+    out = tmp_path / "results.jsonl"
+    (tmp_path / "list").write_text(f"{export}/6.dcm\n{export}/none.dcm\n")
+    ways = [export, export / "cd" / "DICOMDIR", f"{export}/**/*.zip", "-"]
+    command = cxr_command("batch", *ways, "--out", out, "--triton", server.grpc, "--milvus", gallery, "--attention", tmp_path / "drawn")
+    with (tmp_path / "list").open("rb") as listed:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdin=listed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out.exists() and out.stat().st_size):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    with (tmp_path / "list").open("rb") as listed:
+        done = subprocess.run(command, env=ENVIRONMENT, stdin=listed, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "13 inputs: 9 answered, 4 failed" in done.stdout
+    assert "inputs found" in done.stderr
+    found = {str(line["input"]): line for line in results(out)}
+    assert len(found) == len(results(out)) == 13
+    wrong = {name: str(line["error"]) for name, line in found.items() if line["status"] == "failed"}
+    assert set(wrong) == {f"{export}/{name}" for name in ("study.zip!/inner.zip", "elsewhere.dcm", "cd/DICOM/IM9", "none.dcm")}
+    assert "a ZIP within study.zip" in wrong[f"{export}/study.zip!/inner.zip"]
+    for name, phantom in zip(FOUND, phantoms, strict=True):
+        line = found[f"{export}/{name}"]
+        assert line["prediction"]["label"] == phantom.label  # pyright: ignore
+        assert Path(str(line["attention"])).parent == tmp_path / "drawn"
+    assert len(list((tmp_path / "drawn").iterdir())) == 9
+    table = tmp_path / "embeddings.csv"
+    with (tmp_path / "list").open("rb") as listed:
+        again = subprocess.run([*command, "--embed-only"], env=ENVIRONMENT, stdin=listed, capture_output=True, text=True, check=False)
+        assert again.returncode == 2
+        parts = ["batch", export, "--out", table, "--format", "csv", "--embed-only", "--triton", server.grpc]
+        assert run_cxr(*parts).returncode == 1
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = {row["input"]: row for row in csv.DictReader(file)}
+    assert {name for name, row in rows.items() if row["embedding"]} == {f"{export}/{name}" for name in FOUND}
+
+
+def test_overlays_drawn_into_the_archive_are_no_inputs(export: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "all", symlinks=True)
+    shutil.rmtree(tmp_path / "all" / "cd")
+    command = ["batch", tmp_path / "all", "--out", tmp_path / "all" / "results.jsonl", "--attention", tmp_path / "all" / "drawn"]
+    for _ in range(2):
+        done = run_cxr(*command, "--triton", server.grpc, "--milvus", gallery)
+        assert "8 inputs: 6 answered, 2 failed" in done.stdout, done.stderr
+    assert len(list((tmp_path / "all" / "drawn").iterdir())) == 6
+
+
+def test_an_ingest_takes_the_same_inputs(export: Path, server: Endpoints, phantoms: list[Phantom], tmp_path: Path) -> None:
+    """Films are called after their bytes; DICOM's patient is theirs, so that a patient's own film does not vote; a copy is no further case."""
+    shutil.copy(export / "6.dcm", tmp_path / "copy.dcm")
+    reach = ("--triton", server.grpc, "--milvus", str(tmp_path / "g.db"))
+    command = ("ingest", export, tmp_path / "copy.dcm", *reach, "--source", "north", "--split", "train")
+    first = run_cxr(*command, "--label", "control")
+    assert first.returncode == 1, first.stderr
+    assert first.stdout == "9 stored, 1 unchanged, 2 failed; the gallery holds 9 cases\n"
+    assert f"failed {export}/study.zip!/inner.zip: inner.zip: a ZIP within study.zip" in first.stderr
+    again = run_cxr(*command, "--label", "control")
+    assert again.stdout == "0 stored, 10 unchanged, 2 failed; the gallery holds 9 cases\n"
+    other = run_cxr(*command, "--label", "covid19")
+    assert other.stdout == "0 stored, 1 unchanged, 2 failed, 9 corrected; the gallery holds 9 cases\n"
+    with Store(MilvusSettings(str(tmp_path / "g.db")), version(server)) as store:
+        cases = store.vectors()[0]
+    assert {case.image_id for case in cases} == {f"film-{case.file[:16]}" for case in cases}
+    assert {case.patient_id for case in cases} == {phantom.image_id for phantom in phantoms}
+    assert {(case.label, case.source, case.split) for case in cases} == {("covid19", "north", "train")}
+    asked = run_cxr("query", export / "7.dcm", "--json", *reach)
+    assert phantoms[7].image_id not in [hit["metadata"]["patient_id"] for hit in json.loads(asked.stdout)["neighbours"]]
+
+
+def version(server: Endpoints) -> str:
+    with TritonClient(TritonSettings(server.grpc)) as client:
+        return client.model_version
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing to ingest; expected --manifest, or PATHs with --label"),
+        (("films",), "films without a label"),
+        (("films", "--label", "x", "--prune"), "--prune without --manifest"),
+        (("--manifest", "m.csv", "--label", "x"), "--label with --manifest"),
+    ],
+)
+def test_an_ingest_that_lacks_something_says_so_at_once(arguments: tuple[str, ...], said: str) -> None:
+    done = run_cxr("ingest", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+    """The second half of the inputs is found only after films of the first half were answered; a search that fails is an error at the end."""
+    some = sorted(str(path) for path in archive.glob("*-?.png"))
+    answered, looked = threading.Event(), list[tuple[int, bool]]()
+
+    def slowly() -> Iterator[Input | Unusable]:
+        yield from find_inputs(some[:45], reader)
+        time.sleep(0.6)  # for the page to end
+        yield from find_inputs(some[45:46], reader)
+        assert answered.wait(120)
+        yield from find_inputs(some, reader)
+
+    options = BatchOptions(None, 10, "", include_own=False, attention=None)
+    with Journal(tmp_path / "results.jsonl", {}) as journal:
+        complete = run_batch(
+            journal,
+            reader,
+            triton,
+            options,
+            stop=threading.Event(),
+            advance=lambda _: answered.set(),
+            tell=lambda _: None,
+            inputs=slowly(),
+            found=lambda count, every: looked.append((count, every)),
+        )
+        assert complete
+        assert journal.counts()["answered"] == len(some)
+    assert looked[0] == (46, False)
+    assert looked[-1] == (len(some) + 46, True)
+
+    def broken() -> Iterator[Input | Unusable]:
+        yield from find_inputs(some[:1], reader)
+        raise UsageError("stdin holds no list of names")
+
+    with Journal(tmp_path / "broken.jsonl", {}) as journal, pytest.raises(UsageError, match="stdin holds no list"):
+        run_batch(journal, reader, triton, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, inputs=broken())
+
+
 def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(archive: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     process = subprocess.Popen(
@@ -167,7 +324,7 @@ def test_a_triton_that_goes_away_is_waited_for(
         store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         some = sorted(str(path) for path in archive.glob("*-?.png"))
-        list(journal.add(find_inputs(some)))
+        list(journal.add(find_inputs(some, reader)))
         answered = threading.Semaphore(0)
 
         with ThreadPoolExecutor(1) as pool:  # not the other way round: a server dies with the thread that started it
@@ -246,7 +403,7 @@ def test_patience_ends(archive: Path, repository: Path, tmp_path: Path) -> None:
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
-        list(journal.add(find_inputs([str(archive)])))
+        list(journal.add(find_inputs([str(archive)], reader)))
         end(server.process, signal.SIGKILL)
         options = BatchOptions(None, 10, "", include_own=False, attention=None)
         with pytest.raises(ServerDownError, match="no Triton server answers"):

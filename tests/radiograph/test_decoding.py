@@ -481,7 +481,7 @@ def test_a_member_of_a_zip_is_read_in_the_worker(tmp_path: Path) -> None:
         assert film.file == reader.read(tmp_path / "film.png").file
         with pytest.raises(ImageError, match=r"none\.png: cannot be read from films\.zip"):
             reader.submit(path, "none.png").result()
-        with pytest.raises(ImageError, match=r"zeros\.png: not an image"):
+        with pytest.raises(ImageError, match=r"zeros\.png: cannot be read from films\.zip; .*as no radiograph can be"):
             reader.submit(path, "zeros.png").result()
         damaged = bytearray(path.read_bytes())
         damaged[60:90] = bytes(30)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from cxr_retrieval.archive import pipeline
-from cxr_retrieval.archive.journal import ANSWERED, FAILED, Answer, Asked, Journal
+from cxr_retrieval.archive.inputs import Input, Unusable
+from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
@@ -26,6 +28,7 @@ from cxr_retrieval.retrieval.picture import overlay
 from cxr_retrieval.retrieval.query import QueryResult
 
 _FAILURES_AT_ONCE = 256
+_SEARCH_SLICE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,61 @@ def run_batch(
     stop: threading.Event,
     advance: Callable[[int], None],
     tell: Callable[[str], None],
+    inputs: Iterable[Input | Unusable] = (),
+    found: Callable[[int, bool], None] = lambda looked_at, all_found: None,
     patience_s: float = pipeline.PATIENCE_S,
-) -> None:
-    """Answers what the journal holds as pending. Ends early, with nothing lost, once `stop` is set.
+) -> bool:
+    """Answers what the journal holds as pending, and what is added to it meanwhile. Ends early, with nothing lost, once `stop` is set.
+
+    Args:
+        stop: Set by this, too, when it fails, so that the search for inputs ends.
+        inputs: Added to the journal in a thread of their own; the first are answered while others are still looked for.
+        found: Told, in that thread, how many inputs have been looked at so far, and whether these are all.
+
+    Returns:
+        Whether all inputs were found, and none is pending.
 
     Raises:
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
     sink = _Answers(journal, triton.model_version, options, advance)
     probe = options.store.probe if options.store else lambda: None
-    try:
-        pipeline.run(journal.pending(), reader, triton, sink, probe_store=probe, stop=stop, tell=tell, patience_s=patience_s)
-    finally:
-        sink.flush()
+    with ThreadPoolExecutor(1, "cxr-search") as pool:
+        search = pool.submit(_add, journal, inputs, found, stop)
+        try:
+            works = _asked(journal, search, stop)
+            pipeline.run(works, reader, triton, sink, probe_store=probe, stop=stop, tell=tell, patience_s=patience_s)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            sink.flush()
+    return search.result() and not journal.counts()[PENDING]
+
+
+def _add(journal: Journal, inputs: Iterable[Input | Unusable], found: Callable[[int, bool], None], stop: threading.Event) -> bool:
+    """Whether it came to the end of the inputs."""
+    looked_at = 0
+    for count in journal.add(inputs):
+        looked_at += count
+        found(looked_at, False)
+        if stop.is_set():
+            return False
+    found(looked_at, True)
+    return True
+
+
+def _asked(journal: Journal, search: Future[bool], stop: threading.Event) -> Iterator[Asked]:
+    """What is pending, and what the search still adds."""
+    last = 0
+    while True:
+        all_found = search.done()
+        for asked in journal.pending(after=last):
+            last = asked.id
+            yield asked
+        if all_found or stop.is_set():
+            return
+        wait([search], timeout=_SEARCH_SLICE_S)
 
 
 class _Answers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import EMBEDDING
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """One row that could not be used, and why."""
+    """One row that could not be used, and why. `image_id`: of a film that no manifest lists, what the user calls it."""
 
     image_id: str
     error: CxrError
@@ -41,7 +42,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of every row: newly embedded, only its facts corrected, found unchanged, failed, or (`pending`) not reached."""
+    """What became of every row: newly embedded, only its facts corrected, found unchanged, failed, or (`pending`) not reached; of rows
+    without a known number, `pending` is how many at least.
+    """
 
     stored: int
     corrected: int
@@ -63,19 +66,24 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _NewCase:
-    """A row that must be embedded, and what the gallery holds under its key."""
+    """A row that must be embedded, what messages call it, and what the gallery holds under its key."""
 
     entry: Entry
+    name: str
     held: Held | None = None
-    member: str | None = None
+    unlisted: bool = False
 
     @property
     def path(self) -> Path:
         return self.entry.row.path
 
+    @property
+    def member(self) -> str | None:
+        return self.entry.row.member
+
 
 def ingest(
-    rows: Sequence[ManifestRow],
+    rows: Iterable[ManifestRow | Unlisted | Unusable],
     reader: FilmReader,
     triton: TritonClient,
     store: Store,
@@ -87,16 +95,18 @@ def ingest(
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
-    A row whose file is the one stored, but not its facts (a corrected label, a folder that moved), keeps its embedding.
+    A row whose file is the one stored, but not its facts (a corrected label, a folder that moved), keeps its embedding. Of films that no
+    manifest lists, the first of several equal files stands for all; the others count as unchanged.
 
     Args:
+        rows: Drawn as far as there is room; what is held does not grow with their number.
         advance: Told how many rows have been dealt with.
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for.
         patience_s: How long a server that went away is waited for.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, advance)
+    sink = _Gallery(store, reader, advance)
 
     def patiently(call: Callable[[], None]) -> None:
         for attempt in pipeline.patiently(stop, patience_s):
@@ -111,7 +121,8 @@ def ingest(
     done = sink.stored + sink.corrected + sink.unchanged
     if done:
         patiently(store.publish)
-    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), len(rows) - done - len(sink.problems))
+    known = len(rows) if isinstance(rows, Sized) else sink.drawn + (not sink.all_drawn or stop.is_set())
+    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), known - done - len(sink.problems))
 
 
 class _Gallery:
@@ -119,28 +130,48 @@ class _Gallery:
 
     outputs = (EMBEDDING,)
 
-    def __init__(self, store: Store, advance: Advance) -> None:
-        self._store, self._advance = store, advance
-        self.stored = self.corrected = self.unchanged = 0
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance) -> None:
+        self._store, self._reader, self._advance = store, reader, advance
+        self._unlisted: set[int] = set()
+        self.stored = self.corrected = self.unchanged = self.drawn = 0
+        self.all_drawn = False
         self.problems: list[Problem] = []
 
     def new_cases(
-        self, rows: Sequence[ManifestRow], hashing: ThreadPoolExecutor, patiently: Callable[[Callable[[], None]], None]
+        self,
+        rows: Iterable[ManifestRow | Unlisted | Unusable],
+        hashing: ThreadPoolExecutor,
+        patiently: Callable[[Callable[[], None]], None],
     ) -> Iterator[_NewCase]:
         """Rows that must be embedded; those whose facts alone have changed are corrected on the way."""
         for chunk in _chunks(rows, _LOOKED_UP):
-            entries, failed = _typed(chunk, hashing)
+            self.drawn += len(chunk)
+            cases, failed = _typed(chunk, self._reader, hashing)
             self.problems += failed
+            cases, copies = self._without_copies(cases)
             held: dict[str, Held] = {}
-            patiently(lambda entries=entries, held=held: held.update(self._store.held([entry.key for entry in entries])))
-            same = [entry for entry in entries if entry.key in held and held[entry.key].file == entry.file]
+            patiently(lambda cases=cases, held=held: held.update(self._store.held([case.entry.key for case in cases])))
+            same = [case.entry for case in cases if case.entry.key in held and held[case.entry.key].file == case.entry.file]
             other_facts = [entry for entry in same if held[entry.key].facts != entry.facts]
             patiently(lambda other_facts=other_facts, held=held: self._correct(other_facts, held))
             self.corrected += len(other_facts)
-            self.unchanged += len(same) - len(other_facts)
-            self._advance(len(same) + len(failed))
+            self.unchanged += len(same) - len(other_facts) + copies
+            self._advance(len(same) + len(failed) + copies)
             settled = {entry.key for entry in same}
-            yield from (_NewCase(entry, held.get(entry.key)) for entry in entries if entry.key not in settled)
+            yield from (replace(case, held=held.get(case.entry.key)) for case in cases if case.entry.key not in settled)
+        self.all_drawn = True
+
+    def _without_copies(self, cases: Sequence[_NewCase]) -> tuple[list[_NewCase], int]:
+        """Films that no manifest lists are called after their bytes: of equal ones only the first is a case, with its path."""
+        kept: list[_NewCase] = []
+        for case in cases:
+            number = int(case.entry.key, 16)
+            if case.unlisted and number in self._unlisted:
+                continue
+            if case.unlisted:
+                self._unlisted.add(number)
+            kept.append(case)
+        return kept, len(cases) - len(kept)
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
         vectors = self._store.embeddings([entry.key for entry in entries])
@@ -154,7 +185,7 @@ class _Gallery:
                 _refuse_another_film(one)
                 kept.append((replace(one.work.entry, file=one.film.file), one))  # of the bytes embedded, should the file have changed
             except InputError as error:
-                problems.append(Problem(one.work.entry.row.image_id, error))
+                problems.append(Problem(one.work.name, error))
         self._store.upsert([entry for entry, _ in kept], [one.film.pixels for _, one in kept], [_embedding(one) for _, one in kept])
         return len(kept), problems
 
@@ -165,7 +196,7 @@ class _Gallery:
         self._advance(stored + len(problems))
 
     def failed(self, work: _NewCase, error: CxrError) -> None:
-        self.problems.append(Problem(work.entry.row.image_id, error))
+        self.problems.append(Problem(work.name, error))
         self._advance(1)
 
 
@@ -174,7 +205,8 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
     sink = _Collected(advance)
     from_store = 0
     with ThreadPoolExecutor() as hashing:
-        typed, failed = _typed(rows, hashing)
+        read, failed = _typed(rows, reader, hashing)
+    typed = [case.entry for case in read]
     sink.problems += failed
     advance(len(failed))
     if store is not None:
@@ -183,7 +215,7 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
         sink.found |= {entry.key: (entry, *known[entry.file]) for entry in typed if entry.file in known}
         from_store = len(sink.found)
         advance(from_store)
-    pipeline.run((_NewCase(entry) for entry in typed if entry.key not in sink.found), reader, triton, sink)
+    pipeline.run((case for case in read if case.entry.key not in sink.found), reader, triton, sink)
     ordered = [sink.found[entry.key] for entry in typed if entry.key in sink.found]
     return Embedded(
         tuple(entry for entry, _, _ in ordered),
@@ -213,7 +245,7 @@ class _Collected:
         self._advance(len(result))
 
     def failed(self, work: _NewCase, error: CxrError) -> None:
-        self.problems.append(Problem(work.entry.row.image_id, error))
+        self.problems.append(Problem(work.name, error))
         self._advance(1)
 
 
@@ -221,15 +253,23 @@ def _embedding(seen: Seen[_NewCase]) -> NDArray[np.float32]:
     return np.asarray(seen.outputs[EMBEDDING.name], np.float32)
 
 
-def _typed(rows: Sequence[ManifestRow], pool: ThreadPoolExecutor) -> tuple[list[Entry], list[Problem]]:
-    def typed(row: ManifestRow) -> Entry | Problem:
+def _typed(
+    rows: Sequence[ManifestRow | Unlisted | Unusable], reader: FilmReader, pool: ThreadPoolExecutor
+) -> tuple[list[_NewCase], list[Problem]]:
+    def typed(row: ManifestRow | Unlisted | Unusable) -> _NewCase | Problem:
+        name = row.image_id if isinstance(row, ManifestRow) else row.name
         try:
-            return make_entry(row, _digest(row))
+            if isinstance(row, Unusable):
+                return Problem(name, row.error)
+            if isinstance(row, Unlisted):
+                identity = reader.identity(row.input.path, row.input.member).result()
+                return _NewCase(make_entry(row.row(identity), identity.file), name, unlisted=True)
+            return _NewCase(make_entry(row, _digest(row)), name)
         except InputError as error:
-            return Problem(row.image_id, error)
+            return Problem(name, error)
 
     results = list(pool.map(typed, rows))
-    return [r for r in results if isinstance(r, Entry)], [r for r in results if isinstance(r, Problem)]
+    return [r for r in results if isinstance(r, _NewCase)], [r for r in results if isinstance(r, Problem)]
 
 
 def _refuse_another_film(seen: Seen[_NewCase]) -> None:
@@ -263,7 +303,7 @@ def _digest(row: ManifestRow) -> str:
     return digest.hexdigest()
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -2,7 +2,8 @@
 
 The results are a file of JSON lines, and the two agree after a kill at any moment: lines are appended and on disk first, then one
 transaction marks their inputs and notes how long the file now is. A file found longer holds lines whose inputs are not marked: it is cut
-to that length, and those inputs are asked again. Failures wait in the journal and become lines when a run ends, after the others, so that
+to that length, and those inputs are asked again. Inputs are known by their place, whatever name leads there, and may be added while others
+are answered. Failures wait in the journal and become lines when a run ends, after the others, so that
 `--retry-failed` need only cut them off.
 """
 
@@ -12,6 +13,8 @@ import fcntl
 import json
 import os
 import sqlite3
+import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +24,19 @@ from typing import Any, Final
 
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.radiograph.containers import printable
 
 _PAGE: Final = 1000
-_LAYOUT: Final = 1
+_PAGE_S: Final = 0.5
+"""A search that finds less in that time has it added already."""
+_LAYOUT: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE input (
     id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    path TEXT NOT NULL,
+    place BLOB NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    path BLOB,
     member TEXT,
     image_id TEXT,
     patient_id TEXT,
@@ -71,7 +78,7 @@ class Answer:
 
 
 class Journal:
-    """Open for one process at a time. Use as a context manager.
+    """Open for one process at a time; in it, one thread may add inputs while another takes and answers them. Use as a context manager.
 
     Args:
         out: The results; the journal lies beside it as `<out>.journal`, both with rights 0600.
@@ -85,6 +92,7 @@ class Journal:
     def __init__(self, out: Path, options: Mapping[str, Any]) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".journal")
+        self._changing = threading.Lock()
         with _on_disk(self.path):
             out.parent.mkdir(parents=True, exist_ok=True)
             if out.exists() and out.stat().st_size and not self.path.exists():
@@ -119,25 +127,31 @@ class Journal:
         self._file.close()
 
     def add(self, inputs: Iterable[Input | Unusable]) -> Iterator[int]:
-        """Notes inputs that are not yet there, those that cannot be used as failed; yields how many were looked at, page by page."""
+        """Notes inputs that are not yet there, those that cannot be used as failed; yields how many were looked at, page by page.
+
+        Where something unusable lay, and now lies a film, it is to be asked.
+        """
         page: list[tuple[Any, ...]] = []
+        added = time.monotonic()
         for found in inputs:
             if isinstance(found, Unusable):
-                page.append((found.name, found.name, None, None, None, FAILED, str(found.error)))
+                page.append((found.place, found.name, None, None, None, None, FAILED, str(found.error)))
             else:
                 row = found.row
                 known = (row.image_id, row.patient_id) if row else (None, None)
-                page.append((found.name, str(found.path), found.member, *known, PENDING, None))
-            if len(page) == _PAGE:
+                page.append((found.place, found.name, os.fsencode(found.path.absolute()), found.member, *known, PENDING, None))
+            if len(page) == _PAGE or time.monotonic() > added + _PAGE_S:
                 yield self._add(page)
-                page = []
+                page, added = [], time.monotonic()
         yield self._add(page)
 
-    def pending(self) -> Iterator[Asked]:
-        """Inputs still to be asked, in the order in which they were found. Read page by page: memory stays flat."""
-        last = 0
+    def pending(self, after: int = 0) -> Iterator[Asked]:
+        """Inputs still to be asked, in the order in which they were found, from the one behind that with id `after`. Read page by page:
+        memory stays flat.
+        """
+        last = after
         while True:
-            with _on_disk(self.path):
+            with _on_disk(self.path), self._changing:
                 rows = self._base.execute(
                     "SELECT id, name, path, member, image_id, patient_id FROM input WHERE state = ? AND id > ? ORDER BY id LIMIT ?",
                     (PENDING, last, _PAGE),
@@ -145,7 +159,8 @@ class Journal:
             if not rows:
                 return
             for number, name, path, member, image_id, patient_id in rows:
-                yield Asked(number, name, Path(path), member, image_id or Path(member or path).name, patient_id)
+                where = Path(os.fsdecode(path))
+                yield Asked(number, name, where, member, image_id or printable(Path(member or where).name), patient_id)
             last = rows[-1][0]
 
     def record(self, answers: Sequence[Answer]) -> None:
@@ -188,9 +203,10 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def retry_failed(self) -> int:
-        """Makes the failed ones pending again; returns how many."""
-        with _on_disk(self.path):
-            return self._base.execute("UPDATE input SET state = ?, error = NULL WHERE state = ?", (PENDING, FAILED)).rowcount
+        """Makes the failed films pending again, and forgets what was no film, which the next search will find or not; returns how many."""
+        with _on_disk(self.path), self._transaction():
+            forgotten = self._base.execute("DELETE FROM input WHERE state = ? AND path IS NULL", (FAILED,)).rowcount
+            return forgotten + self._base.execute("UPDATE input SET state = ?, error = NULL WHERE state = ?", (PENDING, FAILED)).rowcount
 
     def counts(self) -> dict[str, int]:
         """State → how many inputs; every state occurs."""
@@ -236,9 +252,11 @@ class Journal:
 
     def _add(self, page: Sequence[tuple[Any, ...]]) -> int:
         with _on_disk(self.path), self._transaction():
+            films = [(place,) for place, _, path, *_ in page if path is not None]
+            self._base.executemany("DELETE FROM input WHERE place = ? AND path IS NULL", films)  # not changed: `pending` may be past it
             self._base.executemany(
-                "INSERT INTO input (name, path, member, image_id, patient_id, state, error) VALUES (?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (name) DO NOTHING",
+                "INSERT INTO input (place, name, path, member, image_id, patient_id, state, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (place) DO NOTHING",
                 page,
             )
         return len(page)
@@ -260,13 +278,14 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Generator[None]:
-        self._base.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._base.execute("ROLLBACK")
-            raise
-        self._base.execute("COMMIT")
+        with self._changing:
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._base.execute("ROLLBACK")
+                raise
+            self._base.execute("COMMIT")
 
 
 def _as_line(answer: Answer, first: Mapping[str, str]) -> dict[str, Any]:

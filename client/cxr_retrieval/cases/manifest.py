@@ -25,7 +25,9 @@ _EXAMPLE: Final = "begin the file with a header such as image_id,path,label,pati
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One radiograph. `fields` holds every further column that has a value, as text; paths are relative to `folder`."""
+    """One radiograph. `fields` holds every further column that has a value, as text; paths are relative to `folder`. `member` is set if
+    `path` is a ZIP that holds it.
+    """
 
     folder: Path
     image_id: str
@@ -35,6 +37,7 @@ class ManifestRow:
     source: str | None
     split: str | None
     fields: Mapping[str, str]
+    member: str | None = None
 
     @property
     def patient(self) -> str:

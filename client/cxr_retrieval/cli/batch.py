@@ -22,7 +22,7 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 def batch(
     triton: TritonSettings,
     milvus: MilvusSettings,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Radiographs, or folders that hold them.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=options.INPUTS)],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
@@ -34,6 +34,7 @@ def batch(
     attention: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
     ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a manifest only rows of this split; without it all but 'extra'.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     json: options.Json = False,
@@ -66,27 +67,37 @@ def batch(
         journal = opened.enter_context(Journal(lines, decisive))
         if attention:
             attention.mkdir(parents=True, exist_ok=True)
-        for _ in journal.add(find_inputs(paths)):
-            if stop.is_set():
-                break
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()
         with progress_bar() as bar:
-            task = bar.add_task("answering", total=before["pending"])
-            run_batch(
+            task = bar.add_task("answering", total=None)
+
+            def tell(words: str) -> None:
+                bar.console.print(Text(words), soft_wrap=True)
+
+            def found(looked_at: int, all_found: bool) -> None:
+                if all_found:
+                    tell(f"{looked_at} inputs found")
+                    bar.update(task, description="answering", total=bar.tasks[task].completed + journal.counts()["pending"])
+                else:
+                    bar.update(task, description=f"answering; {looked_at} inputs found so far")
+
+            complete = run_batch(
                 journal,
                 reader,
                 client,
                 BatchOptions(store, top_k, where, include_own, attention),
                 stop=stop,
                 advance=lambda count: bar.update(task, advance=count),
-                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                tell=tell,
+                inputs=find_inputs(paths, reader, split=split, left_out=attention, stop=stop),
+                found=found,
                 patience_s=patience,
             )
         seconds, counts = time.monotonic() - started, journal.counts()
-        done = before["pending"] - counts["pending"]
-        if not counts["pending"]:
+        done = before["pending"] - counts["pending"] + sum(counts.values()) - sum(before.values())
+        if complete:
             journal.finish()
             if form is not Format.jsonl:
                 write_table(lines, out, form)
@@ -100,10 +111,10 @@ def batch(
             "results": str(out),
             "dead_letters": str(journal.dead_letters) if counts["failed"] else None,
         }
-    _report(summary, json=json)
+    _report(summary, complete=complete, json=json)
 
 
-def _report(summary: dict[str, Any], *, json: bool) -> None:
+def _report(summary: dict[str, Any], *, complete: bool, json: bool) -> None:
     if json:
         print_json(summary)
     else:
@@ -113,7 +124,7 @@ def _report(summary: dict[str, Any], *, json: bool) -> None:
             f"{summary['inputs']} inputs: {told or 'nothing to do'}{copies}; {summary['seconds']} s, {summary['per_second']} a second; "
             f"{summary['results']}"
         )
-    if summary["pending"]:
+    if not complete:
         talk().print("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     if summary["failed"] or summary["refused"]:

@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 def ingest(
     triton: TritonSettings,
     milvus: MilvusSettings,
-    manifest: Annotated[Path, typer.Option(help="CSV with image_id,path,label and any clinical columns.")],
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH]...", help="Only rows whose file is, or lies under, one of these.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH]...", help=f"{options.INPUTS} With --manifest: only rows whose file is, or lies under, one of these."
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Only rows of this split; without it all but 'extra'.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="CSV with image_id,path,label and any clinical columns.")] = None,
+    label: Annotated[str | None, typer.Option(help="Of all films that no manifest lists.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where those films come from.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a manifest only rows of this split, without it all but 'extra'; noted of films it does not list.")
+    ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
     ] = False,
@@ -38,13 +45,16 @@ def ingest(
     """Embed confirmed cases and keep them, with their clinical facts. Repeat it at will: only what changed is done again."""
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.archive.inputs import as_cases, find_inputs
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store, case_key
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
 
-    listed = read_manifest(manifest)
-    rows = _under(listed.require(split=split), paths or [])
+    paths = paths or []
+    _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
+    listed = read_manifest(manifest) if manifest else None
+    chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
     gone: Sequence[str] = ()
     with (
         FilmReader() as reader,
@@ -52,9 +62,10 @@ def ingest(
         Store(milvus, client.model_version, create=True) as store,
     ):
         with until_interrupted() as stop, progress_bar() as bar:
-            task = bar.add_task("ingesting", total=len(rows))
+            task = bar.add_task("ingesting", total=None if chosen is None else len(chosen))
+            found = find_inputs(paths, reader, split=split, stop=stop)
             report = embedding.ingest(
-                rows,
+                as_cases(found, label, source, split) if chosen is None else chosen,
                 reader,
                 client,
                 store,
@@ -63,7 +74,7 @@ def ingest(
                 tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
                 patience_s=patience,
             )
-        if prune and not report.pending:
+        if listed and prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
                 gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 removed[store.collection] = gone
@@ -92,7 +103,8 @@ def ingest(
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
         talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:
-        talk().print(f"interrupted, {report.pending} to go. Next: give the same command again, it goes on from here", soft_wrap=True)
+        left = f", {report.pending} to go" if listed else ""
+        talk().print(f"interrupted{left}. Next: give the same command again, it goes on from here", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     if report.problems:
         raise typer.Exit(1)
@@ -110,3 +122,22 @@ def _under(rows: Sequence[ManifestRow], paths: Sequence[Path]) -> Sequence[Manif
             )
     wanted = {row.image_id for matching in chosen.values() for row in matching}
     return [row for row in rows if row.image_id in wanted]
+
+
+def _refuse_what_does_not_go_together(
+    paths: Sequence[str], manifest: Path | None, label: str | None, source: str | None, *, prune: bool
+) -> None:
+    if manifest:
+        for name, value in (("--label", label), ("--source", source)):
+            if value is not None:
+                raise UsageError(
+                    f"{name} with --manifest", expected="a column of the manifest", next_step=f"leave {name} out, or leave --manifest out"
+                )
+    elif not paths:
+        raise UsageError("nothing to ingest", expected="--manifest, or PATHs with --label", next_step="see `cxr ingest --help`")
+    elif prune:
+        raise UsageError("--prune without --manifest", expected="a manifest that lists what is to stay", next_step="give --manifest")
+    elif not label and not all(path.lower().endswith(".csv") for path in paths):
+        raise UsageError(
+            "films without a label", expected="--label for all of them, or a manifest that gives each its own", next_step="give --label"
+        )

@@ -16,6 +16,11 @@ from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON
 
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
+INPUTS: Final = (
+    "Radiographs; folders, ZIPs or DICOMDIRs that hold them; quoted patterns such as 'archive/**/*.dcm'; manifests (.csv); "
+    "or - for a list of names on stdin."
+)
+"""What a PATH may be, where films in bulk are asked for."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[

@@ -33,7 +33,11 @@ ALIAS: Final = "cxr"
 PREFIX: Final = "cxr_"
 """Of every gallery's collection; its model version follows."""
 UPSERT_ROWS: Final = 500
-"""Rows per call: about 2 MB, far below Milvus' 64 MB limit, and what an interrupt can lose."""
+"""Rows per call at most."""
+UPSERT_BYTES: Final = 8 * 2**20
+"""Per call, whatever the rows hold: Milvus takes 64 MB, and a row can have pages of notes."""
+MAX_EXTRA: Final = 65_536
+"""Bytes of JSON that the manifest's further columns may come to: Milvus' own limit."""
 SEARCH_ROWS: Final = 4096
 """Hits that one call may bring, of all its embeddings: some megabytes, for a case can have pages of notes."""
 LITE_COMFORTABLE_ROWS: Final = 100_000
@@ -149,6 +153,14 @@ def make_entry(row: ManifestRow, file: str) -> Entry:
                 next_step="shorten that cell",
             )
     known, extra = parse_clinical(row.fields)
+    size = len(json.dumps(extra, ensure_ascii=False).encode())
+    if size > MAX_EXTRA:
+        raise InputError(
+            "the row's further columns: too long",
+            expected=f"at most {MAX_EXTRA} bytes as JSON, all together",
+            got=f"{size}, in {len(extra)} columns",
+            next_step="leave columns out of the manifest",
+        )
     return Entry(row, known, extra, file)
 
 
@@ -249,10 +261,10 @@ class Store:
 
     def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
         """Stores entries with the digests of their pictures and their embeddings `[n, 64]`; an entry stored before is replaced whole."""
-        rows = [self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True)]
+        rows = (self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True))
         with translated(self._settings):
-            for start in range(0, len(rows), UPSERT_ROWS):
-                self._client.upsert(self.collection, rows[start : start + UPSERT_ROWS], timeout=self._settings.timeout_s)
+            for some in by_bytes(rows):
+                self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
 
     def publish(self) -> None:
         """Ends an ingest: seals what was written, and points the alias `cxr` at this collection.
@@ -439,6 +451,30 @@ def drop_gallery(settings: MilvusSettings, collection: str) -> int:
             client.drop_alias(alias, timeout=settings.timeout_s)
         client.drop_collection(collection, timeout=settings.timeout_s)
         return rows
+
+
+def by_bytes(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows, in their order, as many at once as UPSERT_BYTES and UPSERT_ROWS allow; a row alone may be larger."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        more = _size(row)
+        if some and (size + more > UPSERT_BYTES or len(some) == UPSERT_ROWS):
+            yield some
+            some, size = [], 0
+        some.append(row)
+        size += more
+    if some:
+        yield some
+
+
+def _size(value: Any) -> int:
+    """Bytes on the wire, or a little more: names, which a message holds once, count for every row."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, dict):
+        return sum(len(name.encode()) + _size(part) for name, part in value.items())
+    return 8 * len(value) if isinstance(value, list) else 8
 
 
 def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:

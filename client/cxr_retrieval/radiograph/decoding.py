@@ -15,12 +15,9 @@ import logging
 import os
 import resource
 import signal
-import stat
 import subprocess
 import sys
 import threading
-import zipfile
-import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -28,17 +25,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
+from cxr_retrieval.radiograph.containers import Contents, ZipShelf, base_name, contents_of, opened, unreadable
 from cxr_retrieval.radiograph.grey import Grey8
 from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox, pixel_digest
-from cxr_retrieval.radiograph.reading import MIN_SIDE, read_radiograph
-
-MAX_FILE_BYTES: Final = 2**30
-"""Bytes; five times what `grey.MAX_PIXELS` of 16 bits need."""
+from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, MIN_SIDE, read_patient_id, read_radiograph
 
 _START_S: Final = 120.0
 """Seconds that a worker may take to import its libraries; a fraction of one on an idle machine."""
@@ -100,6 +95,14 @@ class Film:
     file: str
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What tells a file from others, known before it is decoded: SHA-256 (hex) of its bytes, and DICOM's Patient ID, if it has one."""
+
+    file: str
+    patient_id: str | None
+
+
 class FilmReader:
     """Decodes files in worker processes; thread-safe. One per process is enough.
 
@@ -127,7 +130,23 @@ class FilmReader:
 
     def submit(self, path: Path, member: str | None = None) -> Future[Film]:
         """Queues one file, or a member of a ZIP. The future raises what `read` raises; `cancel` works until a worker takes the file up."""
-        job = _Job(path.absolute(), member, Future())
+        return self._ask(_Question("film", path.absolute(), member))
+
+    def identity(self, path: Path, member: str | None = None) -> Future[Identity]:
+        """Queues the question which file this is. The future raises what `read` raises where it cannot be read."""
+        return self._ask(_Question("identity", path.absolute(), member))
+
+    def contents(self, path: Path, start: int = 0) -> Contents:
+        """A page of what a ZIP or DICOMDIR holds; the next one begins at `rest`. Waits for it.
+
+        Raises:
+            ImageError: It is neither, or damaged, or hostile as a whole.
+            SetupError: As `read`.
+        """
+        return self._ask(_Question("contents", path.absolute(), start=start)).result()
+
+    def _ask(self, question: _Question) -> Future[Any]:
+        job = _Job(question, Future())
         with self._lock:
             if self._closed:
                 raise RuntimeError("this FilmReader is closed")
@@ -180,13 +199,13 @@ class FilmReader:
                 self._count_finished()
                 continue
             try:
-                film = seat.film(job.path, job.member)
+                answer = seat.answer(job.question)
             except BaseException as error:  # whatever it is belongs to who asked, and this thread must live
                 self._count_finished()
                 job.future.set_exception(error)
             else:
                 self._count_finished()
-                job.future.set_result(film)
+                job.future.set_result(answer)
 
     def _count_finished(self) -> None:
         with self._lock:
@@ -197,17 +216,31 @@ class FilmReader:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Question:
+    """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins."""
+
+    kind: Literal["film", "identity", "contents"]
     path: Path
-    member: str | None
-    future: Future[Film]
+    member: str | None = None
+    start: int = 0
+
+    @property
+    def name(self) -> str:
+        """What messages call the file."""
+        return self.path.name if self.member is None else base_name(self.member)
+
+
+@dataclass(frozen=True)
+class _Job:
+    question: _Question
+    future: Future[Any]
 
 
 @dataclass(frozen=True)
 class _Answer:
     """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
 
-    outcome: Film | CxrError
+    outcome: Film | Identity | Contents | CxrError
     spent: bool = False
 
 
@@ -241,14 +274,14 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def film(self, path: Path, member: str | None) -> Film:
+    def answer(self, question: _Question) -> Film | Identity | Contents:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
             fresh = worker.files == 0
             try:
                 worker.wait_until_ready()
-                return worker.film(path, member)
+                return worker.answer(question)
             except _WorkerLostError as lost:
                 self.empty()
                 if (fresh or lost.certain) and not self._closed:
@@ -319,8 +352,8 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def film(self, path: Path, member: str | None) -> Film:
-        """Sends one file to the worker, which is ready, and waits as long as the limit says.
+    def answer(self, question: _Question) -> Film | Identity | Contents:
+        """Sends one question to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
             CxrError: The worker's own words about the file.
@@ -330,16 +363,16 @@ class _Worker:
         self._log.seek(0)  # its position is the worker's, too
         self._log.truncate()
         try:
-            self._connection.send((path, member))
+            self._connection.send(question)
             answer: _Answer | None = self._connection.recv() if self._connection.poll(self._limits.timeout_s) else None
         except Exception as error:  # it died, or sends whatever its broken memory holds
-            raise _WorkerLostError(self._crash(path.name), certain=False) from error
+            raise _WorkerLostError(self._crash(question.name), certain=False) from error
         if answer is None:
-            raise _WorkerLostError(_too_slow(path.name, self._limits.timeout_s), certain=True)
-        if isinstance(answer.outcome, Film):
+            raise _WorkerLostError(_too_slow(question, self._limits.timeout_s), certain=True)
+        if not isinstance(answer.outcome, CxrError):
             return answer.outcome
         if answer.spent:
-            raise _WorkerLostError(_too_much_memory(path.name, self._limits.memory_bytes), certain=False)
+            raise _WorkerLostError(_too_much_memory(question.name, self._limits.memory_bytes), certain=False)
         raise answer.outcome
 
     def end(self) -> None:
@@ -391,9 +424,15 @@ def _closed() -> SetupError:
     return SetupError("the file reader was closed before this file was decoded")
 
 
-def _too_slow(name: str, seconds: float) -> ImageError:
+def _too_slow(question: _Question, seconds: float) -> ImageError:
+    if question.kind != "film":
+        return ImageError(
+            f"{question.name}: reading it took longer than {seconds:g} s",
+            expected="a file that can be read" if question.kind == "identity" else "a ZIP or DICOMDIR of at most 100,000 files",
+            next_step="copy it to a faster disk" if question.kind == "identity" else "unpack it, or give its folder",
+        )
     return ImageError(
-        f"{name}: decoding took longer than {seconds:g} s",
+        f"{question.name}: decoding took longer than {seconds:g} s",
         expected="pixel data that can be decoded",
         got="a decoder that does not end",
         next_step="export the image again, uncompressed if need be",
@@ -412,7 +451,7 @@ def _too_much_memory(name: str, limit: int) -> ImageError:
 
 
 def work(connection: int, parent: int, memory_bytes: int) -> None:
-    """The life of a worker: answers paths that come over a socket until its other end closes.
+    """The life of a worker: answers questions that come over a socket until its other end closes.
 
     Args:
         connection: File descriptor of the socket.
@@ -433,20 +472,21 @@ def work(connection: int, parent: int, memory_bytes: int) -> None:
         resource.setrlimit(kind, (value, value))
     logging.disable()  # pydicom logs what elements hold
     letterbox(np.zeros((MIN_SIDE, MIN_SIDE), np.uint8))  # the first of a process is slow
+    shelf = ZipShelf()
     with Connection(connection) as parent_end, contextlib.suppress(EOFError, OSError):
         parent_end.send(None)
         while True:
-            parent_end.send(_answer(*parent_end.recv()))
+            parent_end.send(_answer(parent_end.recv(), shelf))
 
 
-def _answer(path: Path, member: str | None) -> _Answer:
+def _answer(question: _Question, shelf: ZipShelf) -> _Answer:
     try:
-        return _Answer(_film(path, member))
+        return _Answer(_outcome(question, shelf))
     except CxrError as error:
         return _Answer(error, spent=_ran_out_of_memory(error))
     except Exception as error:  # decoders raise anything on a damaged file
         damaged = ImageError(
-            f"{path.name}: the file is damaged",
+            f"{question.name}: the file is damaged",
             expected="a complete image",
             got=" ".join(f"{type(error).__name__} {error}".split())[:300],
             next_step="copy or export the file again",
@@ -454,9 +494,14 @@ def _answer(path: Path, member: str | None) -> _Answer:
         return _Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _film(path: Path, member: str | None) -> Film:
-    data = _contents(path) if member is None else _contents_of_member(path, member)
-    radiograph = read_radiograph(data, Path(member or path).name)
+def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents:
+    path, member = question.path, question.member
+    if question.kind == "contents":
+        return contents_of(path, question.start, shelf)
+    data = _bytes(path) if member is None else shelf.zip(path).read(member)
+    if question.kind == "identity":
+        return Identity(hashlib.sha256(data).hexdigest(), read_patient_id(data))
+    radiograph = read_radiograph(data, question.name)
     square, box = letterbox(radiograph.pixels)
     return Film(
         square,
@@ -469,57 +514,20 @@ def _film(path: Path, member: str | None) -> Film:
     )
 
 
-def _contents(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(
-                f"{path.name}: is no file", expected="a regular file", got=_kind(status.st_mode), next_step="give the path of an image"
-            )
-        if status.st_size > MAX_FILE_BYTES:
-            raise ImageError(
-                f"{path.name}: the file is too large",
-                expected=f"at most {_size(MAX_FILE_BYTES)}",
-                got=_size(status.st_size),
-                next_step="give a single radiograph",
-            )
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # no wait, if it is a FIFO by now
-            return file.read(status.st_size)  # and no more: some files of /proc have no size, and no end
-    except OSError as error:
-        raise ImageError(
-            f"{path.name}: cannot be read",
-            expected="a readable file",
-            got=error.strerror or str(error),
-            next_step="check path and permissions",
-        ) from error
-
-
-def _contents_of_member(path: Path, member: str) -> bytes:
-    """Of a ZIP; what is really decompressed counts, not what its directory says."""
-    name = Path(member).name
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, KeyError, RuntimeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted
-        raise ImageError(
-            f"{name}: cannot be read from {path.name}",
-            expected="a file in an undamaged ZIP without password",
-            got=" ".join(str(error).split())[:200],
-            next_step="pack it again, or unpack it",
-        ) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(
-            f"{name}: the file is too large",
-            expected=f"at most {_size(MAX_FILE_BYTES)}",
-            got="more, once it is unpacked",
-            next_step="give a single radiograph",
-        )
-    return data
-
-
-def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
-    return next((name for test, name in kinds if test(mode)), "a device")
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(
+                    f"{path.name}: the file is too large",
+                    expected=f"at most {_size(MAX_FILE_BYTES)}",
+                    got=_size(size),
+                    next_step="give a single radiograph",
+                )
+            return file.read(size)  # and no more: some files of /proc have no size, and no end
+    except OSError as error:  # while it was read
+        raise unreadable(path, error) from error
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

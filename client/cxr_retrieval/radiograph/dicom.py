@@ -53,7 +53,22 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
             got=_without_values(error),
             next_step="export the image again, uncompressed if need be",
         ) from error
-    return Radiograph(pixels, "DICOM", tuple(notes), "\\".join(texts(dataset, "PatientID")) or None)
+    return Radiograph(pixels, "DICOM", tuple(notes), _patient_id(dataset))
+
+
+def patient_id(data: bytes) -> str | None:
+    """The Patient ID that `read_dicom` finds, without the pixels; None where there is none or the file is damaged before it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain, force = io.BytesIO(inflated(data, "")), data[128:132] != b"DICM"
+            return _patient_id(pydicom.dcmread(plain, stop_before_pixels=True, force=force, specific_tags=["PatientID"]))
+    except Exception:  # what is wrong with it, decoding will say
+        return None
+
+
+def _patient_id(dataset: pydicom.Dataset) -> str | None:
+    return "\\".join(texts(dataset, "PatientID")) or None
 
 
 def _without_values(error: Exception) -> str:

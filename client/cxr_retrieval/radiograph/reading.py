@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Final
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.dicom import read_dicom
+from cxr_retrieval.radiograph.dicom import patient_id, read_dicom
 from cxr_retrieval.radiograph.grey import NEXT_STEP, Radiograph
 from cxr_retrieval.radiograph.raster import read_raster
 
 SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 """File name endings that a folder scan picks up (content, not name, decides how a file is read)."""
 
+MAX_FILE_BYTES: Final = 2**30
+"""Bytes; five times what `grey.MAX_PIXELS` of 16 bits need."""
 MIN_SIDE: Final = 64
 """Pixels; a smaller picture holds no lung texture."""
 MAX_ASPECT: Final = 4.0
@@ -43,11 +45,20 @@ def read_radiograph(source: Path | bytes, name: str | None = None) -> Radiograph
         name, data = name or "image", source
     if not data:
         raise ImageError(f"{name}: the file is empty", expected="an image", got="0 bytes", next_step="copy the file again")
-    if data[128:132] == b"DICM" or data[:2] in (b"\x08\x00", b"\x02\x00"):
+    if _is_dicom(data):
         radiograph = read_dicom(data, name)
     else:
         radiograph = read_raster(data, name)
     return _checked(radiograph, name)
+
+
+def read_patient_id(data: bytes) -> str | None:
+    """DICOM's Patient ID, without decoding the picture; None of a file that has none, or that cannot be read."""
+    return patient_id(data) if _is_dicom(data) else None
+
+
+def _is_dicom(data: bytes) -> bool:
+    return data[128:132] == b"DICM" or data[:2] in (b"\x08\x00", b"\x02\x00")
 
 
 def _checked(radiograph: Radiograph, name: str) -> Radiograph:
