@@ -24,6 +24,7 @@ from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import find_inputs
 from cxr_retrieval.archive.journal import Journal
 from cxr_retrieval.cases.manifest import read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import ServerDownError, StoreDownError
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
@@ -66,7 +67,7 @@ def arguments(archive: Path, out: Path, triton: str, milvus: str) -> list[str | 
 
 
 def test_answers_are_those_of_query(
-    archive: Path, server: Endpoints, gallery: str, triton: TritonClient, reader: FilmReader, tmp_path: Path
+    archive: Path, server: Endpoints, gallery: str, triton: TritonClient, reader: FilmReader, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     some = tmp_path / "films"
     some.mkdir()
@@ -82,7 +83,7 @@ def test_answers_are_those_of_query(
     assert found["page.png"]["status"] == "failed"
     assert "not an image this system reads" in str(found["page.png"]["error"])
     assert found["the same.png"]["same_as"] == str(some / "3-0.png")
-    with Store(MilvusSettings(gallery), triton.model_version) as store:
+    with Store(MilvusSettings(gallery), triton.model_version, pseudonyms) as store:
         for number in range(9):
             line = found[f"{number}-0.png"]
             single = query(some / f"{number}-0.png", reader, triton, store).as_json()
@@ -152,7 +153,7 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     ],
 )
 def test_a_triton_that_goes_away_is_waited_for(
-    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, repository: Path, gallery: str, tmp_path: Path
+    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, repository: Path, gallery: str, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Nothing fails for it: the same journal ends with every film answered, by the server that came back on the same port."""
     told: list[str] = []
@@ -164,7 +165,7 @@ def test_a_triton_that_goes_away_is_waited_for(
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
-        store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version))
+        store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version, pseudonyms))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         some = sorted(str(path) for path in archive.glob("*-?.png"))
         list(journal.add(find_inputs(some)))
@@ -194,7 +195,9 @@ def test_a_triton_that_goes_away_is_waited_for(
     assert "Triton is back" in told[-1]
 
 
-def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, repository: Path, tmp_path: Path) -> None:
+def test_an_ingest_waits_for_triton_and_stores_each_case_once(
+    archive: Path, repository: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     some = sorted(archive.glob("*-?.png"))
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("image_id,path,label\n" + "".join(f"{path.stem},{path},control\n" for path in some))
@@ -205,7 +208,7 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, rep
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
-        store = stack.enter_context(Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, create=True))
+        store = stack.enter_context(Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, pseudonyms, create=True))
         begun = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             rows = read_manifest(manifest).rows

@@ -49,13 +49,13 @@ FAILED: Final = "failed"
 
 @dataclass(frozen=True)
 class Asked:
-    """An input as the journal knows it; `patient_id` as a manifest gives it."""
+    """An input as the journal knows it; `image_id` and `patient_id` as a manifest gives them."""
 
     id: int
     name: str
     path: Path
     member: str | None
-    image_id: str
+    image_id: str | None
     patient_id: str | None
 
 
@@ -145,7 +145,7 @@ class Journal:
             if not rows:
                 return
             for number, name, path, member, image_id, patient_id in rows:
-                yield Asked(number, name, Path(path), member, image_id or Path(member or path).name, patient_id)
+                yield Asked(number, name, Path(path), member, image_id, patient_id)
             last = rows[-1][0]
 
     def record(self, answers: Sequence[Answer]) -> None:
