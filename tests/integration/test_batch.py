@@ -228,12 +228,12 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(
 
 
 def test_an_ingest_has_a_milvus_that_was_started_anew_load_its_gallery(
-    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path
+    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Milvus Lite forgets at its start what was loaded; `release_collection` stands for that."""
     with (
         embedded_milvus(tmp_path / "g.db", "127.0.0.1", 0) as uri,
-        Store(MilvusSettings(uri), triton.model_version, create=True) as store,
+        Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store,
         closing(MilvusClient(uri)) as beside,
     ):
         rows = read_manifest(phantom_manifest).rows
