@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def pseudonyms() -> Iterator[Pseudonyms]:
     """The key and table that commands run by `run_cxr` have, too."""
-    with open_pseudonyms(PseudonymSettings(KEY_FILE, key=""), create=True) as opened:
+    with open_pseudonyms(PseudonymSettings(KEY_FILE), create=True) as opened:
         yield opened
 
 

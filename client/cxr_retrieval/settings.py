@@ -239,12 +239,13 @@ class PseudonymSettings:
     """The key under which ids become pseudonyms, and the table that leads back.
 
     Attributes:
-        key_file: Holds the key, readable by its owner alone; an ingest makes it if it is not there.
-        table: SQLite file, made with rights 0600; None: beside `key_file`.
-        key: The key itself, instead of a file; by default what the environment gives as CXR_PSEUDONYM_KEY. Kept out of `repr`.
+        key_file: Holds the key, readable by its owner alone; an ingest makes it if it is not there. None: `key`, or else
+            DEFAULT_PSEUDONYM_KEY.
+        table: SQLite file, made with rights 0600; None: beside the key's file.
+        key: The key itself, if there is no `key_file`; by default what the environment gives as CXR_PSEUDONYM_KEY. Kept out of `repr`.
     """
 
-    key_file: Path = DEFAULT_PSEUDONYM_KEY
+    key_file: Path | None = None
     table: Path | None = None
     key: str = field(default_factory=lambda: os.environ.get("CXR_PSEUDONYM_KEY", ""), repr=False)
 

@@ -211,7 +211,7 @@ def peer() -> dict[str, Any]:
     found["ours"] = {}
     with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
         milvus = MilvusSettings(str(Path(folder) / "gallery.db"))
-        keys = PseudonymSettings(Path(folder) / "pseudonym.key", key="")
+        keys = PseudonymSettings(Path(folder) / "pseudonym.key")
         with open_pseudonyms(keys, create=True) as pseudonyms, Store(milvus, "benchmark", pseudonyms, create=True) as store:
             store.upsert(synthetic_entries(0, PEER_GALLERY, pseudonyms), [""] * PEER_GALLERY, synthetic_embeddings(PEER_GALLERY, seed=1))
             store.publish()

@@ -57,7 +57,7 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder,
-        open_pseudonyms(PseudonymSettings(Path(folder) / "pseudonym.key", key=""), create=True) as pseudonyms,
+        open_pseudonyms(PseudonymSettings(Path(folder) / "pseudonym.key"), create=True) as pseudonyms,
         Store(settings, "benchmark", pseudonyms, create=True) as store,
     ):
         for size in sizes:

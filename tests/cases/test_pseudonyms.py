@@ -45,7 +45,7 @@ def test_known_values() -> None:
 
 
 def test_the_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    settings = PseudonymSettings(tmp_path / "new" / "pseudonym.key", key="")
+    settings = PseudonymSettings(tmp_path / "new" / "pseudonym.key")
     with pytest.raises(SetupError, match=r"no pseudonym key; .*CXR_PSEUDONYM_KEY; got neither.*`cxr ingest` makes one"):
         open_pseudonyms(settings)
     first = open_pseudonyms(settings, create=True).fingerprint
@@ -61,7 +61,7 @@ def test_processes_that_make_a_key_at_once_agree(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from cxr_retrieval.cases.pseudonyms import Original, open_pseudonyms\n"
         "from cxr_retrieval.settings import PseudonymSettings\n"
-        "keys = open_pseudonyms(PseudonymSettings(Path(sys.argv[1]), key=''), create=True)\n"
+        "keys = open_pseudonyms(PseudonymSettings(Path(sys.argv[1])), create=True)\n"
         "for i in range(20): keys.remember([Original(f'{sys.argv[2]}-{i}', Path('/f'), None, 'P')])\n"
         "print(keys.fingerprint)"
     )
@@ -70,14 +70,14 @@ def test_processes_that_make_a_key_at_once_agree(tmp_path: Path) -> None:
     ]
     assert len({process.communicate(timeout=120)[0] for process in processes}) == 1
     assert {process.returncode for process in processes} == {0}
-    with open_pseudonyms(PseudonymSettings(tmp_path / "k", key="")) as keys:
+    with open_pseudonyms(PseudonymSettings(tmp_path / "k")) as keys:
         ids = [f"{n}-{i}" for n in range(4) for i in range(20)]
         assert {original.image_id for original in keys.originals([keys.image(one) for one in ids]).values()} == set(ids)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
 def test_a_key_or_table_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
-    settings = PseudonymSettings(tmp_path / "k", key="")
+    settings = PseudonymSettings(tmp_path / "k")
     with open_pseudonyms(settings, create=True) as keys:
         keys.remember([Original("a", Path("/f"))])
     keys.table.chmod(mode)
@@ -92,19 +92,26 @@ def test_short_keys_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "k").write_text("x" * 31 + "\n")
     (tmp_path / "k").chmod(0o600)
     with pytest.raises(SetupError, match="too short; expected at least 32 random characters; got 31"):
-        open_pseudonyms(PseudonymSettings(tmp_path / "k", key=""))
+        open_pseudonyms(PseudonymSettings(tmp_path / "k"))
     monkeypatch.setenv("CXR_PSEUDONYM_KEY", "secret")
     with pytest.raises(SetupError, match=r"too short.*CXR_PSEUDONYM_KEY") as caught:
         PseudonymSettings()
     assert "secret" not in str(caught.value)
 
 
-def test_the_environment_goes_before_the_file_and_no_repr_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_goes_before_the_environment_and_that_before_the_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CXR_PSEUDONYM_KEY", KEY)
-    settings = PseudonymSettings(tmp_path / "none")
+    settings = PseudonymSettings()
     assert open_pseudonyms(settings).fingerprint == keyed().fingerprint
     assert KEY not in repr(settings)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "k").write_text("another key, long enough to count\n")
+    (tmp_path / "k").chmod(0o600)
+    assert open_pseudonyms(PseudonymSettings(tmp_path / "k")).fingerprint == keyed("another key, long enough to count").fingerprint
+    monkeypatch.delenv("CXR_PSEUDONYM_KEY")
+    open_pseudonyms(PseudonymSettings(), create=True)
+    assert (tmp_path / ".local/share/cxr-retrieval/pseudonym.key").is_file()
 
 
 def test_what_is_remembered_leads_back_until_it_is_forgotten(tmp_path: Path) -> None:

@@ -82,13 +82,8 @@ def environment(home: Path, mark: str = "") -> dict[str, str]:
     """Of a child: its home and its temporary files lie in `home`."""
     temporary = home / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    return ENVIRONMENT | {
-        "HOME": str(home),
-        "TMPDIR": str(temporary),
-        "CXR_PSEUDONYM_KEY": PSEUDONYM_KEY,
-        MARK: mark,
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    own = {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": PSEUDONYM_KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
+    return {name: value for name, value in ENVIRONMENT.items() if name != "CXR_PSEUDONYM_KEY_FILE"} | own
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:

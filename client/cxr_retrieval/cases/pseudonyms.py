@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Final
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.settings import MIN_KEY_CHARACTERS, PseudonymSettings
+from cxr_retrieval.settings import DEFAULT_PSEUDONYM_KEY, MIN_KEY_CHARACTERS, PseudonymSettings
 
 DIGITS: Final = 32
 """Hex digits of a pseudonym: 128 bits."""
@@ -194,7 +194,7 @@ class Pseudonyms:
 
 
 def open_pseudonyms(settings: PseudonymSettings, *, create: bool = False) -> Pseudonyms:
-    """The key that the environment or its file holds, and its table.
+    """The key and its table.
 
     Args:
         create: Make a key where there is none (ingest), or complain.
@@ -202,8 +202,8 @@ def open_pseudonyms(settings: PseudonymSettings, *, create: bool = False) -> Pse
     Raises:
         SetupError: No key, too short a key, or a key file that others can read.
     """
-    file = settings.key_file.expanduser()
-    key = settings.key or _read_key(file, create=create)
+    file = (settings.key_file or DEFAULT_PSEUDONYM_KEY).expanduser()
+    key = settings.key if settings.key and settings.key_file is None else _read_key(file, create=create)
     table = settings.table.expanduser() if settings.table else file.with_name(file.name + ".table")
     return Pseudonyms(key.encode(), table)
 

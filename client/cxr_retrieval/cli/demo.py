@@ -58,7 +58,7 @@ def demo(
         server = stack.enter_context(embedded_triton(server_options))
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc)))
-        keys = stack.enter_context(open_pseudonyms(PseudonymSettings(out / "pseudonym.key", key=""), create=True))
+        keys = stack.enter_context(open_pseudonyms(PseudonymSettings(out / "pseudonym.key"), create=True))
         store = stack.enter_context(Store(MilvusSettings(str(out / "gallery.db")), client.model_version, keys, create=True))
         with progress("ingesting", len(rows)) as advance:
             report = embedding.ingest(rows, reader, client, store, advance)

@@ -158,13 +158,14 @@ def secret(file: Path | None, variable: str) -> str:
 
 def _pseudonyms(
     pseudonym_key: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             envvar="CXR_PSEUDONYM_KEY_FILE",
-            help="File with the key (0600), unless CXR_PSEUDONYM_KEY holds it.",
+            help="File with the key (0600); or CXR_PSEUDONYM_KEY holds it.",
             rich_help_panel=_PSEUDONYMS,
+            show_default=f"in {DEFAULT_PSEUDONYM_KEY.parent}",
         ),
-    ] = DEFAULT_PSEUDONYM_KEY,
+    ] = None,
     pseudonym_table: Annotated[
         Path | None,
         typer.Option(
