@@ -13,13 +13,15 @@ from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
 from certificates import Certificates
+from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
-from cxr_retrieval.settings import TritonSettings
+from cxr_retrieval.settings import PseudonymSettings, TritonSettings
+from tests_support import KEY_FILE
 from tiny_models import write_tiny_repository
 
 install_import_hook("cxr_retrieval_training", "beartype.beartype")  # shapes in signatures are checked, wherever it is imported from first
@@ -27,6 +29,13 @@ settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=Tru
 settings.load_profile("cxr")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def pseudonyms() -> Iterator[Pseudonyms]:
+    """The key and table that commands run by `run_cxr` have, too."""
+    with open_pseudonyms(PseudonymSettings(KEY_FILE), create=True) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

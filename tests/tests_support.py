@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import pydicom
 from pydicom.config import IGNORE
@@ -19,10 +23,16 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
+KEPT = Path(tempfile.mkdtemp(prefix="cxr-tests-"))
+"""What else would lie in the user's home: this test process' own pseudonym key, with its table."""
+atexit.register(shutil.rmtree, KEPT, ignore_errors=True)
+KEY_FILE = KEPT / "pseudonym.key"
+
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
     "NO_COLOR": "1",
     "TERM": "dumb",
+    "CXR_PSEUDONYM_KEY_FILE": str(KEY_FILE),
 }
 
 
@@ -132,3 +142,47 @@ def write_dicomdir(path: Path, file_ids: Sequence[str | list[str] | None], **fir
     dataset.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3")
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+
+
+class Wire:
+    """A TCP proxy before a server, which keeps every byte that passes, each direction of each connection by itself."""
+
+    def __init__(self, target: str) -> None:
+        host, port = target.removeprefix("http://").rsplit(":", 1)
+        self._target = (host, int(port))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.streams: list[bytearray] = []
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for end in self._open:
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listening.accept()[0]
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            self._open += [client, server]
+            for source, sink in ((client, server), (server, client)):
+                self.streams.append(kept := bytearray())
+                threading.Thread(target=self._pass_on, args=(source, sink, kept), daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                kept += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass

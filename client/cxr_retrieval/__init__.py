@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cxr_retrieval.archive.embedding import IngestReport, ingest
     from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
+    from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms, open_pseudonyms
     from cxr_retrieval.errors import CxrError, ImageError, InferenceError, InputError, ManifestError, ServiceError, StoreError, UsageError
     from cxr_retrieval.evaluation.metrics import evaluate
     from cxr_retrieval.gallery.store import Case, Neighbour, Store
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.query import QueryResult, query
     from cxr_retrieval.retrieval.retriever import Retriever
     from cxr_retrieval.retrieval.voting import Vote, weighted_vote
-    from cxr_retrieval.settings import MilvusSettings, Tls, TritonSettings
+    from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, Tls, TritonSettings
 
 __version__ = _version("cxr-retrieval")
 
 _WHERE = {
     "archive.embedding": ("IngestReport", "ingest"),
     "cases.manifest": ("Manifest", "ManifestRow", "read_manifest"),
+    "cases.pseudonyms": ("Original", "Pseudonyms", "open_pseudonyms"),
     "errors": ("CxrError", "ImageError", "InferenceError", "InputError", "ManifestError", "ServiceError", "StoreError", "UsageError"),
     "evaluation.metrics": ("evaluate",),
     "gallery.store": ("Case", "Neighbour", "Store"),
@@ -45,7 +47,7 @@ _WHERE = {
     "retrieval.query": ("QueryResult", "query"),
     "retrieval.retriever": ("Retriever",),
     "retrieval.voting": ("Vote", "weighted_vote"),
-    "settings": ("MilvusSettings", "Tls", "TritonSettings"),
+    "settings": ("MilvusSettings", "PseudonymSettings", "ThumbnailKind", "Tls", "TritonSettings"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -64,11 +66,15 @@ __all__ = [
     "ManifestRow",
     "MilvusSettings",
     "Neighbour",
+    "Original",
+    "PseudonymSettings",
+    "Pseudonyms",
     "QueryResult",
     "Retriever",
     "ServiceError",
     "Store",
     "StoreError",
+    "ThumbnailKind",
     "Tls",
     "TritonClient",
     "TritonSettings",
@@ -76,6 +82,7 @@ __all__ = [
     "Vote",
     "evaluate",
     "ingest",
+    "open_pseudonyms",
     "query",
     "read_manifest",
     "weighted_vote",

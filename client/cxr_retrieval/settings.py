@@ -1,14 +1,17 @@
-"""How to reach Triton and Milvus: frozen, checked when made. Every value is also a command-line option and a CXR_ variable.
+"""How to reach Triton and Milvus, where the key of pseudonyms is, what is kept of a film: frozen, checked when made.
 
-Secrets are values here, never options: they come from a file or the environment, and stay out of `repr`.
+Every value is also a command-line option and a CXR_ variable. Secrets are values here, never options: they come from a file or the
+environment, and stay out of `repr`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import ssl
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -21,6 +24,10 @@ DEFAULT_STORE: Final = Path("~/.local/share/cxr-retrieval/gallery.db")
 """Where `cxr serve` keeps the gallery."""
 DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
 """Where removals are written down."""
+DEFAULT_PSEUDONYM_KEY: Final = Path("~/.local/share/cxr-retrieval/pseudonym.key")
+"""Made by the first ingest; the table that leads back lies beside it."""
+MIN_KEY_CHARACTERS: Final = 32
+"""Of a pseudonym key; as hex digits, 128 bits. `cxr ingest` makes one of 64."""
 
 
 @dataclass(frozen=True)
@@ -225,3 +232,36 @@ def _masked(text: str, *secrets: str) -> str:
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
+
+
+@dataclass(frozen=True)
+class PseudonymSettings:
+    """The key under which ids become pseudonyms, and the table that leads back.
+
+    Attributes:
+        key_file: Holds the key, readable by its owner alone; an ingest makes it if it is not there. None: `key`, or else
+            DEFAULT_PSEUDONYM_KEY.
+        table: SQLite file, made with rights 0600; None: beside the key's file.
+        key: The key itself, if there is no `key_file`; by default what the environment gives as CXR_PSEUDONYM_KEY. Kept out of `repr`.
+    """
+
+    key_file: Path | None = None
+    table: Path | None = None
+    key: str = field(default_factory=lambda: os.environ.get("CXR_PSEUDONYM_KEY", ""), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.key and len(self.key) < MIN_KEY_CHARACTERS:
+            raise SetupError(
+                "the pseudonym key is too short",
+                expected=f"at least {MIN_KEY_CHARACTERS} random characters in CXR_PSEUDONYM_KEY",
+                got=f"{len(self.key)}",
+                next_step="make one with `openssl rand -hex 32`",
+            )
+
+
+class ThumbnailKind(str, Enum):
+    """What an ingest keeps of a film beside its embedding: nothing, the 256×256 picture with all outside the lungs black, or all of it."""
+
+    none = "none"
+    lungs = "lungs"
+    full = "full"

@@ -17,7 +17,8 @@ import psutil
 from galleries import synthetic_embeddings, synthetic_entries
 from numpy.typing import NDArray
 
-from chaos.world import Client, Service, make_archive, milvus_service, triton_service
+from chaos.world import PSEUDONYM_KEY, Client, Service, make_archive, milvus_service, triton_service
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import ENSEMBLE
 from cxr_retrieval.evaluation.loadtest import Load, Window, run_loads
 from cxr_retrieval.evaluation.perf_analyzer import find_perf_analyzer
@@ -76,8 +77,11 @@ def fill_gallery(folder: Path, triton: str) -> None:
     """`GALLERY` cases without films, under the version that is served."""
     with TritonClient(TritonSettings(triton)) as client:
         version = client.model_version
-    with Store(MilvusSettings(str(folder)), version, create=True) as store:
-        store.upsert(synthetic_entries(0, GALLERY), [""] * GALLERY, synthetic_embeddings(GALLERY, seed=1))
+    with (
+        Pseudonyms(PSEUDONYM_KEY.encode(), folder.with_name("table")) as pseudonyms,
+        Store(MilvusSettings(str(folder)), version, pseudonyms, create=True) as store,
+    ):
+        store.upsert(synthetic_entries(0, GALLERY, pseudonyms), [""] * GALLERY, synthetic_embeddings(GALLERY, seed=1))
         store.publish()
 
 

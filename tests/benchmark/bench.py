@@ -31,6 +31,7 @@ from galleries import measure_gallery, milvus_server, resident_mb, synthetic_emb
 from rich.console import Console
 from rich.table import Table
 
+from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, EMBEDDING, LUNG_SEGMENTATION
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
@@ -41,7 +42,7 @@ from cxr_retrieval.retrieval.query import OWN_EXPECTED
 from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
 from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 ROUNDS: Final = 3
 ROUND_S: Final = 3.5
@@ -210,8 +211,9 @@ def peer() -> dict[str, Any]:
     found["ours"] = {}
     with tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder:
         milvus = MilvusSettings(str(Path(folder) / "gallery.db"))
-        with Store(milvus, "benchmark", create=True) as store:
-            store.upsert(synthetic_entries(0, PEER_GALLERY), [""] * PEER_GALLERY, synthetic_embeddings(PEER_GALLERY, seed=1))
+        keys = PseudonymSettings(Path(folder) / "pseudonym.key")
+        with open_pseudonyms(keys, create=True) as pseudonyms, Store(milvus, "benchmark", pseudonyms, create=True) as store:
+            store.upsert(synthetic_entries(0, PEER_GALLERY, pseudonyms), [""] * PEER_GALLERY, synthetic_embeddings(PEER_GALLERY, seed=1))
             store.publish()
             for precision, segmentation in variants():
                 with serving(precision, segmentation) as (client, _):

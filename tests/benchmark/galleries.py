@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import ManifestRow
+from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.gallery.store import Entry, Store, make_entry
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.query import OWN_EXPECTED
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 
 QUERIES: Final = 100
 K: Final = 10
@@ -35,14 +36,14 @@ def synthetic_embeddings(count: int, seed: int) -> Vectors:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def synthetic_entries(start: int, count: int) -> list[Entry]:
+def synthetic_entries(start: int, count: int, pseudonyms: Pseudonyms) -> list[Entry]:
     """Cases without a file."""
     folder = Path("/nowhere")
     rows = [
         ManifestRow(folder, f"case-{i}", folder / f"{i}.png", "control", None, None, None, {"age": "50"})
         for i in range(start, start + count)
     ]
-    return [make_entry(row, "") for row in rows]
+    return [make_entry(row, "", pseudonyms) for row in rows]
 
 
 def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: int | None) -> list[dict[str, Any]]:
@@ -54,13 +55,17 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
     queries = synthetic_embeddings(QUERIES, seed=9)
     gallery = np.empty((0, EMBEDDING_SIZE), np.float32)
     rows: list[dict[str, Any]] = []
-    with Store(settings, "benchmark", create=True) as store:
+    with (
+        tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder,
+        open_pseudonyms(PseudonymSettings(Path(folder) / "pseudonym.key"), create=True) as pseudonyms,
+        Store(settings, "benchmark", pseudonyms, create=True) as store,
+    ):
         for size in sizes:
             fresh = synthetic_embeddings(size - len(gallery), seed=size)
             started = time.perf_counter()
             for at in track(range(0, len(fresh), 5000), f"{'Milvus Lite' if settings.is_lite else 'Milvus server'}: {size} cases"):
                 part = fresh[at : at + 5000]
-                store.upsert(synthetic_entries(len(gallery) + at, len(part)), [""] * len(part), part)
+                store.upsert(synthetic_entries(len(gallery) + at, len(part), pseudonyms), [""] * len(part), part)
             store.publish()
             seconds = time.perf_counter() - started
             gallery = np.concatenate([gallery, fresh])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, parse_clinical
+from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, NOT_KEPT, identifies, parse_clinical
 from cxr_retrieval.errors import CxrError, InputError, SetupError
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
@@ -11,6 +11,53 @@ def test_known_columns_get_their_type_and_own_columns_a_guess() -> None:
     known, extra = parse_clinical({"age": "61.5", "went_icu": "Y", "survival": "n", "sex": "F", "crp": "12", "ward": "B2", "sha256": "ff"})
     assert known == {"age": 61.5, "went_icu": True, "survival": False, "sex": "F"}
     assert extra == {"crp": 12, "ward": "B2"}, "file facts such as sha256 are not kept"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *("name", "PatientName", "patient's name", "PATIENT_NAME", "last name", "Vorname", "Prénom", "ReferringPhysicianName"),
+        *(
+            "birth_date",
+            "PatientBirthDate",
+            "dob",
+            "Geburtsdatum",
+            "AccessionNumber",
+            "accession no.",
+            "StudyInstanceUID",
+            "uid",
+            "SOPInstanceUIDs",
+        ),
+        *(
+            "MRN",
+            "OtherPatientIDs",
+            "patientID",
+            "study_id",
+            "StudyID",
+            "visit number",
+            "PatientAddress",
+            "telephone",
+            "e-mail address",
+            "email",
+        ),
+        *("orig_path", "dicom_path", "FileName", "InstitutionName", "OperatorsName", "insurance", "zip", "IssuerOfPatientID"),
+    ],
+)
+def test_own_columns_that_identify_are_never_stored(column: str) -> None:
+    assert identifies(column)
+    assert parse_clinical({column: "x"}) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    "column", ["crp", "ward", "d_dimer", "NT-proBNP", "pathology", "case", "study", "smoker", "Mobile", "scanner", "profile"]
+)
+def test_other_own_columns_stay(column: str) -> None:
+    assert not identifies(column)
+    assert parse_clinical({column: "x"}) == ({}, {column: "x"})
+
+
+def test_fields_of_our_own_are_not_taken_for_a_persons() -> None:
+    assert not [name for name in (*CLINICAL_FIELDS, *NOT_KEPT) if identifies(name)]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ _STEADY: Final = 5
 """Times in a row, a tenth of a second apart, that a server must answer to be back: a dying one may answer once more."""
 MARK: Final = "CHAOS_MARK"
 """Environment variable by which what a client left running is found."""
-_KEY: Final = "0123456789abcdef" * 4
+PSEUDONYM_KEY: Final = "0123456789abcdef" * 4
 """Of pseudonyms: the same everywhere, so that keys of two galleries can be compared."""
 
 
@@ -82,7 +82,8 @@ def environment(home: Path, mark: str = "") -> dict[str, str]:
     """Of a child: its home and its temporary files lie in `home`."""
     temporary = home / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    return ENVIRONMENT | {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": _KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
+    own = {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": PSEUDONYM_KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
+    return {name: value for name, value in ENVIRONMENT.items() if name != "CXR_PSEUDONYM_KEY_FILE"} | own
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:

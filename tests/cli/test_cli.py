@@ -34,6 +34,7 @@ COMMANDS = (
     "gallery",
     "gallery remove",
     "gallery drop",
+    "gallery whois",
     "loadtest",
     "info",
     "train",
@@ -92,7 +93,7 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in hits])
     square = np.zeros((256, 256), np.uint8)
     explanation = Explanation(square, Letterbox(1.0, 0, 0, 256, 256), square, np.zeros((256, 256), np.float32))
-    print_result(QueryResult("film[copy].dcm", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), explanation))
+    print_result(QueryResult("film-0123", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), explanation), "film[copy].dcm")
     shown = capsys.readouterr().out
     for words in (*names, "film[copy].dcm: case[/x], confidence 33%", "sex [b]", "warning: look at [/x]", "not in the vote"):
         assert words in shown

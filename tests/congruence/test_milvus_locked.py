@@ -12,6 +12,7 @@ import pytest
 
 from certificates import Certificates
 from cxr_retrieval.cases.manifest import read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import StoreAccessError
 from cxr_retrieval.gallery.store import Store, make_entry
@@ -44,16 +45,16 @@ def uri(certificates: Certificates) -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_store_and_search(uri: str, certificates: Certificates, tmp_path: Path) -> None:
+def test_store_and_search(uri: str, certificates: Certificates, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
     (tmp_path / "m.csv").write_text("image_id,path,label\n" + "".join(f"i{n},i{n}.png,control\n" for n in range(20)))
-    entries = [make_entry(row, "") for row in read_manifest(tmp_path / "m.csv").rows]
+    entries = [make_entry(row, "", pseudonyms) for row in read_manifest(tmp_path / "m.csv").rows]
     vectors = np.random.default_rng(0).normal(size=(20, EMBEDDING_SIZE)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for settings in (
         MilvusSettings(uri, "root", FIRST_PASSWORD, tls=certificates.tls("client")),
         MilvusSettings(uri, token=f"root:{FIRST_PASSWORD}", tls=certificates.tls("client")),
     ):
-        with Store(settings, "locked", create=True) as store:
+        with Store(settings, "locked", pseudonyms, create=True) as store:
             store.upsert(entries, [f"{i:064x}" for i in range(20)], vectors)
             assert store.count() == 20
             assert store.search(vectors[7], 1)[0].case.image_id == "i7"
@@ -70,15 +71,15 @@ def test_store_and_search(uri: str, certificates: Certificates, tmp_path: Path) 
     ],
 )
 def test_whoever_lacks_something_is_told_what(
-    who: str | None, ca: str, password: str, words: str, uri: str, certificates: Certificates
+    who: str | None, ca: str, password: str, words: str, uri: str, certificates: Certificates, pseudonyms: Pseudonyms
 ) -> None:
     settings = MilvusSettings(uri, "root" if password else "", password, tls=certificates.tls(who, ca), timeout_s=10)
     with pytest.raises(StoreAccessError, match=words) as caught:
-        Store(settings, "locked")
+        Store(settings, "locked", pseudonyms)
     assert "planted" not in str(caught.value)
     plain = MilvusSettings(uri.replace("https", "http"), "root", FIRST_PASSWORD, timeout_s=10)
     with pytest.raises(StoreAccessError, match="speaks TLS, and was asked without"):
-        Store(plain, "locked")
+        Store(plain, "locked", pseudonyms)
 
 
 def test_query_as_a_user_does(uri: str, server: Endpoints, certificates: Certificates, phantom_manifest: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import Input, Unusable, find_inputs
 from cxr_retrieval.archive.journal import Journal
 from cxr_retrieval.cases.manifest import read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import ServerDownError, StoreDownError, UsageError
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
@@ -68,7 +70,7 @@ def arguments(archive: Path, out: Path, triton: str, milvus: str) -> list[str | 
 
 
 def test_answers_are_those_of_query(
-    archive: Path, server: Endpoints, gallery: str, triton: TritonClient, reader: FilmReader, tmp_path: Path
+    archive: Path, server: Endpoints, gallery: str, triton: TritonClient, reader: FilmReader, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     some = tmp_path / "films"
     some.mkdir()
@@ -84,7 +86,7 @@ def test_answers_are_those_of_query(
     assert found["page.png"]["status"] == "failed"
     assert "not an image this system reads" in str(found["page.png"]["error"])
     assert found["the same.png"]["same_as"] == str(some / "3-0.png")
-    with Store(MilvusSettings(gallery), triton.model_version) as store:
+    with Store(MilvusSettings(gallery), triton.model_version, pseudonyms) as store:
         for number in range(9):
             line = found[f"{number}-0.png"]
             single = query(some / f"{number}-0.png", reader, triton, store).as_json()
@@ -198,7 +200,9 @@ def test_overlays_drawn_into_the_archive_are_no_inputs(export: Path, server: End
     assert len(list((tmp_path / "all" / "drawn").iterdir())) == 6
 
 
-def test_an_ingest_takes_the_same_inputs(export: Path, server: Endpoints, phantoms: list[Phantom], tmp_path: Path) -> None:
+def test_an_ingest_takes_the_same_inputs(
+    export: Path, server: Endpoints, phantoms: list[Phantom], pseudonyms: Pseudonyms, tmp_path: Path
+) -> None:
     """Films are called after their bytes; DICOM's patient is theirs, so that a patient's own film does not vote; a copy is no further case."""
     shutil.copy(export / "6.dcm", tmp_path / "copy.dcm")
     reach = ("--triton", server.grpc, "--milvus", str(tmp_path / "g.db"))
@@ -211,13 +215,13 @@ def test_an_ingest_takes_the_same_inputs(export: Path, server: Endpoints, phanto
     assert again.stdout == "0 stored, 10 unchanged, 2 failed; the gallery holds 9 cases\n"
     other = run_cxr(*command, "--label", "covid19")
     assert other.stdout == "0 stored, 1 unchanged, 2 failed, 9 corrected; the gallery holds 9 cases\n"
-    with Store(MilvusSettings(str(tmp_path / "g.db")), version(server)) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), version(server), pseudonyms) as store:
         cases = store.vectors()[0]
-    assert {case.image_id for case in cases} == {f"film-{case.file[:16]}" for case in cases}
-    assert {case.patient_id for case in cases} == {phantom.image_id for phantom in phantoms}
+    assert all(re.fullmatch("film-[0-9a-f]{16}", case.image_id) for case in cases)
+    assert {case.patient_id for case in cases} == {pseudonyms.patient(phantom.image_id) for phantom in phantoms}
     assert {(case.label, case.source, case.split) for case in cases} == {("covid19", "north", "train")}
     asked = run_cxr("query", export / "7.dcm", "--json", *reach)
-    assert phantoms[7].image_id not in [hit["metadata"]["patient_id"] for hit in json.loads(asked.stdout)["neighbours"]]
+    assert pseudonyms.patient(phantoms[7].image_id) not in [hit["metadata"]["patient_id"] for hit in json.loads(asked.stdout)["neighbours"]]
 
 
 def version(server: Endpoints) -> str:
@@ -309,7 +313,7 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     ],
 )
 def test_a_triton_that_goes_away_is_waited_for(
-    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, repository: Path, gallery: str, tmp_path: Path
+    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, repository: Path, gallery: str, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Nothing fails for it: the same journal ends with every film answered, by the server that came back on the same port."""
     told: list[str] = []
@@ -321,7 +325,7 @@ def test_a_triton_that_goes_away_is_waited_for(
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
-        store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version))
+        store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version, pseudonyms))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         some = sorted(str(path) for path in archive.glob("*-?.png"))
         list(journal.add(find_inputs(some, reader)))
@@ -351,7 +355,9 @@ def test_a_triton_that_goes_away_is_waited_for(
     assert "Triton is back" in told[-1]
 
 
-def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, repository: Path, tmp_path: Path) -> None:
+def test_an_ingest_waits_for_triton_and_stores_each_case_once(
+    archive: Path, repository: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     some = sorted(archive.glob("*-?.png"))
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("image_id,path,label\n" + "".join(f"{path.stem},{path},control\n" for path in some))
@@ -362,7 +368,7 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, rep
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
-        store = stack.enter_context(Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, create=True))
+        store = stack.enter_context(Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, pseudonyms, create=True))
         begun = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             rows = read_manifest(manifest).rows
@@ -382,12 +388,12 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, rep
 
 
 def test_an_ingest_has_a_milvus_that_was_started_anew_load_its_gallery(
-    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path
+    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Milvus Lite forgets at its start what was loaded; `release_collection` stands for that."""
     with (
         embedded_milvus(tmp_path / "g.db", "127.0.0.1", 0) as uri,
-        Store(MilvusSettings(uri), triton.model_version, create=True) as store,
+        Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store,
         closing(MilvusClient(uri)) as beside,
     ):
         rows = read_manifest(phantom_manifest).rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_retrieval.gallery.store import case_key
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
 from tests_support import Served, leftovers, run_cxr
 
@@ -57,7 +57,9 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows"]
 
 
-def test_cases_leave_the_gallery_and_the_log_says_so(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_cases_leave_the_gallery_and_the_log_says_so(
+    served: Served, phantom_manifest: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     """By image, by patient, and by a manifest that no longer lists them; what another source holds stays."""
     images = sorted((phantom_manifest.parent / "images").glob("*.png"))[:4]
     for image in images:
@@ -87,8 +89,13 @@ def test_cases_leave_the_gallery_and_the_log_says_so(served: Served, phantom_man
     assert run_cxr("gallery", "remove", "--image", "r2", "--image", "r3", "--audit", log, *milvus).returncode == 0
     told = [json.loads(line) for line in log.read_text().splitlines()]
     keys = [[key for keys in line["removed"].values() for key in keys] for line in told if line["state"] == "done"]
-    assert keys == [[case_key("r0")], [case_key("r1")], [], sorted([case_key("r2"), case_key("r3")])]
+    r0, r1, r2, r3 = (pseudonyms.image(f"r{i}") for i in range(4))
+    assert keys == [[r0], [r1], [], sorted([r2, r3])]
     assert "p1" not in log.read_text(), "no patient in the log"
+    assert "m.csv" not in log.read_text(), "and no file"
+    assert pseudonyms.originals([r0, r1, r2]).keys() == {r0}, (
+        "what was removed is forgotten; another model version may hold what was pruned"
+    )
     assert run_cxr("query", images[0], "--where", 'source == "pruned-north"', *served.servers).returncode == 2
 
 

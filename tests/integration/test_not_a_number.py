@@ -12,6 +12,7 @@ from PIL import Image
 import cxr_retrieval.serving.server as server_module
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.cases.manifest import read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import EMBEDDER
 from cxr_retrieval.errors import InferenceError, UnusableOutputError
 from cxr_retrieval.gallery.store import Store
@@ -22,7 +23,7 @@ from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_trit
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 
-def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, reader: FilmReader, tmp_path: Path) -> None:
+def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, reader: FilmReader, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
     levels = {"dark": 40, "bright": 240, "grey": 120}
     for name, level in levels.items():
         pixels = np.full((128, 128), level, np.uint8)
@@ -32,7 +33,7 @@ def test_one_nan_picture_does_not_spoil_its_batch(tiny: Path, reader: FilmReader
     with (
         embedded_triton(ServerOptions(tiny, grpc_port=0, http_port=0, metrics_port=0)) as server,
         TritonClient(TritonSettings(server.grpc)) as client,
-        Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, create=True) as store,
+        Store(MilvusSettings(str(tmp_path / "g.db")), client.model_version, pseudonyms, create=True) as store,
     ):
         report = ingest(read_manifest(tmp_path / "m.csv").rows, reader, client, store, lambda count: None)
         assert report.stored == store.count() == 2

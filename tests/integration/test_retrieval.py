@@ -14,6 +14,7 @@ from pydicom.data import get_testdata_file
 
 from cxr_retrieval.archive.embedding import embed_rows, ingest
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import ImageError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet, rank
@@ -31,9 +32,11 @@ def silent(count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def gallery(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def gallery(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory, pseudonyms: Pseudonyms
+) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("store")
-    with Store(MilvusSettings(str(folder / "gallery.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(folder / "gallery.db")), triton.model_version, pseudonyms, create=True) as store:
         report = ingest(read_manifest(phantom_manifest).rows, reader, triton, store, silent)
         assert (report.stored, report.unchanged, report.problems) == (9, 0, ())
         yield store
@@ -59,7 +62,9 @@ def test_a_gallery_image_finds_itself_but_does_not_vote(
     assert (counted.prediction.label, counted.own) == (row.label, ())
 
 
-def test_the_patients_own_earlier_film_does_not_decide(reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+def test_the_patients_own_earlier_film_does_not_decide(
+    reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     """One own control film hardly changed, beside others' COVID-19: known by DICOM's Patient ID, or by --patient; unknown patients stay."""
     phantom = make_phantom(60, "control")
     earlier = phantom.pixels.copy()
@@ -71,7 +76,7 @@ def test_the_patients_own_earlier_film_does_not_decide(reader: FilmReader, trito
         Image.fromarray(make_phantom(seed, "covid19").pixels).save(tmp_path / f"{seed}.png")
         lines.append(f"{seed},{seed}.png,covid19,{patient}")
     (tmp_path / "m.csv").write_text("image_id,path,label,patient_id\n" + "\n".join(lines) + "\n")
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         assert ingest(read_manifest(tmp_path / "m.csv").rows, reader, triton, store, silent).stored == 4
         found = query(tmp_path / "now.dcm", reader, triton, store, top_k=3)
         assert [hit.case.image_id for hit in found.own] == ["earlier"]
@@ -148,9 +153,11 @@ def test_networks_that_disagree_are_a_warning(triton: TritonClient) -> None:
     assert lung_warnings(np.asarray(found["LUNG_MASK"][1, 0], np.uint8), box, float(agreed[1])) != []
 
 
-def test_ingest_is_idempotent_and_notices_changes(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_ingest_is_idempotent_and_notices_changes(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     rows = read_manifest(phantom_manifest).rows
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         first = ingest(rows[:3], reader, triton, store, silent)  # as if interrupted here
         again = ingest(rows[:5], reader, triton, store, silent)
         assert (first.stored, again.stored, again.unchanged) == (3, 2, 3)
@@ -166,17 +173,21 @@ def test_ingest_is_idempotent_and_notices_changes(reader: FilmReader, triton: Tr
         assert {case.label for case in cases if case.image_id in {row.image_id for row in corrected}} == {"control"}
 
 
-def test_a_folder_that_moved_is_not_embedded_anew(reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path) -> None:
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+def test_a_folder_that_moved_is_not_embedded_anew(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         shutil.copytree(phantom_manifest.parent, tmp_path / "here")
         assert ingest(read_manifest(tmp_path / "here" / "manifest.csv").rows, reader, triton, store, silent).stored == 9
         (tmp_path / "here").rename(tmp_path / "there")
         moved = ingest(read_manifest(tmp_path / "there" / "manifest.csv").rows, reader, triton, store, silent)
-        assert (moved.stored, moved.corrected, moved.problems) == (0, 9, ())
-        assert all(case.path.is_file() for case in store.vectors()[0]), "and its pictures are found"
+        assert (moved.stored, moved.corrected, moved.unchanged, moved.problems) == (0, 0, 9, ()), "the gallery knows no folder"
+        assert all(case.path is not None and case.path.is_file() for case in store.vectors()[0]), "and its pictures are found"
 
 
-def test_two_sources_that_number_their_films_alike(reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+def test_two_sources_that_number_their_films_alike(
+    reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     """The second must not replace the first without a word; the same film under a corrected source does."""
     for name, seed in (("one", 1), ("two", 2)):
         Image.fromarray(make_phantom(seed, "control").pixels).save(tmp_path / f"{name}.png")
@@ -185,7 +196,7 @@ def test_two_sources_that_number_their_films_alike(reader: FilmReader, triton: T
         (tmp_path / "m.csv").write_text(f"image_id,path,label,source\n0001,{path},control,{source}\n")
         return read_manifest(tmp_path / "m.csv").rows
 
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         assert ingest(rows("one.png", "north"), reader, triton, store, silent).stored == 1
         refused = ingest(rows("two.png", "south"), reader, triton, store, silent)
         assert "image_id 0001 is taken by another film" in str(refused.problems[0].error)
@@ -194,7 +205,7 @@ def test_two_sources_that_number_their_films_alike(reader: FilmReader, triton: T
 
 
 def test_bad_files_are_reported_and_the_rest_goes_on(
-    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     good = read_manifest(phantom_manifest).rows[0]
     files = {
@@ -212,7 +223,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(
         writer.writerows([name, f"{name}.png", "control", ""] for name in (*files, "absent"))
         writer.writerow(["odd", "good.png", "control", "very old"])
         writer.writerow(["long", "good.png", "c" * 257, ""])
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         report = ingest(read_manifest(tmp_path / "manifest.csv").rows, reader, triton, store, silent)
         assert report.stored == store.count() == 2
     reasons = {problem.image_id: str(problem.error) for problem in report.problems}
@@ -226,7 +237,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(
 
 
 def test_a_file_that_kills_its_decoder_costs_only_itself(
-    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """It used to end the whole ingest with it (exit code 134)."""
     data = bytearray(Path(str(get_testdata_file("SC_rgb_jpeg.dcm"))).read_bytes())
@@ -237,7 +248,7 @@ def test_a_file_that_kills_its_decoder_costs_only_itself(
         shutil.copy(path, tmp_path)
     names = [good[0].name, good[1].name, "deadly.dcm", good[2].name, good[3].name]
     (tmp_path / "m.csv").write_text("image_id,path,label\n" + "".join(f"{name},{name},control\n" for name in names))
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         report = ingest(read_manifest(tmp_path / "m.csv").rows, reader, triton, store, silent)
         assert (report.stored, store.count()) == (4, 4)
     (problem,) = report.problems
@@ -255,8 +266,8 @@ def test_evaluation_ranks_as_the_store_searches(gallery: Store, reader: FilmRead
     rows = read_manifest(phantom_manifest).rows
     embedded = embed_rows(rows, reader, triton, gallery, silent)
     assert embedded.from_store == len(rows), "nothing is computed twice"
-    ids = [entry.row.image_id for entry in embedded.entries]
-    everything = LabelledSet(ids, embedded.embeddings, [entry.row.label for entry in embedded.entries], ids, [""] * len(ids))
+    ids = [row.image_id for row in embedded.rows]
+    everything = LabelledSet(ids, embedded.embeddings, [row.label for row in embedded.rows], ids, [""] * len(ids))
     other = LabelledSet(["q"], embedded.embeddings[:1], ["control"], ["nobody"], [""])
     order, similarity = rank(everything, 0, other)
     found = gallery.search(embedded.embeddings[0], 9)

@@ -15,6 +15,7 @@ from PIL import Image
 from cxr_retrieval.archive.embedding import embed_rows, ingest
 from cxr_retrieval.cases.fields import parse_clinical
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LABELS, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.evaluation.metrics import LabelledSet, evaluate
 from cxr_retrieval.gallery.store import Store
@@ -59,14 +60,13 @@ def labelled(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClie
     """The rows with their embeddings: from the store where they are there, from the server otherwise."""
     found = embed_rows(rows, reader, triton, store, lambda count: None)
     assert not found.problems
-    assert len(found.entries) == len(rows)
-    entries = [entry.row for entry in found.entries]
+    assert len(found.rows) == len(rows)
     return LabelledSet(
-        [row.image_id for row in entries],
+        [row.image_id for row in found.rows],
         found.embeddings,
-        [row.label for row in entries],
-        [row.patient for row in entries],
-        [row.source or "" for row in entries],
+        [row.label for row in found.rows],
+        [row.patient for row in found.rows],
+        [row.source or "" for row in found.rows],
     )
 
 
@@ -123,10 +123,12 @@ again, with other weights: run that test with `-rP`, and take what it prints. Al
 
 
 @pytest.mark.timeout(600)
-def test_retrieval_on_a_sample(manifest: Manifest, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+def test_retrieval_on_a_sample(
+    manifest: Manifest, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     """450 cases, 300 queries of other patients, a third of them of each class: not below the measured figure's interval, and above what no learning reaches."""
     gallery, queries = sample(manifest.select(split="train"), 150, 1), sample(manifest.select(split="val"), 100, 2)
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         report = ingest(gallery, reader, triton, store, lambda count: None)
         assert (report.stored, report.problems) == (450, ())
         overall = evaluate(
@@ -142,12 +144,12 @@ def test_retrieval_on_a_sample(manifest: Manifest, reader: FilmReader, triton: T
 
 @pytest.mark.whole
 def test_retrieval_of_every_validation_film_is_what_is_published(
-    manifest: Manifest, reader: FilmReader, triton: TritonClient, tmp_path: Path
+    manifest: Manifest, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """All 759 against all 4,293, as docs/results.md has it: `make test-real`, five minutes and more on two cores."""
     row = next(line for line in (ROOT / "docs" / "results.md").read_text("utf-8").splitlines() if line.startswith("| all | 759 |"))
     published = Figure(*map(float, re.findall(r"0\.\d{3}", row.split("|")[4])))
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, create=True) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         gallery, queries = (labelled(manifest.select(split=split), reader, triton, store) for split in ("train", "val"))
     found = evaluate(gallery, queries, k=10, model_version=triton.model_version)["overall"]
     print(triton.model_version, found["balanced_accuracy"], found["balanced_accuracy_ci"], "published", published)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_retrieval.gallery.store import Case, Neighbour
+from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
-from cxr_retrieval.retrieval.picture import colour_bar, facts_line, montage, overlay, write_html, write_montage
+from cxr_retrieval.retrieval.picture import Thumbnails, colour_bar, facts_line, montage, overlay, write_html, write_montage, write_png
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
+from cxr_retrieval.settings import ThumbnailKind
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
     )
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     explanation = Explanation(square, box, mask, attention)
-    own = (Neighbour(Case("o", "of-last-week", "control", "P", "north", None, neighbours[1].case.path, {}, "", ""), 0.999),)
+    own = (Neighbour(Case("c5e0wn", "of-last-week", "control", "P", "north", None, neighbours[1].case.path, {}, "", ""), 0.999),)
     return QueryResult("film <1>.png", "0123456789ab", vote, neighbours, own, {"read": 1.0, "total": 2.0}, ("a warning",), explanation)
+
+
+def thumbnails_of(squares: Mapping[str, NDArray[np.uint8]]) -> Thumbnails:
+    """A gallery that keeps these pictures."""
+    return lambda keys: {key: Thumbnail(key, ThumbnailKind.lungs, "", squares[key]) for key in keys if key in squares}
 
 
 def test_overlay_colours_only_the_lungs_and_draws_their_outline(result: QueryResult) -> None:
@@ -117,10 +128,10 @@ def test_facts_in_words() -> None:
 
 
 def test_montage_has_room_for_all(result: QueryResult, reader: FilmReader, tmp_path: Path) -> None:
-    assert montage(result, reader).width > 1200
-    write_montage(result, tmp_path / "m.png", reader)
+    assert montage(result, reader, thumbnails_of({})).width > 1200
+    write_montage(result, tmp_path / "m.png", reader, thumbnails_of({}))
     with Image.open(tmp_path / "m.png") as image:
-        assert image.size == montage(result, reader).size
+        assert image.size == montage(result, reader, thumbnails_of({})).size
 
 
 def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Path) -> None:
@@ -128,7 +139,7 @@ def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Pa
     browser = shutil.which("chromium")
     assert browser, "chromium is a test requirement: `make test` installs it on Debian"
     page = tmp_path / "page.html"
-    write_html(result, page, reader)
+    write_html(result, page, reader, thumbnails_of({}))
     probe = (
         "<script>onload=()=>{const i=[...document.images];document.title=JSON.stringify({n:i.length,ok:i.filter(x=>x.naturalWidth>50).length,"
         "outside:performance.getEntriesByType('resource').filter(e=>!e.name.startsWith('data:')).length,"
@@ -156,7 +167,37 @@ def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Pa
     for fact in ("<dt>white blood cells</dt><dd>11.25</dd>", "<dt>crp</dt><dd>12</dd>", "<dt>notes</dt><dd>x</dd>"):
         assert fact in text, "laboratory values, own columns, notes: all that is known"
     apart = text[text.index("not in the vote") :]
-    assert "of-last-week" in apart
-    assert "of-last-week" not in text[: text.index("not in the vote")]
+    assert "c5e0wn" in apart
+    assert "c5e0wn" not in text[: text.index("not in the vote")]
+    assert "of-last-week" not in text, "cases go by their pseudonyms"
+    assert result.neighbours[0].case.image_id not in text
+    assert str(result.neighbours[0].case.path) not in text
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
     for words in ("Research use only. Not for diagnosis.", "a warning", "not a probability of disease", "0123456789ab"):
         assert words in text
+
+
+def test_neighbours_without_a_file_are_shown_as_the_gallery_keeps_them(result: QueryResult, reader: FilmReader) -> None:
+    """Three ways: no path known and a thumbnail, a file that is gone and a thumbnail, neither; the picture says so."""
+    (first, second, third) = result.neighbours
+    pathless = replace(first, case=replace(first.case, path=None))
+    told = replace(result, neighbours=(pathless, second, third))
+    bright = np.full((256, 256), 250, np.uint8)
+    tile = np.s_[-330:-110, 12:268]
+    plain, kept = (
+        np.asarray(montage(told, reader, thumbnails_of(squares)).convert("L"))[tile] for squares in ({}, {first.case.key: bright})
+    )
+    assert plain.mean() < 60
+    assert kept.mean() > 200
+    both = np.asarray(montage(told, reader, thumbnails_of({third.case.key: bright})).convert("L"))
+    assert both[-330:-110, 2 * 268 + 12 : 2 * 268 + 268].mean() > 200
+
+
+def test_pictures_are_their_owners_alone_whatever_was_there(tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"x" * 100_000)
+    picture.chmod(0o644)
+    write_png(np.zeros((8, 8), np.uint8), picture)
+    assert stat.S_IMODE(picture.stat().st_mode) == 0o600
+    with Image.open(picture) as image:
+        assert image.size == (8, 8)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Input, Unusable
@@ -24,7 +23,7 @@ from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval import query
-from cxr_retrieval.retrieval.picture import overlay
+from cxr_retrieval.retrieval.picture import overlay, write_png
 from cxr_retrieval.retrieval.query import QueryResult
 
 _FAILURES_AT_ONCE = 256
@@ -155,7 +154,7 @@ class _Answers:
     def _embedded(self, seen: Seen[Asked]) -> Answer:
         mask, agreement = np.asarray(seen.outputs[LUNG_MASK.name][0], np.uint8), float(seen.outputs[LUNG_AGREEMENT.name][0])
         line: dict[str, Any] = {
-            "image_id": seen.work.image_id,
+            "image_id": seen.work.image_id or seen.film.film_id,
             "model_version": self._model_version,
             "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
             "warnings": [*seen.film.warnings, *query.lung_warnings(mask, seen.film.box, agreement)],
@@ -169,5 +168,5 @@ class _Answers:
         path = folder / f"{seen.work.id:07d}-{hashlib.sha256(seen.work.name.encode()).hexdigest()[:8]}.png"
         picture = overlay(shown.square, shown.lung_mask, shown.attention)
         box = shown.box
-        Image.fromarray(picture[box.top : box.top + box.height, box.left : box.left + box.width]).save(path)
+        write_png(picture[box.top : box.top + box.height, box.left : box.left + box.width], path)
         return path

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.cases.fields import parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import EMBEDDING
+from cxr_retrieval.contract import EMBEDDING, LUNG_MASK
 from cxr_retrieval.errors import CxrError, ImageError, InputError
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
+from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.settings import ThumbnailKind
 
 _LOOKED_UP: Final = 128
 """Rows that the gallery is asked about at once."""
@@ -55,9 +58,11 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Rows with their embeddings `[n, 64]` and the digests of their pictures, those that failed, and how many the store already had."""
+    """Rows with their embeddings `[n, 64]` and digests by which equal pictures are known (keyed if there was a store), those that failed,
+    and how many the store already had.
+    """
 
-    entries: tuple[Entry, ...]
+    rows: tuple[ManifestRow, ...]
     embeddings: NDArray[np.float32]
     pixels: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -71,7 +76,11 @@ class _NewCase:
     entry: Entry
     name: str
     held: Held | None = None
-    unlisted: bool = False
+
+    @property
+    def unlisted(self) -> bool:
+        """Whether no manifest lists it: messages then call it by its input, and it is called after its bytes."""
+        return self.name != self.entry.row.image_id
 
     @property
     def path(self) -> Path:
@@ -82,6 +91,22 @@ class _NewCase:
         return self.entry.row.member
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A row to be evaluated, and the digest of its file as the store would have it."""
+
+    row: ManifestRow
+    file: str
+
+    @property
+    def path(self) -> Path:
+        return self.row.path
+
+    @property
+    def member(self) -> str | None:
+        return self.row.member
+
+
 def ingest(
     rows: Iterable[ManifestRow | Unlisted | Unusable],
     reader: FilmReader,
@@ -89,24 +114,28 @@ def ingest(
     store: Store,
     advance: Advance,
     *,
+    thumbnails: ThumbnailKind = ThumbnailKind.none,
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
-    A row whose file is the one stored, but not its facts (a corrected label, a folder that moved), keeps its embedding. Of films that no
-    manifest lists, the first of several equal files stands for all; the others count as unchanged.
+    A row whose file is the one stored, but not its facts (a corrected label), keeps its embedding. A folder that moved changes nothing but
+    the local table that leads from pseudonyms back to files. Of films that no manifest lists, the first of several equal files stands for
+    all; the others count as unchanged.
 
     Args:
         rows: Drawn as far as there is room; what is held does not grow with their number.
         advance: Told how many rows have been dealt with.
+        thumbnails: What is kept of each picture; of cases stored before, too, that lack it. Those kept before stay, as long as they are of
+            the film that the gallery holds.
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for.
         patience_s: How long a server that went away is waited for.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance)
+    sink = _Gallery(store, reader, advance, thumbnails)
 
     def patiently(call: Callable[[], None]) -> None:
         for attempt in pipeline.patiently(stop, patience_s):
@@ -128,10 +157,9 @@ def ingest(
 class _Gallery:
     """The sink of an ingest."""
 
-    outputs = (EMBEDDING,)
-
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance) -> None:
-        self._store, self._reader, self._advance = store, reader, advance
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind) -> None:
+        self._store, self._reader, self._advance, self._kind = store, reader, advance, thumbnails
+        self.outputs = (EMBEDDING, LUNG_MASK) if thumbnails is ThumbnailKind.lungs else (EMBEDDING,)
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = 0
         self.all_drawn = False
@@ -146,12 +174,21 @@ class _Gallery:
         """Rows that must be embedded; those whose facts alone have changed are corrected on the way."""
         for chunk in _chunks(rows, _LOOKED_UP):
             self.drawn += len(chunk)
-            cases, failed = _typed(chunk, self._reader, hashing)
+            cases, failed = _typed(
+                chunk, self._reader, hashing, lambda row, file, name: _NewCase(make_entry(row, file, self._store.pseudonyms), name)
+            )
             self.problems += failed
             cases, copies = self._without_copies(cases)
             held: dict[str, Held] = {}
-            patiently(lambda cases=cases, held=held: held.update(self._store.held([case.entry.key for case in cases])))
-            same = [case.entry for case in cases if case.entry.key in held and held[case.entry.key].file == case.entry.file]
+            kept: dict[str, ThumbnailKind] = {}
+            entries = [case.entry for case in cases]
+            patiently(lambda entries=entries, held=held, kept=kept: self._look_up(entries, held, kept))
+            same = [
+                entry
+                for entry in entries
+                if entry.key in held and held[entry.key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(entry.key))
+            ]
+            self._store.pseudonyms.remember([entry.original for entry in same])
             other_facts = [entry for entry in same if held[entry.key].facts != entry.facts]
             patiently(lambda other_facts=other_facts, held=held: self._correct(other_facts, held))
             self.corrected += len(other_facts)
@@ -173,21 +210,40 @@ class _Gallery:
             kept.append(case)
         return kept, len(cases) - len(kept)
 
+    def _look_up(self, entries: Sequence[Entry], held: dict[str, Held], kept: dict[str, ThumbnailKind]) -> None:
+        keys = [entry.key for entry in entries]
+        held.update(self._store.held(keys))
+        if self._kind is not ThumbnailKind.none:
+            kept.update(self._store.thumbnail_kinds(keys))
+
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
         vectors = self._store.embeddings([entry.key for entry in entries])
         self._store.upsert(entries, [held[entry.key].pixels for entry in entries], [vectors[entry.key] for entry in entries])
 
     def keep(self, seen: Sequence[Seen[_NewCase]]) -> tuple[int, list[Problem]]:
         problems: list[Problem] = []
-        kept: list[tuple[Entry, Seen[_NewCase]]] = []
+        kept: list[tuple[Entry, str, Seen[_NewCase]]] = []
         for one in seen:
             try:
-                _refuse_another_film(one)
-                kept.append((replace(one.work.entry, file=one.film.file), one))  # of the bytes embedded, should the file have changed
+                pixels = self._store.pseudonyms.digest(one.film.pixels)
+                _refuse_another_film(one.work, pixels)
+                file = self._store.pseudonyms.digest(one.film.file)  # of the bytes embedded, should the file have changed
+                kept.append((replace(one.work.entry, file=file), pixels, one))
             except InputError as error:
                 problems.append(Problem(one.work.name, error))
-        self._store.upsert([entry for entry, _ in kept], [one.film.pixels for _, one in kept], [_embedding(one) for _, one in kept])
+        self._store.upsert([entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], [_embedding(one) for _, _, one in kept])
+        if self._kind is ThumbnailKind.none:
+            replaced = [entry.key for entry, pixels, one in kept if one.work.held is not None and one.work.held.pixels != pixels]
+            self._store.remove_thumbnails(replaced)
+        else:
+            self._store.keep_thumbnails([self._thumbnail(entry.key, pixels, one) for entry, pixels, one in kept])
         return len(kept), problems
+
+    def _thumbnail(self, key: str, pixels: str, seen: Seen[_NewCase]) -> Thumbnail:
+        square = seen.film.square
+        if self._kind is ThumbnailKind.lungs:
+            square = np.where(seen.outputs[LUNG_MASK.name][0] > 0, square, np.uint8(0))
+        return Thumbnail(key, self._kind, pixels, square)
 
     def kept(self, result: tuple[int, list[Problem]]) -> None:
         stored, problems = result
@@ -202,23 +258,23 @@ class _Gallery:
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:
     """Embeddings of rows for evaluation, in their order: taken from the store where it holds the same file, else computed now."""
-    sink = _Collected(advance)
+    keyed: Callable[[str], str] = store.pseudonyms.digest if store is not None else str
+    sink = _Collected(advance, keyed)
     from_store = 0
     with ThreadPoolExecutor() as hashing:
-        read, failed = _typed(rows, reader, hashing)
-    typed = [case.entry for case in read]
+        measured, failed = _typed(rows, reader, hashing, lambda row, file, name: _measured(row, keyed(file)))
     sink.problems += failed
     advance(len(failed))
     if store is not None:
         cases, stored = store.vectors()
         known = {case.file: (case.pixels, vector) for case, vector in zip(cases, stored, strict=True)}
-        sink.found |= {entry.key: (entry, *known[entry.file]) for entry in typed if entry.file in known}
+        sink.found |= {one.row.image_id: (one.row, *known[one.file]) for one in measured if one.file in known}
         from_store = len(sink.found)
         advance(from_store)
-    pipeline.run((case for case in read if case.entry.key not in sink.found), reader, triton, sink)
-    ordered = [sink.found[entry.key] for entry in typed if entry.key in sink.found]
+    pipeline.run((one for one in measured if one.row.image_id not in sink.found), reader, triton, sink)
+    ordered = [sink.found[one.row.image_id] for one in measured if one.row.image_id in sink.found]
     return Embedded(
-        tuple(entry for entry, _, _ in ordered),
+        tuple(row for row, _, _ in ordered),
         np.array([vector for _, _, vector in ordered], np.float32),
         tuple(pixels for _, pixels, _ in ordered),
         tuple(sink.problems),
@@ -227,55 +283,66 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
 
 
 class _Collected:
-    """The sink of an evaluation: key → entry, digest of its picture, embedding."""
+    """The sink of an evaluation: image_id → row, digest of its picture, embedding."""
 
     outputs = (EMBEDDING,)
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-        self.found: dict[str, tuple[Entry, str, NDArray[np.float32]]] = {}
+    def __init__(self, advance: Advance, keyed: Callable[[str], str]) -> None:
+        self._advance, self._keyed = advance, keyed
+        self.found: dict[str, tuple[ManifestRow, str, NDArray[np.float32]]] = {}
         self.problems: list[Problem] = []
 
-    def keep(self, seen: Sequence[Seen[_NewCase]]) -> Sequence[Seen[_NewCase]]:
+    def keep(self, seen: Sequence[Seen[_Measured]]) -> Sequence[Seen[_Measured]]:
         return seen
 
-    def kept(self, result: Sequence[Seen[_NewCase]]) -> None:
+    def kept(self, result: Sequence[Seen[_Measured]]) -> None:
         for one in result:
-            self.found[one.work.entry.key] = (replace(one.work.entry, file=one.film.file), one.film.pixels, _embedding(one))
+            self.found[one.work.row.image_id] = (one.work.row, self._keyed(one.film.pixels), _embedding(one))
         self._advance(len(result))
 
-    def failed(self, work: _NewCase, error: CxrError) -> None:
-        self.problems.append(Problem(work.name, error))
+    def failed(self, work: _Measured, error: CxrError) -> None:
+        self.problems.append(Problem(work.row.image_id, error))
         self._advance(1)
 
 
-def _embedding(seen: Seen[_NewCase]) -> NDArray[np.float32]:
+def _measured(row: ManifestRow, file: str) -> _Measured:
+    """Refuses what an ingest would refuse, so that an evaluation is of what a gallery can hold."""
+    parse_clinical(row.fields)
+    return _Measured(row, file)
+
+
+def _embedding(seen: Seen[_NewCase] | Seen[_Measured]) -> NDArray[np.float32]:
     return np.asarray(seen.outputs[EMBEDDING.name], np.float32)
 
 
 def _typed(
-    rows: Sequence[ManifestRow | Unlisted | Unusable], reader: FilmReader, pool: ThreadPoolExecutor
-) -> tuple[list[_NewCase], list[Problem]]:
-    def typed(row: ManifestRow | Unlisted | Unusable) -> _NewCase | Problem:
+    rows: Sequence[ManifestRow | Unlisted | Unusable],
+    reader: FilmReader,
+    pool: ThreadPoolExecutor,
+    make: Callable[[ManifestRow, str, str], T],
+) -> tuple[list[T], list[Problem]]:
+    """What `make` makes of a row, the SHA-256 of its file and what messages call it; and the rows of which nothing can be made."""
+
+    def typed(row: ManifestRow | Unlisted | Unusable) -> T | Problem:
         name = row.image_id if isinstance(row, ManifestRow) else row.name
         try:
             if isinstance(row, Unusable):
                 return Problem(name, row.error)
             if isinstance(row, Unlisted):
                 identity = reader.identity(row.input.path, row.input.member).result()
-                return _NewCase(make_entry(row.row(identity), identity.file), name, unlisted=True)
-            return _NewCase(make_entry(row, _digest(row)), name)
+                return make(row.row(identity), identity.file, name)
+            return make(row, _digest(row), name)
         except InputError as error:
             return Problem(name, error)
 
     results = list(pool.map(typed, rows))
-    return [r for r in results if isinstance(r, _NewCase)], [r for r in results if isinstance(r, Problem)]
+    return [r for r in results if not isinstance(r, Problem)], [r for r in results if isinstance(r, Problem)]
 
 
-def _refuse_another_film(seen: Seen[_NewCase]) -> None:
-    """Two sources may number their films alike; the second must not replace the first without a word."""
-    held, row = seen.work.held, seen.work.entry.row
-    if held is not None and held.pixels != seen.film.pixels and held.source != row.source and held.source and row.source:
+def _refuse_another_film(work: _NewCase, pixels: str) -> None:
+    """Two sources may number their films alike; the second must not replace the first without a word. `pixels`: keyed digest."""
+    held, row = work.held, work.entry.row
+    if held is not None and held.pixels != pixels and held.source != row.source and held.source and row.source:
         raise InputError(
             f"image_id {row.image_id} is taken by another film",
             expected="one image_id for one film, whatever its source",

@@ -24,7 +24,6 @@ from typing import Any, Final
 
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.errors import SetupError, UsageError
-from cxr_retrieval.radiograph.containers import printable
 
 _PAGE: Final = 1000
 _PAGE_S: Final = 0.5
@@ -56,13 +55,13 @@ FAILED: Final = "failed"
 
 @dataclass(frozen=True)
 class Asked:
-    """An input as the journal knows it; `patient_id` as a manifest gives it."""
+    """An input as the journal knows it; `image_id` and `patient_id` as a manifest gives them."""
 
     id: int
     name: str
     path: Path
     member: str | None
-    image_id: str
+    image_id: str | None
     patient_id: str | None
 
 
@@ -159,8 +158,7 @@ class Journal:
             if not rows:
                 return
             for number, name, path, member, image_id, patient_id in rows:
-                where = Path(os.fsdecode(path))
-                yield Asked(number, name, where, member, image_id or printable(Path(member or where).name), patient_id)
+                yield Asked(number, name, Path(os.fsdecode(path)), member, image_id, patient_id)
             last = rows[-1][0]
 
     def record(self, answers: Sequence[Answer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Final, Literal
@@ -52,6 +53,38 @@ NOT_KEPT: Final = frozenset(
 )
 """Columns about the file rather than the patient."""
 
+_IDENTIFYING: Final = re.compile(
+    r"""\w*(name|names|birth|birthdate|accession|uid|uids|phone|address)
+      | namen|vorname|nachname|nom|prenom|nombre|apellidos?|cognome
+      | birthday|birthplace|birthtime|dob|geburts(datum|tag|ort)|naissance|nacimiento|nascita
+      | accession(no|number)|mrn|medicalrecordnumber|mpi|pid|ssn|nhs|nir|nric|guid|uuid|(patient|study|subject|case)ids?
+      | telephone|telefon|tel|phonenumber|fax|email|adresse|addresses|street|postcode|zip|zipcode|postal|plz
+      | physicians?|doctor|surgeon|radiologist|operators?|nurse|technician|referrer|requester|insurance|policy
+      | paths?|files?|filepath""",
+    re.VERBOSE,
+)
+_NUMBER: Final = re.compile("ids?|identifiers?|identification|no|nr|num|numbers?|code|key")
+_NUMBERED: Final = re.compile(
+    "patient|person|subject|participant|study|series|visit|encounter|admission|stay|case|medical|record|hospital|national|passport|"
+    "exam|examination|order|request|sop|instance|dicom|issuer|other"
+)
+"""What a number, in the same column's name, tells apart people or their visits by."""
+
+
+def identifies(column: str) -> bool:
+    """Whether a column of the user's own, by its name, says who somebody is or where a file lies: such a column is never stored.
+
+    Known by words, in English and a few other languages, and by DICOM's keywords: `PatientName`, `birth_date`, `Accession No`,
+    `StudyInstanceUID`, `mrn`. Rather one too many than one too few: a column that harms nobody can be stored under another name.
+    """
+    if column in CLINICAL_FIELDS or column in NOT_KEPT:
+        return False
+    plain = "".join(c for c in unicodedata.normalize("NFKD", column) if c.isascii())
+    words = [word.lower() for word in re.findall(r"[A-Z]{2,}s?(?![a-z])|[A-Z]?[a-z]+", plain)]
+    numbered = any(map(_NUMBER.fullmatch, words)) and any(map(_NUMBERED.fullmatch, words))
+    return numbered or any(map(_IDENTIFYING.fullmatch, words))
+
+
 MAX_TEXT: Final = 8192
 """Bytes of UTF-8 in a text field."""
 
@@ -62,7 +95,7 @@ def parse_clinical(columns: Mapping[str, str]) -> tuple[dict[str, Value], dict[s
     """Turns a manifest row's further columns into typed values.
 
     Returns:
-        (values of CLINICAL_FIELDS that are present, values of all other kept columns for the JSON field `extra`).
+        (values of CLINICAL_FIELDS that are present, values of all other kept columns, which identify nobody, for the JSON field `extra`).
 
     Raises:
         InputError: A number or flag that is none.
@@ -72,7 +105,7 @@ def parse_clinical(columns: Mapping[str, str]) -> tuple[dict[str, Value], dict[s
     for name, text in columns.items():
         if name in CLINICAL_FIELDS:
             known[name] = _typed(name, CLINICAL_FIELDS[name], text)
-        elif name not in NOT_KEPT:
+        elif name not in NOT_KEPT and not identifies(name):
             extra[name] = _guessed(text)
     return known, extra
 

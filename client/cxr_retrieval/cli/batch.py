@@ -15,13 +15,14 @@ from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import INTERRUPTED, print_json, talk, until_interrupted
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 
 @options.with_servers
 def batch(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=options.INPUTS)],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
@@ -51,11 +52,15 @@ def batch(
         from cxr_retrieval.archive.batch import BatchOptions, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
+        from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
 
         client = opened.enter_context(TritonClient(triton))
-        store = None if embed_only else opened.enter_context(Store(milvus, client.model_version))
+        store = None
+        if not embed_only:
+            keys = opened.enter_context(open_pseudonyms(pseudonyms))
+            store = opened.enter_context(Store(milvus, client.model_version, keys))
         decisive = {
             "model_version": client.model_version,
             "gallery": None if embed_only else milvus.uri,
@@ -66,7 +71,7 @@ def batch(
         }
         journal = opened.enter_context(Journal(lines, decisive))
         if attention:
-            attention.mkdir(parents=True, exist_ok=True)
+            attention.mkdir(mode=0o700, parents=True, exist_ok=True)
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()

@@ -13,7 +13,7 @@ from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, print_problems, progress, talk
 from cxr_retrieval.cli.query import print_result
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 _PER_CLASS = 12
 _QUERY_SEED, _QUERY_LABEL = 1000, "covid19"
@@ -27,6 +27,7 @@ def demo(
     """Show the whole path on synthetic radiographs: serve, ingest, query, picture, page; then stop everything."""
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.locations import default_repository
@@ -57,15 +58,16 @@ def demo(
         server = stack.enter_context(embedded_triton(server_options))
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc)))
-        store = stack.enter_context(Store(MilvusSettings(str(out / "gallery.db")), client.model_version, create=True))
+        keys = stack.enter_context(open_pseudonyms(PseudonymSettings(out / "pseudonym.key"), create=True))
+        store = stack.enter_context(Store(MilvusSettings(str(out / "gallery.db")), client.model_version, keys, create=True))
         with progress("ingesting", len(rows)) as advance:
             report = embedding.ingest(rows, reader, client, store, advance)
         print_problems(report.problems)
         if report.problems:
             raise SetupError("the demo gallery is damaged", next_step=f"remove {out} and run the demo again")
         result = query(image, reader, client, store)
-        write_montage(result, out / "query.png", reader)
-        write_html(result, out / "query.html", reader)
+        write_montage(result, out / "query.png", reader, store.thumbnails)
+        write_html(result, out / "query.html", reader, store.thumbnails)
     console.print(
         f"The query was drawn as {_QUERY_LABEL}. The shipped weights learnt from real radiographs, never from phantoms: "
         "this shows the path, not how well they tell diseases apart."
@@ -73,5 +75,5 @@ def demo(
     if json:
         print_json(result.as_json())
     else:
-        print_result(result)
+        print_result(result, image.name)
     console.print(f"picture  {(out / 'query.png').resolve()}\npage     {(out / 'query.html').resolve()}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,8 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, print_problems, progress, results, talk
-from cxr_retrieval.errors import StoreError
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.errors import SetupError, StoreError
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.archive.embedding import Embedded
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def evaluate(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
     gallery: Annotated[Path, typer.Option(help="Manifest of the gallery.")],
     queries: Annotated[Path, typer.Option(help="Manifest of the queries.")],
     gallery_split: Annotated[str | None, typer.Option(help="Only gallery rows of this split; without it all but 'extra'.")] = None,
@@ -38,6 +40,7 @@ def evaluate(
     """
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.evaluation import metrics
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
@@ -48,24 +51,23 @@ def evaluate(
         "queries": read_manifest(queries).require(split=queries_split),
     }
     found: dict[str, Embedded] = {}
-    with FilmReader() as reader, TritonClient(triton) as client:
+    with ExitStack() as opened:
+        reader = opened.enter_context(FilmReader())
+        client = opened.enter_context(TritonClient(triton))
         try:
-            store = Store(milvus, client.model_version)
-        except StoreError as error:
+            keys = opened.enter_context(open_pseudonyms(pseudonyms))
+            store = opened.enter_context(Store(milvus, client.model_version, keys))
+        except (StoreError, SetupError) as error:
             talk().print(f"computing every vector now: {error}", soft_wrap=True)
             store = None
-        try:
-            for name, wanted in rows.items():
-                with progress(name, len(wanted)) as advance:
-                    found[name] = embedding.embed_rows(wanted, reader, client, store, advance)
-                talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
-        finally:
-            if store is not None:
-                store.close()
+        for name, wanted in rows.items():
+            with progress(name, len(wanted)) as advance:
+                found[name] = embedding.embed_rows(wanted, reader, client, store, advance)
+            talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
         version = client.model_version
     problems = [problem for part in found.values() for problem in part.problems]
     print_problems(problems)
-    rows_of = {name: [entry.row for entry in part.entries] for name, part in found.items()}
+    rows_of = {name: part.rows for name, part in found.items()}
     *patients, warnings = metrics.comparable_patients(rows_of["gallery"], rows_of["queries"])
     sets = [_labelled(found[name], keys) for name, keys in zip(found, patients, strict=True)]
     result = metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings)
@@ -80,7 +82,7 @@ def evaluate(
 def _labelled(embedded: Embedded, patients: Sequence[str]) -> LabelledSet:
     from cxr_retrieval.evaluation.metrics import LabelledSet
 
-    rows = [entry.row for entry in embedded.entries]
+    rows = embedded.rows
     return LabelledSet(
         [row.image_id for row in rows],
         embedded.embeddings,

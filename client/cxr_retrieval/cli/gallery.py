@@ -1,18 +1,19 @@
-"""`cxr gallery`: takes cases out of the galleries, and says so in the audit log."""
+"""`cxr gallery`: takes cases out of the galleries, and says so in the audit log; leads from a pseudonym back to a case."""
 
 from __future__ import annotations
 
 import json as jsonlib
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json
 from cxr_retrieval.errors import InputError, UsageError
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 
-app = typer.Typer(help="Take cases, or a whole gallery, out of Milvus.", no_args_is_help=True)
+app = typer.Typer(help="Take cases, or a whole gallery, out of Milvus; ask who a pseudonym is.", no_args_is_help=True)
 
 _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no patient.")]
 
@@ -21,6 +22,7 @@ _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no pati
 @options.with_servers
 def remove(
     milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
     image: Annotated[list[str] | None, typer.Option(metavar="ID", help="The case with this image_id; may be repeated.")] = None,
     patient: Annotated[str | None, typer.Option(metavar="ID", help="Every case with this patient_id.")] = None,
     source: Annotated[str | None, typer.Option(help="Of --patient: only cases of this source.")] = None,
@@ -32,15 +34,17 @@ def remove(
 ) -> None:
     """Remove cases from the galleries of every model version: a patient who withdrew consent, a wrong file, a whole source."""
     from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.store import remove_cases
 
     clause = _clause(image or [], patient, source, where)
-    if dry_run:
-        found = remove_cases(milvus, clause, dry_run=True)
-    else:
-        with audited(audit.expanduser(), "gallery remove", reason) as removed:
-            found = remove_cases(milvus, clause)
-            removed.update(found)
+    with open_pseudonyms(pseudonyms) as keys:
+        if dry_run:
+            found = remove_cases(milvus, keys, clause, dry_run=True)
+        else:
+            with audited(audit.expanduser(), "gallery remove", reason) as removed:
+                found = remove_cases(milvus, keys, clause)
+                removed.update(found)
     if json:
         print_json({"dry_run": dry_run, "removed": {name: len(keys) for name, keys in found.items()}})
     else:
@@ -66,6 +70,57 @@ def drop(
         removed[collection] = ["*"]
         rows = drop_gallery(milvus, collection)
     typer.echo(f"{collection}: dropped, {rows} cases")
+
+
+@app.command()
+@options.with_servers
+def whois(
+    pseudonyms: PseudonymSettings,
+    pseudonym: Annotated[
+        list[str], typer.Argument(metavar="PSEUDONYM...", help="Of an image or a patient; its first 8 hex digits are enough.")
+    ],
+    json: options.Json = False,
+) -> None:
+    """Lead pseudonyms, as pages, results and the audit log show them, back to image, file and patient; for whoever has the local table."""
+    from cxr_retrieval.cases.pseudonyms import DIGITS, MIN_PREFIX, open_pseudonyms
+
+    for digits in pseudonym:
+        if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},{DIGITS}}}", digits):
+            raise UsageError(
+                "not a pseudonym",
+                expected=f"{MIN_PREFIX} to {DIGITS} hex digits",
+                got=repr(digits),
+                next_step="copy it from a page or result",
+            )
+    unknown: list[str] = []
+    people: list[dict[str, Any]] = []
+    with open_pseudonyms(pseudonyms) as keys:
+        for digits in pseudonym:
+            images, patients = keys.images_like(digits), keys.patients_like(digits)
+            people += [
+                {
+                    "pseudonym": key,
+                    "image_id": original.image_id,
+                    "path": str(original.path),
+                    "member": original.member,
+                    "patient_id": original.patient_id,
+                }
+                for key, original in images.items()
+            ]
+            people += [{"pseudonym": key, "patient_id": patient, "images": of} for key, (patient, of) in patients.items()]
+            unknown += [] if images or patients else [digits]
+    if json:
+        print_json({"known": people, "unknown": unknown})
+    else:
+        for one in people:
+            told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in one.items() if value is not None}
+            typer.echo("  ".join(f"{name} {value}" for name, value in told.items()))
+    if unknown:
+        raise InputError(
+            f"unknown pseudonym: {', '.join(unknown)}",
+            expected=f"one that {keys.table} leads back",
+            next_step="ask where the case was ingested, or give that table with --pseudonym-table",
+        )
 
 
 def _clause(images: list[str], patient: str | None, source: str | None, where: str) -> str:

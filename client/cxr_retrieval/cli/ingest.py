@@ -13,7 +13,7 @@ from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, talk, until_interrupted
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.cases.manifest import ManifestRow
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def ingest(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -38,6 +39,10 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
     ] = False,
+    thumbnails: Annotated[
+        ThumbnailKind,
+        typer.Option("--thumbnails", help="Also keep each picture in Milvus: nothing outside the lungs, or all of it."),
+    ] = ThumbnailKind.none,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -46,8 +51,10 @@ def ingest(
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
+    from cxr_retrieval.cases.fields import identifies
     from cxr_retrieval.cases.manifest import read_manifest
-    from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store, case_key
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
 
@@ -55,11 +62,17 @@ def ingest(
     _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
     listed = read_manifest(manifest) if manifest else None
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
+    rows = chosen or ()
+    left_out = sorted({column for row in rows for column in row.fields if identifies(column)})
+    if left_out:
+        advice = "One that does not can be stored under another name"
+        talk().print(f"not stored, for by their names they tell who somebody is: {', '.join(left_out)}. {advice}", soft_wrap=True)
     gone: Sequence[str] = ()
     with (
         FilmReader() as reader,
         TritonClient(triton) as client,
-        Store(milvus, client.model_version, create=True) as store,
+        open_pseudonyms(pseudonyms, create=True) as keys,
+        Store(milvus, client.model_version, keys, create=True) as store,
     ):
         with until_interrupted() as stop, progress_bar() as bar:
             task = bar.add_task("ingesting", total=None if chosen is None else len(chosen))
@@ -70,13 +83,14 @@ def ingest(
                 client,
                 store,
                 advance=lambda count: bar.update(task, advance=count),
+                thumbnails=thumbnails,
                 stop=stop,
                 tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
                 patience_s=patience,
             )
         if listed and prune and not report.pending:
-            with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
-                gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
+            with audited(audit.expanduser(), "ingest --prune", f"manifest with SHA-256 {listed.sha256}") as removed:
+                gone = store.prune({keys.image(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 removed[store.collection] = gone
         total = store.count()
         version, collection = client.model_version, store.collection

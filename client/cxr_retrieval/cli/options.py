@@ -12,7 +12,16 @@ from typing import Annotated, Any, Final
 import typer
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON, MilvusSettings, Tls, TritonSettings
+from cxr_retrieval.settings import (
+    DEFAULT_AUDIT,
+    DEFAULT_MILVUS,
+    DEFAULT_PSEUDONYM_KEY,
+    DEFAULT_TRITON,
+    MilvusSettings,
+    PseudonymSettings,
+    Tls,
+    TritonSettings,
+)
 
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
@@ -21,6 +30,7 @@ INPUTS: Final = (
     "or - for a list of names on stdin."
 )
 """What a PATH may be, where films in bulk are asked for."""
+_PSEUDONYMS: Final = "Pseudonyms"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[
@@ -151,11 +161,36 @@ def secret(file: Path | None, variable: str) -> str:
     return found
 
 
-_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus}
+def _pseudonyms(
+    pseudonym_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CXR_PSEUDONYM_KEY_FILE",
+            help="File with the key (0600); or CXR_PSEUDONYM_KEY holds it.",
+            rich_help_panel=_PSEUDONYMS,
+            show_default=f"in {DEFAULT_PSEUDONYM_KEY.parent}",
+        ),
+    ] = None,
+    pseudonym_table: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CXR_PSEUDONYM_TABLE",
+            help="Table that leads back to ids and files.",
+            rich_help_panel=_PSEUDONYMS,
+            show_default="beside the key",
+        ),
+    ] = None,
+) -> PseudonymSettings:
+    return PseudonymSettings(pseudonym_key, pseudonym_table, secret(None, "CXR_PSEUDONYM_KEY"))
+
+
+_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus, "pseudonyms": _pseudonyms}
 
 
 def with_servers(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, in the place of its parameters `triton: TritonSettings` and `milvus: MilvusSettings`, the options that make them."""
+    """Gives a command, in the place of its parameters `triton: TritonSettings`, `milvus: MilvusSettings` and
+    `pseudonyms: PseudonymSettings`, the options that make them.
+    """
     parameters = inspect.signature(command, eval_str=True).parameters
     makers = {name: inspect.signature(make, eval_str=True).parameters for name, make in _MADE_BY.items() if name in parameters}
     options = {name: option for made in makers.values() for name, option in made.items()}

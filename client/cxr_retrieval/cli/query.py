@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.gallery.store import Neighbour
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def query(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
     image: Annotated[Path, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF.")],
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
     where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
@@ -32,7 +33,7 @@ def query(
     patient: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="The gallery's patient_id of this patient, whose films do not vote.", show_default="DICOM's Patient ID"
+            metavar="ID", help="The patient_id of this patient, whose films in the gallery do not vote.", show_default="DICOM's Patient ID"
         ),
     ] = None,
     include_own: Annotated[
@@ -43,33 +44,38 @@ def query(
     from cxr_retrieval.radiograph.decoding import FilmReader
 
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.retrieval.picture import write_html, write_montage
         from cxr_retrieval.retrieval.query import query as answer
 
-        with TritonClient(triton) as client, Store(milvus, client.model_version) as store:
+        with (
+            TritonClient(triton) as client,
+            open_pseudonyms(pseudonyms) as keys,
+            Store(milvus, client.model_version, keys) as store,
+        ):
             result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
-        if html:
-            write_html(result, html, reader)
-        if picture:
-            write_montage(result, picture, reader)
+            if html:
+                write_html(result, html, reader, store.thumbnails)
+            if picture:
+                write_montage(result, picture, reader, store.thumbnails)
     if json:
         print_json(result.as_json())
     else:
-        print_result(result)
+        print_result(result, str(image))
     for path in filter(None, (html, picture)):
         talk().print(f"wrote {path}")
 
 
-def print_result(result: QueryResult) -> None:
-    """The answer as a table on stdout."""
+def print_result(result: QueryResult, name: str) -> None:
+    """The answer as a table on stdout; `name` is what its reader calls the film."""
     from cxr_retrieval.retrieval.picture import DISCLAIMER
 
     console = results()
     shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
     vote = result.prediction
-    console.print(Text.assemble((result.image_id, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
+    console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
     console.print(_table(result.neighbours, numbered=True))
     if result.own:
         console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")

@@ -2,6 +2,9 @@
 
 One collection holds the embeddings of one model version (`cxr_<version>`), because vectors of two versions cannot be
 compared. After an ingest the alias `cxr` points to it, for tools that look at the gallery from outside.
+
+No id and no path stands there: images and patients have keyed pseudonyms. Whoever uses this module speaks of ids, and gets them back as
+far as the local table knows them.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from pymilvus.exceptions import MilvusException
 
 from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
+from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
-from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients
+from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients, with_pseudonyms
 from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, one_blas_thread, silent, translated
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
+from cxr_retrieval.gallery.thumbnails import Thumbnail, Thumbnails
+from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
 ALIAS: Final = "cxr"
 PREFIX: Final = "cxr_"
@@ -45,13 +51,14 @@ LITE_COMFORTABLE_ROWS: Final = 100_000
 MAX_HITS: Final = 16_384
 """Of one search: Milvus' own limit."""
 
+FINGERPRINT: Final = "cxr.pseudonyms"
+"""Property of a collection that tells under which key its pseudonyms were made. Milvus Lite forgets descriptions; it keeps properties."""
+
 _NAMED: Final = {
-    "image_id": 512,
     "label": 256,
-    "patient_id": 512,
+    "patient_id": 32,
     "source": 256,
     "split": 64,
-    "path": 4096,
     "file": 64,
     "facts": 64,
     "pixels": 64,
@@ -60,15 +67,25 @@ _NAMED: Final = {
 _OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
 _INTERNAL: Final = frozenset({"file", "facts", "pixels"})
 """Digests, of no use in a clause."""
-FILTER_FIELDS: Final = frozenset({"key", "extra", *_NAMED, *CLINICAL_FIELDS}) - _INTERNAL
-"""Names that a clause may use."""
+FILTER_FIELDS: Final = frozenset({"key", "image_id", "extra", *_NAMED, *CLINICAL_FIELDS}) - _INTERNAL
+"""Names that a clause may use; ids become pseudonyms before Milvus sees them."""
+_IN_CLEAR: Final = frozenset({"image_id", "path"})
+"""Fields of galleries made before there were pseudonyms."""
 _MILVUS_TYPES: Final = {"number": DataType.DOUBLE, "flag": DataType.BOOL, "text": DataType.VARCHAR}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One gallery image as stored. `metadata` holds the clinical facts that are known; `file` and `pixels` are SHA-256 digests of the
-    file's bytes and of the 256×256 picture.
+    """One gallery image.
+
+    Attributes:
+        key: Its pseudonym.
+        image_id: As the local table has it; where that does not know it, `key`.
+        patient_id: The patient's pseudonym.
+        path: Of its file, as the local table has it, or None; `member` is set if that is a ZIP that holds it.
+        metadata: The clinical facts that are known.
+        file: Keyed digest of the file's bytes (`Pseudonyms.digest`).
+        pixels: The same of the 256×256 picture.
     """
 
     key: str
@@ -77,10 +94,11 @@ class Case:
     patient_id: str | None
     source: str | None
     split: str | None
-    path: Path
+    path: Path | None
     metadata: Mapping[str, Value]
     file: str
     pixels: str
+    member: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,37 +111,35 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case about to be stored: its manifest row, typed fields and the SHA-256 of its file; its embedding comes later."""
+    """A case about to be stored; its embedding comes later.
+
+    Attributes:
+        original: What its pseudonym stands for; kept in the local table alone.
+        key: Its pseudonym, and primary key: of the image_id alone, so that a corrected row replaces itself whatever was wrong with it.
+        patient: The patient's pseudonym.
+        known: Values of clinical fields. extra: Of columns of the user's own.
+        file: Keyed digest of the file's bytes.
+    """
 
     row: ManifestRow
+    original: Original
+    key: str
+    patient: str | None
     known: Mapping[str, Value]
     extra: Mapping[str, Value]
     file: str
 
     @property
-    def key(self) -> str:
-        """Its primary key."""
-        return case_key(self.row.image_id)
-
-    @property
     def facts(self) -> str:
         """SHA-256 over all that is stored beside the picture."""
         row = self.row
-        told = [
-            row.label,
-            row.patient_id,
-            row.source,
-            row.split,
-            str(row.path.resolve()),
-            sorted(self.known.items()),
-            sorted(self.extra.items()),
-        ]
+        told = [row.label, self.patient, row.source, row.split, sorted(self.known.items()), sorted(self.extra.items())]
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the gallery holds under a key, as far as an ingest must know: digests, and whose it is."""
+    """What the gallery holds under a key, as far as an ingest must know: digests (of file and picture keyed), and whose it is."""
 
     file: str
     facts: str
@@ -131,19 +147,13 @@ class Held:
     source: str | None
 
 
-def case_key(image_id: str) -> str:
-    """Primary key: 32 hex digits of SHA-256 over image_id alone, so that a corrected row replaces itself whatever was wrong with it."""
-    return hashlib.sha256(image_id.encode()).hexdigest()[:32]
-
-
-def make_entry(row: ManifestRow, file: str) -> Entry:
-    """Types a row's columns; `file` is the SHA-256 of its file.
+def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms, member: str | None = None) -> Entry:
+    """Types a row's columns; `file` is the SHA-256 of its file, or of the member of the ZIP that it is.
 
     Raises:
         InputError: A clinical value that cannot be understood, or a cell longer than the gallery's field.
     """
-    cells = {"image_id": row.image_id, "label": row.label, "patient_id": row.patient_id, "source": row.source, "split": row.split}
-    for name, text in {**cells, "path": str(row.path.resolve())}.items():
+    for name, text in {"label": row.label, "source": row.source, "split": row.split}.items():
         size = len((text or "").encode())
         if size > _NAMED[name]:
             raise InputError(
@@ -161,7 +171,15 @@ def make_entry(row: ManifestRow, file: str) -> Entry:
             got=f"{size}, in {len(extra)} columns",
             next_step="leave columns out of the manifest",
         )
-    return Entry(row, known, extra, file)
+    return Entry(
+        row,
+        Original(row.image_id, row.path.resolve(), row.member, row.patient_id),
+        pseudonyms.image(row.image_id),
+        None if row.patient_id is None else pseudonyms.patient(row.patient_id),
+        known,
+        extra,
+        pseudonyms.digest(file),
+    )
 
 
 class Store:
@@ -170,14 +188,16 @@ class Store:
     Args:
         settings: Where Milvus is.
         model_version: Which weights the embeddings come from.
+        pseudonyms: The key under which the gallery was, or will be, filled.
         create: Make the collection if it is not there (ingest), or complain (query).
 
     Raises:
-        StoreError: Not reachable, locked by another process, not authorised, no gallery, or vectors of another size.
+        StoreError: Not reachable, locked by another process, not authorised, no gallery, vectors of another size, or another key.
     """
 
-    def __init__(self, settings: MilvusSettings, model_version: str, *, create: bool = False) -> None:
+    def __init__(self, settings: MilvusSettings, model_version: str, pseudonyms: Pseudonyms, *, create: bool = False) -> None:
         self._settings = settings
+        self.pseudonyms = pseudonyms
         self.collection = f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
         if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
             raise StoreError(
@@ -187,6 +207,7 @@ class Store:
                 next_step="correct --milvus, or run `cxr ingest` first",
             )
         self._client: Any = connect(settings)
+        self._thumbnails = Thumbnails(self._client, settings)
         self._limits = ExitStack()
         if settings.is_lite:
             self._limits.enter_context(one_blas_thread())
@@ -260,11 +281,35 @@ class Store:
         return rows
 
     def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
-        """Stores entries with the digests of their pictures and their embeddings `[n, 64]`; an entry stored before is replaced whole."""
+        """Stores entries with the keyed digests of their pictures and their embeddings `[n, 64]`; one stored before is replaced whole.
+
+        The local table has them first: no pseudonym is ever in the gallery that does not lead back.
+        """
+        self.pseudonyms.remember([entry.original for entry in entries])
         rows = (self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True))
         with translated(self._settings):
             for some in by_bytes(rows):
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
+
+    def keep_thumbnails(self, thumbnails: Sequence[Thumbnail]) -> None:
+        """Keeps pictures of cases, in a collection that all model versions share."""
+        with translated(self._settings):
+            self._thumbnails.put(thumbnails)
+
+    def remove_thumbnails(self, keys: Collection[str]) -> None:
+        """Takes pictures out: those of films that have been replaced."""
+        with translated(self._settings):
+            self._thumbnails.remove(keys)
+
+    def thumbnails(self, keys: Sequence[str]) -> dict[str, Thumbnail]:
+        """Key → the picture that is kept of this case, for those that have one."""
+        with translated(self._settings):
+            return self._thumbnails.get(keys)
+
+    def thumbnail_kinds(self, keys: Sequence[str]) -> dict[str, ThumbnailKind]:
+        """Key → which picture is kept of this case, for those that have one."""
+        with translated(self._settings):
+            return self._thumbnails.kinds(keys)
 
     def publish(self) -> None:
         """Ends an ingest: seals what was written, and points the alias `cxr` at this collection.
@@ -273,6 +318,7 @@ class Store:
         """
         with translated(self._settings):
             self._client.flush(self.collection, timeout=self._settings.timeout_s)
+            self._thumbnails.seal()
             try:
                 with silent("pymilvus.decorators"):  # it logs the stack of a refused call, which here is an answer
                     self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
@@ -284,24 +330,23 @@ class Store:
         return self.search_many(embedding[None], top_k, where)[0]
 
     def search_many(self, embeddings: NDArray[np.float32], top_k: int, where: str = "") -> list[list[Neighbour]]:
-        """For each embedding the `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of image_id.
+        """For each embedding the `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of key.
 
         A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
         for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
 
         Args:
             embeddings: `[n, 64]`, unit length.
-            where: Milvus boolean expression over the stored fields.
+            where: Milvus boolean expression over the stored fields; ids in it become pseudonyms here.
 
         Raises:
             UsageError: The expression is malformed or names an unknown field.
             StoreError: The search failed.
         """
-        if where:
-            check_filter(where, FILTER_FIELDS)
-            where = keep_unknown_patients(where) if self._nullable else where
+        asked = _as_stored(where, self.pseudonyms)
+        asked = keep_unknown_patients(asked) if self._nullable else asked
         at_once = max(1, SEARCH_ROWS // top_k)
-        found: list[list[Neighbour]] = []
+        found: list[list[tuple[dict[str, Any], float]]] = []
         with translated(self._settings, where):
             for start in range(0, len(embeddings), at_once):
                 answers = self._client.search(
@@ -309,28 +354,35 @@ class Store:
                     data=embeddings[start : start + at_once].tolist(),
                     anns_field="embedding",
                     limit=top_k,
-                    filter=where,
+                    filter=asked,
                     output_fields=["*"],
                     search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
                     consistency_level="Session",
                     timeout=self._settings.timeout_s,
                 )
-                found += [[Neighbour(_case(hit["entity"]), float(hit["distance"])) for hit in hits] for hits in answers]
-        return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.image_id)) for hits in found]
+                found += [[(hit["entity"], float(hit["distance"])) for hit in hits] for hits in answers]
+        originals = self.pseudonyms.originals({row["key"] for hits in found for row, _ in hits})
+        neighbours = [[Neighbour(_case(row, originals.get(row["key"])), similarity) for row, similarity in hits] for hits in found]
+        return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
         """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""
         with translated(self._settings):
             rows = list(_rows(self._client, self.collection, 'key != ""', ["*"], self._settings.timeout_s))
         rows.sort(key=lambda row: str(row["key"]))
-        return [_case(row) for row in rows], np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
+        originals = self.pseudonyms.originals([row["key"] for row in rows])
+        cases = [_case(row, originals.get(row["key"])) for row in rows]
+        return cases, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
 
     def prune(self, keep: Collection[str], sources: Collection[str | None]) -> list[str]:
-        """Removes the cases of these sources (None: of no source) whose key is not to be kept; returns the keys removed."""
+        """Removes the cases of these sources (None: of no source) whose key is not to be kept, and their thumbnails where no other model
+        version's gallery holds them; returns the keys removed.
+        """
         with translated(self._settings):
             rows = _rows(self._client, self.collection, 'key != ""', ["key", "source"], self._settings.timeout_s)
             gone = sorted(row["key"] for row in rows if row.get("source") in sources and row["key"] not in keep)
             _delete(self._client, self.collection, gone, self._settings.timeout_s)
+            _remove_orphans(self._client, self._settings, gone)
         return gone
 
     def _create(self) -> None:
@@ -353,13 +405,18 @@ class Store:
         else:
             index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 32, "efConstruction": 256})
         self._client.create_collection(
-            self.collection, schema=schema, index_params=index, consistency_level="Strong", timeout=self._settings.timeout_s
+            self.collection,
+            schema=schema,
+            index_params=index,
+            consistency_level="Strong",
+            properties={FINGERPRINT: self.pseudonyms.fingerprint},
+            timeout=self._settings.timeout_s,
         )
 
     def _check_schema(self) -> None:
-        fields = {
-            field["name"]: field for field in self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
-        }
+        about = self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)
+        _refuse_in_clear(about)
+        fields = {field["name"]: field for field in about["fields"]}
         got = fields.get("embedding", {}).get("params", {}).get("dim")
         if got is None or int(got) != EMBEDDING_SIZE:
             raise StoreError(
@@ -378,16 +435,15 @@ class Store:
                 got=", ".join(f"{name} ({DataType(fields[name]['type']).name})" if name in fields else f"no {name}" for name in other),
                 next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
+        _refuse_another_key(about, self.pseudonyms)
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
         named = {
-            "image_id": row.image_id,
             "label": row.label,
-            "patient_id": row.patient_id,
+            "patient_id": entry.patient,
             "source": row.source,
             "split": row.split,
-            "path": str(row.path.resolve()),
             "file": entry.file,
             "facts": entry.facts,
             "pixels": pixels,
@@ -408,40 +464,48 @@ def list_collections(settings: MilvusSettings) -> dict[str, str]:
         return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
 
 
-def remove_cases(settings: MilvusSettings, where: str, *, dry_run: bool = False) -> dict[str, list[str]]:
-    """Takes the cases that meet a clause out of the galleries of every model version; returns the keys by collection, where there are any.
+def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *, dry_run: bool = False) -> dict[str, list[str]]:
+    """Takes the cases that meet a clause out of the galleries of every model version, with their thumbnails, and out of the local table.
 
     Args:
         dry_run: Only look which they are.
 
+    Returns:
+        Collection → keys, where there are any.
+
     Raises:
         UsageError: The clause is malformed or names an unknown field.
-        StoreError: Not reachable, or the removal failed.
+        StoreError: Not reachable, a gallery in clear or of another key, or the removal failed.
     """
-    check_filter(where, FILTER_FIELDS)
+    asked = _as_stored(where, pseudonyms)
     found: dict[str, list[str]] = {}
     with connected(settings, where) as client:
-        for name in sorted(client.list_collections(timeout=settings.timeout_s)):
-            if not name.startswith(PREFIX):
-                continue
+        for name in _galleries(client, settings):
+            about = client.describe_collection(name, timeout=settings.timeout_s)
+            _refuse_in_clear(about)
+            _refuse_another_key(about, pseudonyms)  # whose cases this key does not find
             client.load_collection(name, timeout=settings.timeout_s)
-            keys = sorted(row["key"] for row in _rows(client, name, where, ["key"], settings.timeout_s))
+            keys = sorted(row["key"] for row in _rows(client, name, asked, ["key"], settings.timeout_s))
             if keys:
                 found[name] = keys
-            if not dry_run:
+        if not dry_run:
+            gone = {key for keys in found.values() for key in keys}
+            pseudonyms.forget(gone)  # first: should this be killed, the same command finds the cases again, for it needs the key alone
+            Thumbnails(client, settings).remove(gone)
+            for name, keys in found.items():
                 _delete(client, name, keys, settings.timeout_s)
     return found
 
 
 def drop_gallery(settings: MilvusSettings, collection: str) -> int:
-    """Removes a whole gallery; returns how many cases it held.
+    """Removes a whole gallery, and the thumbnails that no other gallery has a case for; returns how many cases it held.
 
     Raises:
         UsageError: No such gallery.
         StoreError: Not reachable.
     """
     with connected(settings) as client:
-        names = sorted(name for name in client.list_collections(timeout=settings.timeout_s) if name.startswith(PREFIX))
+        names = _galleries(client, settings)
         if collection not in names:
             raise UsageError(
                 f"no gallery {collection}", expected=", ".join(names) or "a gallery; there is none", next_step="correct the name"
@@ -450,6 +514,10 @@ def drop_gallery(settings: MilvusSettings, collection: str) -> int:
         for alias in client.list_aliases(collection, timeout=settings.timeout_s)["aliases"]:
             client.drop_alias(alias, timeout=settings.timeout_s)
         client.drop_collection(collection, timeout=settings.timeout_s)
+        if client.has_collection(THUMBNAILS, timeout=settings.timeout_s):
+            client.load_collection(THUMBNAILS, timeout=settings.timeout_s)
+            kept = [row["key"] for row in _rows(client, THUMBNAILS, 'key != ""', ["key"], settings.timeout_s)]
+            _remove_orphans(client, settings, kept)
         return rows
 
 
@@ -477,6 +545,53 @@ def _size(value: Any) -> int:
     return 8 * len(value) if isinstance(value, list) else 8
 
 
+def _as_stored(where: str, pseudonyms: Pseudonyms) -> str:
+    """A clause, checked, with pseudonyms in the place of ids."""
+    check_filter(where, FILTER_FIELDS)
+    return with_pseudonyms(where, {"image_id": pseudonyms.image, "patient_id": pseudonyms.patient})
+
+
+def _galleries(client: Any, settings: MilvusSettings) -> list[str]:
+    return sorted(name for name in client.list_collections(timeout=settings.timeout_s) if name.startswith(PREFIX))
+
+
+def _refuse_in_clear(about: Mapping[str, Any]) -> None:
+    """`about` is what Milvus says of a collection."""
+    in_clear = sorted(_IN_CLEAR & {field["name"] for field in about["fields"]})
+    if in_clear:
+        raise StoreError(
+            f"collection {about['collection_name']} holds image ids and paths in clear",
+            expected="pseudonyms alone, as this version of the system keeps them",
+            got=f"fields {', '.join(in_clear)}",
+            next_step=f"`cxr gallery drop {about['collection_name']}`, and ingest again",
+        )
+
+
+def _refuse_another_key(about: Mapping[str, Any], pseudonyms: Pseudonyms) -> None:
+    name, fingerprint = about["collection_name"], about.get("properties", {}).get(FINGERPRINT)
+    if fingerprint != pseudonyms.fingerprint:
+        raise StoreError(
+            f"collection {name} was filled under another pseudonym key",
+            expected=f"the key with the fingerprint {fingerprint}",
+            got=f"one with {pseudonyms.fingerprint}",
+            next_step=f"give that key (--pseudonym-key, CXR_PSEUDONYM_KEY), or `cxr gallery drop {name}` and ingest again",
+        )
+
+
+def _remove_orphans(client: Any, settings: MilvusSettings, keys: Sequence[str]) -> None:
+    """Takes out the thumbnails of those cases that are in no gallery any more."""
+    orphans = set(keys)
+    if not orphans or not client.has_collection(THUMBNAILS, timeout=settings.timeout_s):
+        return
+    for name in _galleries(client, settings):
+        if FINGERPRINT in client.describe_collection(name, timeout=settings.timeout_s).get("properties", {}):  # others have none
+            client.load_collection(name, timeout=settings.timeout_s)
+            for start in range(0, len(keys), UPSERT_ROWS):
+                clause = f"key in {json.dumps(list(keys[start : start + UPSERT_ROWS]))}"
+                orphans -= {row["key"] for row in _rows(client, name, clause, ["key"], settings.timeout_s)}
+    Thumbnails(client, settings).remove(orphans)
+
+
 def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
     """Every row that meets the clause, in batches under the hood."""
     with silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
@@ -495,18 +610,19 @@ def _delete(client: Any, collection: str, keys: Sequence[str], timeout_s: float)
         client.flush(collection, timeout=timeout_s)
 
 
-def _case(row: Mapping[str, Any]) -> Case:
+def _case(row: Mapping[str, Any], original: Original | None) -> Case:
     facts: dict[str, Value] = {name: row[name] for name in CLINICAL_FIELDS if row.get(name) is not None}
     facts |= row.get("extra") or {}
     return Case(
         row["key"],
-        row["image_id"],
+        original.image_id if original else row["key"],
         row["label"],
         row.get("patient_id"),
         row.get("source"),
         row.get("split"),
-        Path(row["path"]),
+        original.path if original else None,
         facts,
         row["file"],
         row["pixels"],
+        original.member if original else None,
     )

@@ -94,6 +94,11 @@ class Film:
     pixels: str
     file: str
 
+    @property
+    def film_id(self) -> str:
+        """What a film is called that comes without a manifest: the same for the same file, whatever name and folder it has."""
+        return f"film-{self.file[:16]}"
+
 
 @dataclass(frozen=True)
 class Identity:

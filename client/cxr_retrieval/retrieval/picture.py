@@ -1,11 +1,16 @@
-"""What a reader looks at: the lung contour and attention over the query, its neighbours, and one self-contained HTML page."""
+"""What a reader looks at: the lung contour and attention over the query, its neighbours, and one self-contained HTML page.
+
+Cases are named by the beginning of their pseudonyms, never by an id or a path. Pictures, though, are shown as films are: what is burned
+into one can be read there. Files are readable by their owner alone.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cxr_retrieval.cases.fields import CLINICAL_FIELDS, Value
+from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
 from cxr_retrieval.errors import CxrError, SetupError
 from cxr_retrieval.gallery.store import Neighbour
+from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.query import QueryResult
+
+Thumbnails = Callable[[Sequence[str]], Mapping[str, Thumbnail]]
+"""Keys → stored pictures of these cases: `Store.thumbnails`."""
 
 DISCLAIMER: Final = "Research use only. Not for diagnosis."
 
@@ -86,8 +96,9 @@ def _tinted(grey: NDArray[np.float32], attention: NDArray[np.float32]) -> NDArra
     return (1 - alpha) * grey[..., None] + alpha * colour
 
 
-def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
+def montage(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> Image.Image:
     """One picture: the query, the query with contour and attention, the vote, and the neighbours with their facts."""
+    squares = _squares(result.neighbours, reader, thumbnails)
     columns = 5
     rows = -(-len(result.neighbours) // columns)
     gap, caption = 12, 74
@@ -119,28 +130,43 @@ def montage(result: QueryResult, reader: FilmReader) -> Image.Image:
     for number, hit in enumerate(result.neighbours):
         x = gap + (number % columns) * (_TILE + gap)
         y = top + (number // columns) * (_TILE + caption + gap)
-        canvas.paste(_square(Image.fromarray(_gallery_square(hit, reader)), _TILE), (x, y))
+        canvas.paste(_square(Image.fromarray(squares[hit.case.key]), _TILE), (x, y))
         draw.text((x, y + _TILE + 3), f"{number + 1}. {hit.case.label.replace('_', ' ')}"[:30], _INK, font=text)
-        draw.text((x, y + _TILE + 25), f"similarity {hit.similarity:.4f}", _MUTED, font=small)
+        draw.text((x, y + _TILE + 25), f"similarity {hit.similarity:.4f}   {hit.case.key[:SHOWN_DIGITS]}", _MUTED, font=small)
         for line, words in enumerate(textwrap.wrap(facts_line(hit.case.metadata), 36)[:2]):
             draw.text((x, y + _TILE + 41 + 16 * line), words, _MUTED, font=small)
     draw.text((gap, canvas.height - 24), f"{DISCLAIMER}  Model {result.model_version}.", _MUTED, font=small)
     return canvas
 
 
-def write_montage(result: QueryResult, path: Path, reader: FilmReader) -> None:
+def write_montage(result: QueryResult, path: Path, reader: FilmReader, thumbnails: Thumbnails) -> None:
     """Writes `montage` as PNG.
+
+    Args:
+        reader: Reads the neighbours' files where the local table leads to them.
+        thumbnails: Asked for the others.
 
     Raises:
         SetupError: The file cannot be written.
     """
     buffer = io.BytesIO()
-    montage(result, reader).save(buffer, "PNG")
+    montage(result, reader, thumbnails).save(buffer, "PNG")
     _write(path, buffer.getvalue())
 
 
-def write_html(result: QueryResult, path: Path, reader: FilmReader) -> None:
-    """Writes one page that needs no other file and no network.
+def write_png(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Writes a picture `[rows, columns]` or `[rows, columns, 3]`.
+
+    Raises:
+        SetupError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    _write(path, buffer.getvalue())
+
+
+def write_html(result: QueryResult, path: Path, reader: FilmReader, thumbnails: Thumbnails) -> None:
+    """Writes one page that needs no other file and no network; arguments as of `write_montage`.
 
     Raises:
         SetupError: The file cannot be written.
@@ -159,15 +185,22 @@ def write_html(result: QueryResult, path: Path, reader: FilmReader) -> None:
         overlay_image=_data_uri(np.asarray(shown)),
         colour_bar=_data_uri(colour_bar(256, 10)),
         scale=[words for _, words in _SCALE],
-        neighbours=_shown(result.neighbours, reader),
-        own=_shown(result.own, reader),
+        neighbours=_shown(result.neighbours, reader, thumbnails),
+        own=_shown(result.own, reader, thumbnails),
     )
     _write(path, page.encode())
 
 
-def _shown(hits: Sequence[Neighbour], reader: FilmReader) -> list[dict[str, Any]]:
+def _shown(hits: Sequence[Neighbour], reader: FilmReader, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+    squares = _squares(hits, reader, thumbnails)
     return [
-        {"rank": rank, "hit": hit, "image": _data_uri(_gallery_square(hit, reader)), "facts": _facts(hit)}
+        {
+            "rank": rank,
+            "hit": hit,
+            "name": hit.case.key[:SHOWN_DIGITS],
+            "image": _data_uri(squares[hit.case.key]),
+            "facts": _facts(hit),
+        }
         for rank, hit in enumerate(hits, start=1)
     ]
 
@@ -195,17 +228,29 @@ def _plain(value: Value) -> str:
     return value if isinstance(value, str) else f"{value:.10g}"
 
 
-def _gallery_square(hit: Neighbour, reader: FilmReader) -> NDArray[np.uint8]:
-    """The neighbour's picture from its own file, or an empty tile with a cross where that file is gone."""
-    try:
-        return reader.read(hit.case.path).square
-    except CxrError:
-        tile = Image.new("L", (_TILE, _TILE), 24)
-        draw = ImageDraw.Draw(tile)
-        draw.line((80, 80, 176, 176), fill=90, width=3)
-        draw.line((176, 80, 80, 176), fill=90, width=3)
-        draw.text((72, 196), "file not found", fill=150, font=ImageFont.load_default(17))
-        return np.asarray(tile)
+def _squares(hits: Sequence[Neighbour], reader: FilmReader, thumbnails: Thumbnails) -> dict[str, NDArray[np.uint8]]:
+    """Key → the case's picture: from its file, else as it is kept in the gallery, else a tile with a cross that says why there is none."""
+    found: dict[str, NDArray[np.uint8]] = {}
+    missing: dict[str, str] = {}
+    for hit in hits:
+        if hit.case.path is None:
+            missing[hit.case.key] = "no picture kept"
+            continue
+        try:
+            found[hit.case.key] = reader.submit(hit.case.path, hit.case.member).result().square
+        except CxrError:
+            missing[hit.case.key] = "file not found"
+    kept = thumbnails(list(missing)) if missing else {}
+    return found | {key: kept[key].square if key in kept else _empty_tile(why) for key, why in missing.items()}
+
+
+def _empty_tile(why: str) -> NDArray[np.uint8]:
+    tile = Image.new("L", (_TILE, _TILE), 24)
+    draw = ImageDraw.Draw(tile)
+    draw.line((80, 80, 176, 176), fill=90, width=3)
+    draw.line((176, 80, 80, 176), fill=90, width=3)
+    draw.text((_TILE / 2, 196), why, fill=150, font=ImageFont.load_default(17), anchor="ma")
+    return np.asarray(tile)
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -231,8 +276,12 @@ def _data_uri(pixels: NDArray[np.generic]) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """With rights 0600, whatever they were before: pages and pictures show patients."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate(0)
+            file.write(data)
     except OSError as error:
         raise SetupError(f"{path}: cannot be written", got=error.strerror or str(error), next_step="give another path") from error

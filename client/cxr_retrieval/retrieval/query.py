@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour, Store
@@ -34,9 +35,12 @@ WANTED: Final = (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
 
 @dataclass(frozen=True)
 class Asked:
-    """A film with what the networks say of it: `outputs` of WANTED, by name, without the batch dimension; attention may be left out."""
+    """A film with what the networks say of it: `outputs` of WANTED, by name, without the batch dimension; attention may be left out.
 
-    image_id: str
+    `image_id` as a manifest gives it; None: the film's own name, `Film.film_id`.
+    """
+
+    image_id: str | None
     film: Film
     outputs: Mapping[str, NDArray[np.generic]]
     patient: str | None
@@ -58,6 +62,7 @@ class QueryResult:
     """The answer to one radiograph.
 
     Attributes:
+        image_id: As a manifest gives it, else the film's own name, which is the same whatever its file is called.
         neighbours: The cases that voted, nearest first.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
     """
@@ -116,7 +121,8 @@ def query(
 
     Args:
         where: Milvus boolean expression that cases must meet, such as `age > 60`.
-        patient: The gallery's `patient_id` of this patient; by default DICOM's Patient ID (0010,0020). Compared here and sent nowhere.
+        patient: The `patient_id` of this patient as the gallery's manifest had it; by default DICOM's Patient ID (0010,0020). Its pseudonym
+            is compared here; nothing of it is sent anywhere.
         include_own: Let them vote like any other case.
 
     Raises:
@@ -129,7 +135,7 @@ def query(
         film = reader.read(image)
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
-    asked = Asked(image.name, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
+    asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
     (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own)
     if isinstance(result, UsageError):
         raise result
@@ -150,7 +156,7 @@ def answer(
     first = store.search_many(embeddings, min(top_k + OWN_EXPECTED, MAX_HITS), where)
     found: list[tuple[list[Neighbour], list[Neighbour]]] = []
     for one, embedding, hits in zip(asked, embeddings, first, strict=True):
-        is_own = _nobodys if include_own else _own_cases(one.film, one.patient)
+        is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
         found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
     search_ms = 1000 * (time.perf_counter() - started)
     return [_result(one, *hits, search_ms, model_version, top_k, where) for one, hits in zip(asked, found, strict=True)]
@@ -179,17 +185,21 @@ def _result(
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
     explanation = Explanation(film.square, film.box, mask, attention)
-    return QueryResult(asked.image_id, model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation)
+    return QueryResult(
+        asked.image_id or film.film_id, model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation
+    )
 
 
 def _nobodys(case: Case) -> bool:
     return False
 
 
-def _own_cases(film: Film, patient: str | None) -> Callable[[Case], bool]:
+def _own_cases(film: Film, patient_id: str | None, pseudonyms: Pseudonyms) -> Callable[[Case], bool]:
     """Which cases are the query's own: the same 256×256 picture, or the same patient (of whatever source, to be on the safe side)."""
-    patient = patient or film.patient_id
-    return lambda case: case.pixels == film.pixels or (patient is not None and case.patient_id == patient)
+    patient_id = patient_id or film.patient_id
+    patient = pseudonyms.patient(patient_id) if patient_id else None
+    pixels = pseudonyms.digest(film.pixels)
+    return lambda case: case.pixels == pixels or (patient is not None and case.patient_id == patient)
 
 
 def nearest_others(
@@ -197,7 +207,7 @@ def nearest_others(
 ) -> tuple[list[Neighbour], list[Neighbour]]:
     """The nearest `top_k` cases that are not the query's own, and those of its own that are as near as the last of them.
 
-    Own ones are told apart here and not by a clause: a clause would carry the patient's identity to Milvus, drop cases whose patient is
+    Own ones are told apart here and not by a clause: a clause would tell Milvus whose film is asked about, drop cases whose patient is
     unknown, and cost the index recall.
 
     Args:

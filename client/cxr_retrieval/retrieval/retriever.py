@@ -6,12 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 
 class Retriever:
@@ -24,14 +25,21 @@ class Retriever:
 
     Raises:
         InferenceError: No Triton, or its ensemble is not ready.
-        StoreError: No Milvus, or no gallery for this model version.
+        StoreError: No Milvus, or no gallery for this model version and key.
+        SetupError: No pseudonym key.
     """
 
-    def __init__(self, triton: TritonSettings | None = None, milvus: MilvusSettings | None = None) -> None:
+    def __init__(
+        self,
+        triton: TritonSettings | None = None,
+        milvus: MilvusSettings | None = None,
+        pseudonyms: PseudonymSettings | None = None,
+    ) -> None:
         with ExitStack() as opened:
             self.reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
             self.triton = opened.enter_context(TritonClient(triton or TritonSettings()))
-            self.store = opened.enter_context(Store(milvus or MilvusSettings(), self.triton.model_version))
+            keys = opened.enter_context(open_pseudonyms(pseudonyms or PseudonymSettings()))
+            self.store = opened.enter_context(Store(milvus or MilvusSettings(), self.triton.model_version, keys))
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Retriever:
