@@ -27,7 +27,8 @@ from cxr_retrieval.errors import AccessError, ServerDownError
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.phantoms import Phantom
 from cxr_retrieval.serving.access import credentials
-from cxr_retrieval.serving.server import Endpoints
+from cxr_retrieval.serving.choices import Precision
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import Tls, TritonSettings
 from tests_support import ENVIRONMENT, Served, cxr_command, run_cxr
 
@@ -51,9 +52,20 @@ class Locked:
 
 
 @pytest.fixture(scope="module")
-def locked(certificates: Certificates, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+def locked(certificates: Certificates, tiny: Path, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     path = certificates.path
-    own = ("--tls-cert", path("server.pem"), "--tls-key", path("server.key"), "--tls-client-ca", path("ours.pem"))
+    own = (
+        "--repository",
+        tiny,
+        "--precision",
+        "fp32",
+        "--tls-cert",
+        path("server.pem"),
+        "--tls-key",
+        path("server.key"),
+        "--tls-client-ca",
+        path("ours.pem"),
+    )
     environment = ENVIRONMENT | {"CXR_SERVE_TOKEN": TOKEN}
     served = Served(tmp_path_factory.mktemp("locked"), "--host", "0.0.0.0", *map(str, own), environment=environment)
     assert "locked   clients need TLS, a client certificate, a token (the gallery)\n" in served.said
@@ -69,6 +81,13 @@ def locked(certificates: Certificates, phantom_manifest: Path, tmp_path_factory:
     assert done.returncode == 0, done.stderr
     yield running
     served.stop()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> Iterator[Endpoints]:
+    """A Triton to stand a proxy before."""
+    with embedded_triton(ServerOptions(tiny, Precision.fp32, grpc_port=0, http_port=0, metrics_port=0)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +274,8 @@ def proxy(triton: str, tls: Tls | None) -> Generator[tuple[Door, str]]:
         server.stop(0).wait()
 
 
-def test_a_proxy_that_wants_token_and_header(server: Endpoints, certificates: Certificates, squares: NDArray[np.uint8]) -> None:
-    with proxy(server.grpc, certificates.tls("server", ca=None)) as (door, url):
+def test_a_proxy_that_wants_token_and_header(plain: Endpoints, certificates: Certificates, squares: NDArray[np.uint8]) -> None:
+    with proxy(plain.grpc, certificates.tls("server", ca=None)) as (door, url):
         tls, headers = certificates.tls(), (("x-api-key", API_KEY),)
         with TritonClient(TritonSettings(url, 20, tls, BEARER, headers)) as client:
             assert client.embed(squares[:2]).shape == (2, 64)
@@ -274,11 +293,11 @@ def test_a_proxy_that_wants_token_and_header(server: Endpoints, certificates: Ce
                 assert "planted" not in repr(settings)
 
 
-def test_a_token_that_ends_in_the_middle_of_a_batch_fails_no_film(server: Endpoints, films: Path, tmp_path: Path) -> None:
+def test_a_token_that_ends_in_the_middle_of_a_batch_fails_no_film(plain: Endpoints, films: Path, tmp_path: Path) -> None:
     """It ends the run; the same command with another token finishes the rest."""
     out, headers = tmp_path / "results.jsonl", tmp_path / "headers"
     headers.write_text(f"X-Api-Key: {API_KEY}\n")
-    with proxy(server.grpc, None) as (door, url):
+    with proxy(plain.grpc, None) as (door, url):
         command = ("batch", films, "--embed-only", "--out", out, "--triton", url, "--triton-header-file", headers)
         environment = ENVIRONMENT | {"CXR_TRITON_TOKEN": BEARER}
         door.until = 5

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
@@ -65,7 +65,7 @@ def keep_running(options: ServerOptions, restarts: Restarts, ready: Callable[[En
     retrying = Retrying(
         retry=retry_if_exception_type(SetupError),
         stop=stop_after_attempt(restarts.tries),
-        wait=wait_exponential_jitter(initial=restarts.first_s, max=restarts.longest_s, jitter=restarts.first_s),
+        wait=wait_exponential(multiplier=restarts.first_s, max=restarts.longest_s) + wait_random(0, restarts.first_s),
         before_sleep=wait,
         retry_error_callback=give_up,
     )
