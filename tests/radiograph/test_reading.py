@@ -510,6 +510,12 @@ def test_no_message_names_the_patient() -> None:
         read_radiograph(written(dicom(ramp(4095), who)), "film")
     assert "Series Description (0008,103E) LAT" in str(caught.value)
     assert not any(word in str(caught.value) for word in ("MUELLER", "Q4711", "1955"))
+    for element in ("PhotometricInterpretation", "Modality", "BodyPartExamined", "ImageType"):
+        try:
+            notes = "; ".join(read_radiograph(misspelt(**{element: "MUELLER^ADA"}), "film").warnings)
+        except ImageError as error:
+            notes = str(error)
+        assert "MUELLER" not in notes, element
     misplaced = elements(PatientOrientation=["ANNA", "MUELLER"], ViewPosition="MUELLER", BurnedInAnnotation="YES")
     assert not any("MUELLER" in note for note in read_radiograph(written(dicom(ramp(4095), misplaced)), "film").warnings)
 
