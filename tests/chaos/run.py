@@ -378,7 +378,7 @@ def main() -> None:
     table = Table("harm", "runs", "struck", "commands", "lost", "doubled", "wrong", "failed", "other trouble")
     for name, row in found["harms"].items():
         table.add_row(name, *map(str, row.values()))
-    Console().print(table)
+    Console(width=140).print(table)
     asked.json.parent.mkdir(parents=True, exist_ok=True)
     asked.json.write_text(json.dumps(found | {"records": [asdict(record) for record in records]}, indent=2) + "\n")
     if left or not all(record.fine for record in records):
