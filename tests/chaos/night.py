@@ -51,7 +51,7 @@ def night(asked: Asked) -> dict[str, Any]:
         manifest = read_manifest(asked.data / "manifest.csv")
         rows = {split: _spread(manifest.select(split=split), count) for split, count in (("train", asked.train), ("val", asked.val))}
         listed = {split: _manifest(folder / f"{split}.csv", asked.data / "manifest.csv", chosen) for split, chosen in rows.items()}
-        films = _films(folder / "ZQXarchive", rows["val"])
+        films = _films(folder / "ZQXPLANTarchive", rows["val"])
         triton, port = triton_service(folder / "triton")
         stack.enter_context(triton)
         if asked.gallery:
@@ -70,7 +70,7 @@ def night(asked: Asked) -> dict[str, Any]:
         client = Client.start(
             folder / "batch",
             "",
-            *("batch", folder / "ZQXarchive", "--out", out, "--json"),
+            *("batch", folder / "ZQXPLANTarchive", "--out", out, "--json"),
             *("--triton", f"127.0.0.1:{to_triton.port}", "--milvus", f"http://127.0.0.1:{to_milvus.port}"),
         )
         kills = _kill_while(client, out, triton, len(films))
@@ -90,7 +90,9 @@ def night(asked: Asked) -> dict[str, Any]:
         found["planted_found"] = searched(
             {
                 "results": results_without_input(out),
-                "logs": iter([talk.replace(str(folder / "ZQXarchive"), "").encode(), triton.log.read_bytes(), milvus.log.read_bytes()]),
+                "logs": iter(
+                    [talk.replace(str(folder / "ZQXPLANTarchive"), "").encode(), triton.log.read_bytes(), milvus.log.read_bytes()]
+                ),
                 "gallery files": files_under(folder / "gallery.db"),
                 "gallery rows": iter([json.dumps(row, default=str).encode() for row in _rows_of(milvus_port)]),
                 "client's home": files_under(client.folder / "home"),

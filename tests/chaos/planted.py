@@ -16,7 +16,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-MARKS: Final = (b"zqx", b"77191705520", b"18770707")
+MARKS: Final = (b"zqxplant", b"77191705520", b"18770707")
 """One of them is in everything planted: in words, in UIDs and numbers, in dates. Compared without regard to case."""
 _PLANTED_GROUPS: Final = (0x0008, 0x0010, 0x0012, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040)
 _STEERING: Final = frozenset(
@@ -47,9 +47,9 @@ def planted_film(path: Path, pixels: NDArray[np.uint8], number: int) -> Path:
         value = _value(vr, number)
         if value and multiplicity in ("1", "1-n"):
             setattr(dataset, keyword, value)
-    block = dataset.private_block(0x0011, "ZQX PRIVATE", create=True)
-    block.add_new(0x01, "LO", f"ZQXprivate{number}")
-    block.add_new(0x02, "UN", f"ZQXunknown{number}".encode())
+    block = dataset.private_block(0x0011, "ZQXPLANT PRIVATE", create=True)
+    block.add_new(0x01, "LO", f"ZQXPLANTprivate{number}")
+    block.add_new(0x02, "UN", f"ZQXPLANTunknown{number}".encode())
     dataset.SpecificCharacterSet = "ISO_IR 192"
     dataset.SOPClassUID = ComputedRadiographyImageStorage
     dataset.Modality, dataset.ViewPosition, dataset.BodyPartExamined = "CR", "PA", "CHEST"
@@ -63,7 +63,7 @@ def planted_film(path: Path, pixels: NDArray[np.uint8], number: int) -> Path:
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
-    file = path / f"ZQXdoe_erika_18770707_{number:05d}.dcm"
+    file = path / f"ZQXPLANTdoe_erika_18770707_{number:05d}.dcm"
     pydicom.dcmwrite(file, dataset, enforce_file_format=True)
     return file
 
@@ -75,14 +75,14 @@ def planted_elements(file: Path) -> int:
 
 def _value(vr: str, number: int) -> str:
     return {
-        "PN": f"ZQXdoe{number}^Erika^^Dr.",
-        "LO": f"ZQXlo{number}",
-        "SH": f"ZQXsh{number}",
-        "ST": f"ZQXst{number} lives in Zqxtown",
-        "LT": f"ZQXlt{number}",
-        "UT": f"ZQXut{number}",
-        "UC": f"ZQXuc{number}",
-        "AE": f"ZQXAE{number}",
+        "PN": f"ZQXPLANTdoe{number}^Erika^^Dr.",
+        "LO": f"ZQXPLANTlo{number}",
+        "SH": f"ZQXPLANTsh{number}",
+        "ST": f"ZQXPLANTst{number} lives in Zqxplantville",
+        "LT": f"ZQXPLANTlt{number}",
+        "UT": f"ZQXPLANTut{number}",
+        "UC": f"ZQXPLANTuc{number}",
+        "AE": f"ZQXPLANTAE{number}",
         "UI": f"2.25.77191705520{number:05d}",
         "DA": "18770707",
         "DT": "18770707070707",

@@ -54,8 +54,9 @@ NEAR: Final = 0.999
 START_SHARE: Final = 0.15
 START_S: Final = 3.0
 """Some harms strike within the seconds in which a client loads its libraries and connects."""
-_FINE: Final = frozenset({0, 2, 130, -9, -2})
-"""Exit codes that a harmed client may end with: done, could not go on, interrupted, killed."""
+_FINE: Final = frozenset({0, 1, 2, 130, -9, -2})
+"""Exit codes that a harmed client may end with: done, could not go on, interrupted, killed; and Python's own 1 after a Ctrl-C before it has
+come to our first line. (Failed films, for which 1 stands as well, are counted one by one.)"""
 
 console = Console(stderr=True, highlight=False)
 
@@ -251,8 +252,8 @@ def _look(world: World, plan: Plan, record: Record, results: Path, milvus: Servi
         record.troubles.append(f"it never ended well: {record.exits}; {(results.parent / 'client.err').read_text(errors='replace')[-600:]}")
     record.troubles += [f"exit code {code}" for code in record.exits if code not in _FINE]
     words = (results.parent / "client.err").read_text(errors="replace")
-    if "Traceback" in words:
-        record.troubles.append(words[words.index("Traceback") :][:2000])
+    stacks = [stack for stack in words.split("Traceback")[1:] if "KeyboardInterrupt" not in stack or "/cxr_retrieval/" in stack]
+    record.troubles += [f"Traceback{stack[:2000]}" for stack in stacks[:1]]
     if plan.command == "ingest":
         return _look_at_gallery(world, plan, record, milvus, port)
     lines: list[dict[str, Any]] = []
@@ -377,7 +378,7 @@ def main() -> None:
     table = Table("harm", "runs", "struck", "commands", "lost", "doubled", "wrong", "failed", "other trouble")
     for name, row in found["harms"].items():
         table.add_row(name, *map(str, row.values()))
-    Console().print(table)
+    Console(width=140).print(table)
     asked.json.parent.mkdir(parents=True, exist_ok=True)
     asked.json.write_text(json.dumps(found | {"records": [asdict(record) for record in records]}, indent=2) + "\n")
     if left or not all(record.fine for record in records):

@@ -237,7 +237,7 @@ def _judged(title: str, series: Mapping[str, Series]) -> dict[str, Any]:
     for name, one in verdicts.items():
         cells = (one["mean_mb"], one["grown_mb"], one["bound_mb"], one["mean_descriptors"], one["grown_descriptors"])
         table.add_row(name, *map(str, cells), series[name].sparkline(), "flat" if one["flat"] else "GROWS")
-    Console().print(table)
+    Console(width=140).print(table)
     return {"parts": verdicts, "series": {name: {"seconds": one.seconds, "mb": one.mb, "done": one.done} for name, one in series.items()}}
 
 
