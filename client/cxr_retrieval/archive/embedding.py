@@ -18,11 +18,12 @@ from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import EMBEDDING
+from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.query import assessed
 
 _LOOKED_UP: Final = 128
 """Rows that the gallery is asked about at once."""
@@ -92,6 +93,7 @@ def ingest(
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
+    gate: bool = True,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -104,9 +106,10 @@ def ingest(
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for.
         patience_s: How long a server that went away is waited for.
+        gate: Store nothing that is no upright frontal chest film; such a row is a problem.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance)
+    sink = _Gallery(store, reader, advance, gate=gate)
 
     def patiently(call: Callable[[], None]) -> None:
         for attempt in pipeline.patiently(stop, patience_s):
@@ -128,10 +131,9 @@ def ingest(
 class _Gallery:
     """The sink of an ingest."""
 
-    outputs = (EMBEDDING,)
-
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance) -> None:
-        self._store, self._reader, self._advance = store, reader, advance
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance, *, gate: bool) -> None:
+        self.outputs: Sequence[TensorSpec] = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT) if gate else (EMBEDDING,)
+        self._store, self._reader, self._advance, self._gate = store, reader, advance, gate
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = 0
         self.all_drawn = False
@@ -183,6 +185,8 @@ class _Gallery:
         for one in seen:
             try:
                 _refuse_another_film(one)
+                if self._gate:
+                    _refuse_no_film(one)
                 kept.append((replace(one.work.entry, file=one.film.file), one))  # of the bytes embedded, should the file have changed
             except InputError as error:
                 problems.append(Problem(one.work.name, error))
@@ -281,6 +285,18 @@ def _refuse_another_film(seen: Seen[_NewCase]) -> None:
             expected="one image_id for one film, whatever its source",
             got=f"a film of {held.source} in the gallery, one of {row.source} here",
             next_step="rename it in the manifest, or take the other out with `cxr gallery remove --image`",
+        )
+
+
+def _refuse_no_film(seen: Seen[_NewCase]) -> None:
+    """What is no upright frontal chest film would be the nearest case of the next such picture."""
+    reason = assessed(seen.film, seen.outputs).reason
+    if reason is not None:
+        raise ImageError(
+            f"{seen.work.path.name}: refused",
+            expected="an upright frontal chest radiograph",
+            got=reason,
+            next_step="take the row out of the manifest; if it is one, ingest it with --no-gate",
         )
 
 

@@ -38,6 +38,7 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
     ] = False,
+    no_gate: options.NoGate = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -73,6 +74,7 @@ def ingest(
                 stop=stop,
                 tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
                 patience_s=patience,
+                gate=not no_gate,
             )
         if listed and prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:

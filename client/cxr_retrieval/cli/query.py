@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
+from cxr_retrieval.errors import ImageError
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def query(
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
+    no_gate: options.NoGate = False,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -49,7 +51,9 @@ def query(
         from cxr_retrieval.retrieval.query import query as answer
 
         with TritonClient(triton) as client, Store(milvus, client.model_version) as store:
-            result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
+            result = answer(
+                image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=not no_gate
+            )
         if html:
             write_html(result, html, reader)
         if picture:
@@ -60,6 +64,13 @@ def query(
         print_result(result)
     for path in filter(None, (html, picture)):
         talk().print(f"wrote {path}")
+    if result.ood.refused:
+        raise ImageError(
+            f"{result.image_id}: refused",
+            expected="an upright frontal chest radiograph",
+            got=result.ood.reason or "",
+            next_step="look at the picture; if it is one, --no-gate lets the cases vote",
+        )
 
 
 def print_result(result: QueryResult) -> None:
@@ -67,9 +78,15 @@ def print_result(result: QueryResult) -> None:
     from cxr_retrieval.retrieval.picture import DISCLAIMER
 
     console = results()
-    shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
     vote = result.prediction
-    console.print(Text.assemble((result.image_id, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
+    if vote.label is None:
+        console.print(Text.assemble((result.image_id, "bold"), ": ", ("no label", "bold yellow"), f", {result.ood.reason}"))
+        console.print("the nearest cases, for information only; they did not vote:", style="bold")
+    else:
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in vote.scores.items())
+        console.print(
+            Text.assemble((result.image_id, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})")
+        )
     console.print(_table(result.neighbours, numbered=True))
     if result.own:
         console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")
