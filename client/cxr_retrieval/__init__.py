@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.gallery.store import Case, Neighbour, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
+    from cxr_retrieval.retrieval.gate import Ood
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
     from cxr_retrieval.retrieval.retriever import Retriever
@@ -43,6 +44,7 @@ _WHERE = {
     "gallery.store": ("Case", "Neighbour", "Store"),
     "inference.triton": ("TritonClient",),
     "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
+    "retrieval.gate": ("Ood",),
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
     "retrieval.retriever": ("Retriever",),
@@ -66,6 +68,7 @@ __all__ = [
     "ManifestRow",
     "MilvusSettings",
     "Neighbour",
+    "Ood",
     "Original",
     "PseudonymSettings",
     "Pseudonyms",

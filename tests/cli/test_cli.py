@@ -17,6 +17,7 @@ from cxr_retrieval.cli.query import print_result
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.gallery.store import Case, Neighbour
 from cxr_retrieval.radiograph.letterbox import Letterbox
+from cxr_retrieval.retrieval.gate import Ood
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
 from tests_support import run_cxr
@@ -42,6 +43,7 @@ COMMANDS = (
     "train student",
     "train embedder",
     "train ablation",
+    "train gate",
     "train report",
     "train all",
     "build",
@@ -93,7 +95,10 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in hits])
     square = np.zeros((256, 256), np.uint8)
     explanation = Explanation(square, Letterbox(1.0, 0, 0, 256, 256), square, np.zeros((256, 256), np.float32))
-    print_result(QueryResult("film-0123", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), explanation), "film[copy].dcm")
+    print_result(
+        QueryResult("film-0123", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), Ood(0.1, False, None), explanation),
+        "film[copy].dcm",
+    )
     shown = capsys.readouterr().out
     for words in (*names, "film[copy].dcm: case[/x], confidence 33%", "sex [b]", "warning: look at [/x]", "not in the vote"):
         assert words in shown

@@ -112,7 +112,8 @@ def test_more_own_films_than_one_search_looks_at(own: int, searches: int) -> Non
 
 def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path) -> None:
     answer = query(read_manifest(phantom_manifest).rows[0].path, reader, triton, gallery, top_k=3).as_json()
-    assert set(answer) == {"image_id", "model_version", "prediction", "neighbours", "earlier_films", "timings_ms", "warnings"}
+    assert set(answer) == {"image_id", "model_version", "prediction", "neighbours", "earlier_films", "timings_ms", "warnings", "ood"}
+    assert answer["ood"]["refused"] is False
     assert set(answer["prediction"]) == {"label", "confidence", "scores"}
     assert [set(neighbour) for neighbour in answer["neighbours"]] == [{"rank", "image_id", "similarity", "label", "metadata"}] * 3
     assert [set(film) for film in answer["earlier_films"]] == [{"image_id", "similarity", "label", "metadata"}]

@@ -19,6 +19,7 @@ from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
+from cxr_retrieval.retrieval.gate import Ood
 from cxr_retrieval.retrieval.picture import Thumbnails, colour_bar, facts_line, montage, overlay, write_html, write_montage, write_png
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
@@ -47,7 +48,17 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     explanation = Explanation(square, box, mask, attention)
     own = (Neighbour(Case("c5e0wn", "of-last-week", "control", "P", "north", None, neighbours[1].case.path, {}, "", ""), 0.999),)
-    return QueryResult("film <1>.png", "0123456789ab", vote, neighbours, own, {"read": 1.0, "total": 2.0}, ("a warning",), explanation)
+    return QueryResult(
+        "film <1>.png",
+        "0123456789ab",
+        vote,
+        neighbours,
+        own,
+        {"read": 1.0, "total": 2.0},
+        ("a warning",),
+        Ood(0.1, False, None),
+        explanation,
+    )
 
 
 def thumbnails_of(squares: Mapping[str, NDArray[np.uint8]]) -> Thumbnails:

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from cxr_retrieval.cli import options
 from cxr_retrieval.errors import SetupError
+from cxr_retrieval.progress import progress_bar
+from cxr_retrieval.settings import TritonSettings
 
 app = typer.Typer(help="Train the lung-segmentation ensemble and the embedder.", no_args_is_help=True)
 
@@ -104,6 +107,27 @@ def ablation(
     from cxr_retrieval_training.embedding.train_embedder import train_embedder
 
     typer.echo(train_embedder(settings, rows, segmenter, out / name, pick_device(device)))
+
+
+@app.command()
+@options.with_servers
+def gate(
+    triton: TritonSettings,
+    manifest: Manifest,
+    out: Annotated[Path, typer.Option(help="Where to write the coefficients.")],
+) -> None:
+    """Fit what refuses a picture that is no upright frontal chest film, with the networks as Triton serves them."""
+    from cxr_retrieval.cases.manifest import read_manifest
+
+    rows = read_manifest(manifest)
+
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval_training.gate.fit_gate import fit_gate
+
+    with TritonClient(triton) as client, progress_bar() as bar:
+        parts = {name: bar.add_task(name, total=None) for name in ("train", "val")}
+        said = fit_gate(rows, client, out, advance=lambda name, count: bar.update(parts[name], advance=count))
+    typer.echo(said)
 
 
 @app.command()

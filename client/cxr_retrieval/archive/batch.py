@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Input, Unusable
-from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, Answer, Asked, Journal
+from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, REFUSED, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
@@ -32,13 +30,14 @@ _SEARCH_SLICE_S = 0.2
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays."""
+    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays. `gate`: refuse what is no film."""
 
     store: Store | None
     top_k: int
     where: str
     include_own: bool
     attention: Path | None
+    gate: bool = True
 
 
 def run_batch(
@@ -123,7 +122,13 @@ class _Answers:
         asked = [query.Asked(one.work.image_id, one.film, one.outputs, one.work.patient_id, {"infer": 1000 * one.seconds}) for one in seen]
         options = self._options
         results = query.answer(
-            asked, self._options.store, self._model_version, top_k=options.top_k, where=options.where, include_own=options.include_own
+            asked,
+            self._options.store,
+            self._model_version,
+            top_k=options.top_k,
+            where=options.where,
+            include_own=options.include_own,
+            gate=options.gate,
         )
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 
@@ -149,17 +154,18 @@ class _Answers:
         line = result.as_json()
         if self._options.attention is not None:
             line["attention"] = str(self._drawn(seen, result, self._options.attention))
-        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, REFUSED if result.ood.refused else ANSWERED, line, seen.film.pixels)
 
     def _embedded(self, seen: Seen[Asked]) -> Answer:
-        mask, agreement = np.asarray(seen.outputs[LUNG_MASK.name][0], np.uint8), float(seen.outputs[LUNG_AGREEMENT.name][0])
+        ood = query.assessed(seen.film, seen.outputs, gate=self._options.gate)
         line: dict[str, Any] = {
             "image_id": seen.work.image_id or seen.film.film_id,
             "model_version": self._model_version,
             "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
-            "warnings": [*seen.film.warnings, *query.lung_warnings(mask, seen.film.box, agreement)],
+            "warnings": [*seen.film.warnings, *query.doubts(seen.film, seen.outputs, ood)],
+            "ood": ood.as_json(),
         }
-        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, REFUSED if ood.refused else ANSWERED, line, seen.film.pixels)
 
     @staticmethod
     def _drawn(seen: Seen[Asked], result: QueryResult, folder: Path) -> Path:

@@ -19,12 +19,13 @@ from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.cases.fields import parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import EMBEDDING, LUNG_MASK
+from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.query import assessed
 from cxr_retrieval.settings import ThumbnailKind
 
 _LOOKED_UP: Final = 128
@@ -118,6 +119,7 @@ def ingest(
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
+    gate: bool = True,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -133,9 +135,10 @@ def ingest(
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for.
         patience_s: How long a server that went away is waited for.
+        gate: Store nothing that is no upright frontal chest film; such a row is a problem.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance, thumbnails)
+    sink = _Gallery(store, reader, advance, thumbnails, gate=gate)
 
     def patiently(call: Callable[[], None]) -> None:
         for attempt in pipeline.patiently(stop, patience_s):
@@ -157,9 +160,11 @@ def ingest(
 class _Gallery:
     """The sink of an ingest."""
 
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind) -> None:
-        self._store, self._reader, self._advance, self._kind = store, reader, advance, thumbnails
-        self.outputs = (EMBEDDING, LUNG_MASK) if thumbnails is ThumbnailKind.lungs else (EMBEDDING,)
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, *, gate: bool) -> None:
+        self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
+        self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
+        if gate or thumbnails is ThumbnailKind.lungs:
+            self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = 0
         self.all_drawn = False
@@ -227,6 +232,8 @@ class _Gallery:
             try:
                 pixels = self._store.pseudonyms.digest(one.film.pixels)
                 _refuse_another_film(one.work, pixels)
+                if self._gate:
+                    _refuse_no_film(one)
                 file = self._store.pseudonyms.digest(one.film.file)  # of the bytes embedded, should the file have changed
                 kept.append((replace(one.work.entry, file=file), pixels, one))
             except InputError as error:
@@ -348,6 +355,18 @@ def _refuse_another_film(work: _NewCase, pixels: str) -> None:
             expected="one image_id for one film, whatever its source",
             got=f"a film of {held.source} in the gallery, one of {row.source} here",
             next_step="rename it in the manifest, or take the other out with `cxr gallery remove --image`",
+        )
+
+
+def _refuse_no_film(seen: Seen[_NewCase]) -> None:
+    """What is no upright frontal chest film would be the nearest case of the next such picture."""
+    reason = assessed(seen.film, seen.outputs).reason
+    if reason is not None:
+        raise ImageError(
+            f"{seen.work.name}: refused",
+            expected="an upright frontal chest radiograph",
+            got=reason,
+            next_step="take the row out of the manifest; if it is one, ingest it with --no-gate",
         )
 
 

@@ -31,6 +31,7 @@ def batch(
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
+    no_gate: options.NoGate = False,
     embed_only: Annotated[bool, typer.Option("--embed-only", help="Embeddings instead of answers; no gallery is needed.")] = False,
     attention: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
@@ -67,6 +68,7 @@ def batch(
             "top_k": top_k,
             "where": where,
             "include_own": include_own,
+            "gate": not no_gate,
             "attention": str(attention) if attention else None,
         }
         journal = opened.enter_context(Journal(lines, decisive))
@@ -92,7 +94,7 @@ def batch(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, top_k, where, include_own, attention),
+                BatchOptions(store, top_k, where, include_own, attention, gate=not no_gate),
                 stop=stop,
                 advance=lambda count: bar.update(task, advance=count),
                 tell=tell,

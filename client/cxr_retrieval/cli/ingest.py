@@ -43,6 +43,7 @@ def ingest(
         ThumbnailKind,
         typer.Option("--thumbnails", help="Also keep each picture in Milvus: nothing outside the lungs, or all of it."),
     ] = ThumbnailKind.none,
+    no_gate: options.NoGate = False,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -87,6 +88,7 @@ def ingest(
                 stop=stop,
                 tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
                 patience_s=patience,
+                gate=not no_gate,
             )
         if listed and prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", f"manifest with SHA-256 {listed.sha256}") as removed:

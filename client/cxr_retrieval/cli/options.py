@@ -39,6 +39,8 @@ Repository = Annotated[
 ]
 Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
 
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Take also what looks like no upright frontal chest film.")]
+
 AUDIT_DEFAULT = DEFAULT_AUDIT
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]

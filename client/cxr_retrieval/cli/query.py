@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
+from cxr_retrieval.errors import ImageError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def query(
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
+    no_gate: options.NoGate = False,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -55,7 +57,9 @@ def query(
             open_pseudonyms(pseudonyms) as keys,
             Store(milvus, client.model_version, keys) as store,
         ):
-            result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
+            result = answer(
+                image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=not no_gate
+            )
             if html:
                 write_html(result, html, reader, store.thumbnails)
             if picture:
@@ -66,6 +70,13 @@ def query(
         print_result(result, str(image))
     for path in filter(None, (html, picture)):
         talk().print(f"wrote {path}")
+    if result.ood.refused:
+        raise ImageError(
+            f"{image.name}: refused",
+            expected="an upright frontal chest radiograph",
+            got=result.ood.reason or "",
+            next_step="look at the picture; if it is one, --no-gate lets the cases vote",
+        )
 
 
 def print_result(result: QueryResult, name: str) -> None:
@@ -73,9 +84,13 @@ def print_result(result: QueryResult, name: str) -> None:
     from cxr_retrieval.retrieval.picture import DISCLAIMER
 
     console = results()
-    shares = ", ".join(f"{label} {share:.0%}" for label, share in result.prediction.scores.items())
     vote = result.prediction
-    console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
+    if vote.label is None:
+        console.print(Text.assemble((name, "bold"), ": ", ("no label", "bold yellow"), f", {result.ood.reason}"))
+        console.print("the nearest cases, for information only; they did not vote:", style="bold")
+    else:
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in vote.scores.items())
+        console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
     console.print(_table(result.neighbours, numbered=True))
     if result.own:
         console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")

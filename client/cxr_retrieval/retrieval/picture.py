@@ -42,6 +42,7 @@ _SCALE: Final = ((0.0, "0"), (_NEUTRAL, "0.5 film's own average"), (1.0, "1"))
 """The numbers under the colour bar."""
 _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
+_WARNING: Final = (255, 190, 90)
 _TILE: Final = 256
 _BRIEF_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival")
 """What a table or a caption has room for; the page shows all that is known."""
@@ -118,15 +119,22 @@ def montage(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> 
         draw.text((2 * gap + large + value * (large - 1), gap + large + 46), words, _MUTED, font=small, anchor=_anchor(value))
     draw.text((2 * gap + large, gap + large + 64), "bright is no proof of disease, dark none of health", _MUTED, font=small)
     left = 4 * gap + 2 * large
-    draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
-    draw.text((left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text)
+    if result.prediction.label is None:
+        draw.text((left, gap + 4), "no label: refused", _WARNING, font=title)
+        reason = f"{result.ood.reason}. The cases below are the nearest, for information only; they did not vote."
+        draw.multiline_text((left, gap + 38), "\n".join(textwrap.wrap(reason, 56)), _INK, font=text)
+    else:
+        draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
+        draw.text(
+            (left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text
+        )
     for line, (label, share) in enumerate(result.prediction.scores.items()):
         y = gap + 84 + 44 * line
         draw.text((left, y), f"{label.replace('_', ' ')}  {share:.0%}", _INK, font=text)
         draw.rectangle((left, y + 24, left + 360, y + 32), (44, 52, 62))
         draw.rectangle((left, y + 24, left + int(360 * share), y + 32), _CONTOUR)
     for line, warning in enumerate(result.warnings):
-        draw.text((left, gap + 250 + 22 * line), f"! {warning}"[:64], (255, 190, 90), font=small)
+        draw.text((left, gap + 250 + 22 * line), f"! {warning}"[:64], _WARNING, font=small)
     for number, hit in enumerate(result.neighbours):
         x = gap + (number % columns) * (_TILE + gap)
         y = top + (number // columns) * (_TILE + caption + gap)

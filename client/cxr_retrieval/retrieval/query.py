@@ -1,4 +1,4 @@
-"""One query, on one page: read → Triton → Milvus → vote."""
+"""One query, on one page: read → Triton → Milvus → gate → vote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
-from cxr_retrieval.retrieval.voting import DEFAULT_K, Vote, weighted_vote
+from cxr_retrieval.retrieval.gate import Ood, judge, too_far
+from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
 
 MIN_LUNG_SHARE: Final = 0.05
 """Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
@@ -63,17 +64,19 @@ class QueryResult:
 
     Attributes:
         image_id: As a manifest gives it, else the film's own name, which is the same whatever its file is called.
-        neighbours: The cases that voted, nearest first.
+        prediction: `NoVote` if the film was refused (`ood`).
+        neighbours: The cases that voted, nearest first; of a refused film those that would have, for information.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
     """
 
     image_id: str
     model_version: str
-    prediction: Vote
+    prediction: Vote | NoVote
     neighbours: tuple[Neighbour, ...]
     own: tuple[Neighbour, ...]
     timings_ms: dict[str, float]
     warnings: tuple[str, ...]
+    ood: Ood
     explanation: Explanation
 
     def as_json(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class QueryResult:
             "earlier_films": [_hit_json(hit) for hit in self.own],
             "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
             "warnings": list(self.warnings),
+            "ood": self.ood.as_json(),
         }
 
 
@@ -113,6 +117,7 @@ def query(
     where: str = "",
     patient: str | None = None,
     include_own: bool = False,
+    gate: bool = True,
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -124,6 +129,7 @@ def query(
         patient: The `patient_id` of this patient as the gallery's manifest had it; by default DICOM's Patient ID (0010,0020). Its pseudonym
             is compared here; nothing of it is sent anywhere.
         include_own: Let them vote like any other case.
+        gate: Give no label to what is no upright frontal chest film (`retrieval/gate.py`); False: say so, and let the cases vote.
 
     Raises:
         ImageError: The file is unusable.
@@ -136,14 +142,21 @@ def query(
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
-    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own)
+    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own, gate=gate)
     if isinstance(result, UsageError):
         raise result
     return result
 
 
 def answer(
-    asked: Sequence[Asked], store: Store, model_version: str, *, top_k: int = DEFAULT_K, where: str = "", include_own: bool = False
+    asked: Sequence[Asked],
+    store: Store,
+    model_version: str,
+    *,
+    top_k: int = DEFAULT_K,
+    where: str = "",
+    include_own: bool = False,
+    gate: bool = True,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
@@ -159,11 +172,29 @@ def answer(
         is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
         found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
     search_ms = 1000 * (time.perf_counter() - started)
-    return [_result(one, *hits, search_ms, model_version, top_k, where) for one, hits in zip(asked, found, strict=True)]
+    far = [None if where or not hits else too_far(hits[0].similarity, store.count, model_version) for hits in first]
+    return [
+        _result(one, *hits, search_ms, model_version, top_k, where, assessed(one.film, one.outputs, gate=gate, far=distance))
+        for one, hits, distance in zip(asked, found, far, strict=True)
+    ]
+
+
+def assessed(film: Film, outputs: Mapping[str, NDArray[np.generic]], *, gate: bool = True, far: float | None = None) -> Ood:
+    """The gate's verdict on a film and what the networks say of it; `far` as in `judge`; `gate` False: it reports and refuses nothing."""
+    mask, agreement = np.asarray(outputs[LUNG_MASK.name][0], np.uint8), float(outputs[LUNG_AGREEMENT.name][0])
+    return judge(film.square, film.box, mask, agreement, far=far, enforced=gate)
+
+
+def doubts(film: Film, outputs: Mapping[str, NDArray[np.generic]], ood: Ood) -> list[str]:
+    """What to look at before trusting an answer: what the gate would have refused, else lungs that were not found reliably."""
+    if ood.reason:
+        return [] if ood.refused else [f"the gate was overridden: {ood.reason}"]
+    mask, agreement = np.asarray(outputs[LUNG_MASK.name][0], np.uint8), float(outputs[LUNG_AGREEMENT.name][0])
+    return lung_warnings(mask, film.box, agreement)
 
 
 def _result(
-    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, model_version: str, top_k: int, where: str
+    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, model_version: str, top_k: int, where: str, ood: Ood
 ) -> QueryResult | UsageError:
     if not neighbours:
         return UsageError(
@@ -174,11 +205,11 @@ def _result(
         )
     timings = {**asked.timings_ms, "search": search_ms}
     with _timed(timings, "vote"):
-        prediction = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
+        prediction = NoVote() if ood.refused else weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     timings["total"] = sum(timings.values())
     film, outputs = asked.film, asked.outputs
     mask = np.asarray(outputs[LUNG_MASK.name][0], np.uint8)
-    warnings = [*film.warnings, *lung_warnings(mask, film.box, float(outputs[LUNG_AGREEMENT.name][0]))]
+    warnings = [*film.warnings, *doubts(film, outputs, ood)]
     if len(neighbours) < top_k:
         warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
     if own:
@@ -186,7 +217,15 @@ def _result(
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
     explanation = Explanation(film.square, film.box, mask, attention)
     return QueryResult(
-        asked.image_id or film.film_id, model_version, prediction, tuple(neighbours), tuple(own), timings, tuple(warnings), explanation
+        asked.image_id or film.film_id,
+        model_version,
+        prediction,
+        tuple(neighbours),
+        tuple(own),
+        timings,
+        tuple(warnings),
+        ood,
+        explanation,
     )
 
 

@@ -53,7 +53,16 @@ class Retriever:
         self._opened.close()
 
     def query(
-        self, image: Path, *, top_k: int = DEFAULT_K, where: str = "", patient: str | None = None, include_own: bool = False
+        self,
+        image: Path,
+        *,
+        top_k: int = DEFAULT_K,
+        where: str = "",
+        patient: str | None = None,
+        include_own: bool = False,
+        gate: bool = True,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
-        return query(image, self.reader, self.triton, self.store, top_k=top_k, where=where, patient=patient, include_own=include_own)
+        return query(
+            image, self.reader, self.triton, self.store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=gate
+        )

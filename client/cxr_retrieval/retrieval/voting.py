@@ -9,7 +9,7 @@ paper gives no formula; we use the usual inverse distance, w = 1 / (d + ε), wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 DEFAULT_K: Final = 10
@@ -24,6 +24,15 @@ class Vote:
     label: str
     confidence: float
     scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class NoVote:
+    """What a film that was refused gets in its place."""
+
+    label: None = None
+    confidence: float = 0.0
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def neighbour_weight(similarity: float) -> float:

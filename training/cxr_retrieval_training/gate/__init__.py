@@ -1,0 +1,1 @@
+"""The gate: what it learns from, and how it is fitted."""
