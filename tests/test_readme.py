@@ -52,7 +52,9 @@ def test_every_make_target_named_exists() -> None:
     assert {"demo", "test", "bench"} <= named <= targets
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "docs/results.md", "docs/performance.md", "docs/history.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CHANGELOG.md", "docs/results.md", "docs/performance.md", "docs/history.md", "docs/privacy.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text("utf-8"))

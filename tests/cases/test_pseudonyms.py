@@ -45,15 +45,16 @@ def test_known_values() -> None:
 
 
 def test_the_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    settings = PseudonymSettings(tmp_path / "new" / "pseudonym.key")
+    file = tmp_path / "new" / "pseudonym.key"
+    settings = PseudonymSettings(file)
     with pytest.raises(SetupError, match=r"no pseudonym key; .*CXR_PSEUDONYM_KEY; got neither.*`cxr ingest` makes one"):
         open_pseudonyms(settings)
     first = open_pseudonyms(settings, create=True).fingerprint
     assert open_pseudonyms(settings, create=True).fingerprint == open_pseudonyms(settings).fingerprint == first
-    assert [path.name for path in settings.key_file.parent.iterdir()] == ["pseudonym.key"], "nothing beside it"
-    assert stat.S_IMODE(settings.key_file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(settings.key_file.parent.stat().st_mode) == 0o700
-    assert len(settings.key_file.read_text().strip()) == 64
+    assert [path.name for path in file.parent.iterdir()] == ["pseudonym.key"], "nothing beside it"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert len(file.read_text().strip()) == 64
 
 
 def test_processes_that_make_a_key_at_once_agree(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_key_or_table_that_others_can_read_is_refused(tmp_path: Path, mode: in
     keys.table.chmod(mode)
     with open_pseudonyms(settings) as keys, pytest.raises(SetupError, match=f"expected rights 0600; got {mode:04o}.*chmod 600"):
         keys.originals(["a"])
-    settings.key_file.chmod(mode)
+    (tmp_path / "k").chmod(mode)
     with pytest.raises(SetupError, match=f"expected rights 0600; got {mode:04o}"):
         open_pseudonyms(settings)
 

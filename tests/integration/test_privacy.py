@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LUNG_MASK
@@ -89,10 +89,10 @@ def write_planted(pixels: NDArray[np.uint8], patient: str, path: Path) -> int:
     dataset.PixelData = pixels.tobytes()
     meta = dataset.file_meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPInstanceUID = planted_value("UI", 1)
+    meta.MediaStorageSOPInstanceUID = UID(planted_value("UI", 1))
     meta.SourceApplicationEntityTitle = f"{STEM}AE"
     meta.ImplementationVersionName = f"{STEM}IMPL"
-    meta.PrivateInformationCreatorUID = planted_value("UI", 2)
+    meta.PrivateInformationCreatorUID = UID(planted_value("UI", 2))
     meta.PrivateInformation = f"{STEM} private".encode()
     pydicom.dcmwrite(path, dataset, enforce_file_format=True)
     return count

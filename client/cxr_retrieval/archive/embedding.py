@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
-from cxr_retrieval.cases.fields import parse_clinical
+from cxr_retrieval.cases.fields import identifies, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
@@ -34,6 +34,7 @@ _LOOKED_UP: Final = 128
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
 T = TypeVar("T")
+R = TypeVar("R", bound=ManifestRow | Unlisted | Unusable)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Problem:
 @dataclass(frozen=True)
 class IngestReport:
     """What became of every row: newly embedded, only its facts corrected, found unchanged, failed, or (`pending`) not reached; of rows
-    without a known number, `pending` is how many at least.
+    without a known number, `pending` is how many at least. `left_out`: columns that were not stored, for they tell who somebody is.
     """
 
     stored: int
@@ -55,6 +56,7 @@ class IngestReport:
     unchanged: int
     problems: tuple[Problem, ...]
     pending: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,7 @@ class _NewCase:
     entry: Entry
     name: str
     held: Held | None = None
-
-    @property
-    def unlisted(self) -> bool:
-        """Whether no manifest lists it: messages then call it by its input, and it is called after its bytes."""
-        return self.name != self.entry.row.image_id
+    unlisted: bool = False
 
     @property
     def path(self) -> Path:
@@ -154,7 +152,8 @@ def ingest(
     if done:
         patiently(store.publish)
     known = len(rows) if isinstance(rows, Sized) else sink.drawn + (not sink.all_drawn or stop.is_set())
-    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), known - done - len(sink.problems))
+    pending = known - done - len(sink.problems)
+    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), pending, sink.left_out())
 
 
 class _Gallery:
@@ -165,6 +164,7 @@ class _Gallery:
         self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
         if gate or thumbnails is ThumbnailKind.lungs:
             self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
+        self._columns: set[str] = set()
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = 0
         self.all_drawn = False
@@ -179,20 +179,14 @@ class _Gallery:
         """Rows that must be embedded; those whose facts alone have changed are corrected on the way."""
         for chunk in _chunks(rows, _LOOKED_UP):
             self.drawn += len(chunk)
-            cases, failed = _typed(
-                chunk, self._reader, hashing, lambda row, file, name: _NewCase(make_entry(row, file, self._store.pseudonyms), name)
-            )
+            self._columns.update(*(row.fields for row in chunk if isinstance(row, ManifestRow)))
+            cases, failed = _tried(chunk, self._new_case, hashing)
             self.problems += failed
             cases, copies = self._without_copies(cases)
             held: dict[str, Held] = {}
             kept: dict[str, ThumbnailKind] = {}
-            entries = [case.entry for case in cases]
-            patiently(lambda entries=entries, held=held, kept=kept: self._look_up(entries, held, kept))
-            same = [
-                entry
-                for entry in entries
-                if entry.key in held and held[entry.key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(entry.key))
-            ]
+            patiently(lambda cases=cases, held=held, kept=kept: self._look_up([case.entry.key for case in cases], held, kept))
+            same = [case.entry for case in cases if self._is_whole(case.entry, held, kept)]
             self._store.pseudonyms.remember([entry.original for entry in same])
             other_facts = [entry for entry in same if held[entry.key].facts != entry.facts]
             patiently(lambda other_facts=other_facts, held=held: self._correct(other_facts, held))
@@ -215,11 +209,27 @@ class _Gallery:
             kept.append(case)
         return kept, len(cases) - len(kept)
 
-    def _look_up(self, entries: Sequence[Entry], held: dict[str, Held], kept: dict[str, ThumbnailKind]) -> None:
-        keys = [entry.key for entry in entries]
+    def left_out(self) -> tuple[str, ...]:
+        """Columns that were met and are never stored."""
+        return tuple(sorted(filter(identifies, self._columns)))
+
+    def _new_case(self, row: ManifestRow | Unlisted | Unusable) -> _NewCase:
+        if isinstance(row, Unusable):
+            raise row.error
+        if isinstance(row, Unlisted):
+            identity = self._reader.identity(row.input.path, row.input.member).result()
+            return _NewCase(make_entry(row.row(identity), identity.file, self._store.pseudonyms), row.name, unlisted=True)
+        return _NewCase(make_entry(row, _digest(row), self._store.pseudonyms), row.image_id)
+
+    def _look_up(self, keys: Sequence[str], held: dict[str, Held], kept: dict[str, ThumbnailKind]) -> None:
         held.update(self._store.held(keys))
         if self._kind is not ThumbnailKind.none:
             kept.update(self._store.thumbnail_kinds(keys))
+
+    def _is_whole(self, entry: Entry, held: Mapping[str, Held], kept: Mapping[str, ThumbnailKind]) -> bool:
+        """Whether the gallery holds this film, with the picture that is wanted."""
+        key = entry.key
+        return key in held and held[key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(key))
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
         vectors = self._store.embeddings([entry.key for entry in entries])
@@ -269,7 +279,7 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
     sink = _Collected(advance, keyed)
     from_store = 0
     with ThreadPoolExecutor() as hashing:
-        measured, failed = _typed(rows, reader, hashing, lambda row, file, name: _measured(row, keyed(file)))
+        measured, failed = _tried(rows, lambda row: _measured(row, keyed), hashing)
     sink.problems += failed
     advance(len(failed))
     if store is not None:
@@ -312,37 +322,26 @@ class _Collected:
         self._advance(1)
 
 
-def _measured(row: ManifestRow, file: str) -> _Measured:
-    """Refuses what an ingest would refuse, so that an evaluation is of what a gallery can hold."""
+def _measured(row: ManifestRow, keyed: Callable[[str], str]) -> _Measured:
+    """Refuses a clinical value that an ingest would refuse, so that an evaluation is of what a gallery can hold."""
     parse_clinical(row.fields)
-    return _Measured(row, file)
+    return _Measured(row, keyed(_digest(row)))
 
 
 def _embedding(seen: Seen[_NewCase] | Seen[_Measured]) -> NDArray[np.float32]:
     return np.asarray(seen.outputs[EMBEDDING.name], np.float32)
 
 
-def _typed(
-    rows: Sequence[ManifestRow | Unlisted | Unusable],
-    reader: FilmReader,
-    pool: ThreadPoolExecutor,
-    make: Callable[[ManifestRow, str, str], T],
-) -> tuple[list[T], list[Problem]]:
-    """What `make` makes of a row, the SHA-256 of its file and what messages call it; and the rows of which nothing can be made."""
+def _tried(rows: Sequence[R], make: Callable[[R], T], pool: ThreadPoolExecutor) -> tuple[list[T], list[Problem]]:
+    """What `make` makes of each row, and those of which nothing can be made."""
 
-    def typed(row: ManifestRow | Unlisted | Unusable) -> T | Problem:
-        name = row.image_id if isinstance(row, ManifestRow) else row.name
+    def tried(row: R) -> T | Problem:
         try:
-            if isinstance(row, Unusable):
-                return Problem(name, row.error)
-            if isinstance(row, Unlisted):
-                identity = reader.identity(row.input.path, row.input.member).result()
-                return make(row.row(identity), identity.file, name)
-            return make(row, _digest(row), name)
+            return make(row)
         except InputError as error:
-            return Problem(name, error)
+            return Problem(row.image_id if isinstance(row, ManifestRow) else row.name, error)
 
-    results = list(pool.map(typed, rows))
+    results = list(pool.map(tried, rows))
     return [r for r in results if not isinstance(r, Problem)], [r for r in results if isinstance(r, Problem)]
 
 

@@ -52,7 +52,6 @@ def ingest(
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
-    from cxr_retrieval.cases.fields import identifies
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
@@ -63,11 +62,6 @@ def ingest(
     _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
     listed = read_manifest(manifest) if manifest else None
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
-    rows = chosen or ()
-    left_out = sorted({column for row in rows for column in row.fields if identifies(column)})
-    if left_out:
-        advice = "One that does not can be stored under another name"
-        talk().print(f"not stored, for by their names they tell who somebody is: {', '.join(left_out)}. {advice}", soft_wrap=True)
     gone: Sequence[str] = ()
     with (
         FilmReader() as reader,
@@ -97,6 +91,9 @@ def ingest(
         total = store.count()
         version, collection = client.model_version, store.collection
     print_problems(report.problems)
+    if report.left_out:
+        advice = "One that does not can be stored under another name"
+        talk().print(f"not stored, for by their names they tell who somebody is: {', '.join(report.left_out)}. {advice}", soft_wrap=True)
     if json:
         print_json(
             {
@@ -106,6 +103,7 @@ def ingest(
                 "corrected": report.corrected,
                 "unchanged": report.unchanged,
                 "pruned": len(gone),
+                "left_out": list(report.left_out),
                 "failed": [{"image_id": problem.image_id, "error": str(problem.error)} for problem in report.problems],
                 "gallery": total,
             }

@@ -25,12 +25,12 @@ from cxr_retrieval.settings import (
 
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
+_PSEUDONYMS: Final = "Pseudonyms"
 INPUTS: Final = (
     "Radiographs; folders, ZIPs or DICOMDIRs that hold them; quoted patterns such as 'archive/**/*.dcm'; manifests (.csv); "
     "or - for a list of names on stdin."
 )
 """What a PATH may be, where films in bulk are asked for."""
-_PSEUDONYMS: Final = "Pseudonyms"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[

@@ -147,8 +147,8 @@ class Held:
     source: str | None
 
 
-def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms, member: str | None = None) -> Entry:
-    """Types a row's columns; `file` is the SHA-256 of its file, or of the member of the ZIP that it is.
+def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms) -> Entry:
+    """Types a row's columns; `file` is the SHA-256 of its file.
 
     Raises:
         InputError: A clinical value that cannot be understood, or a cell longer than the gallery's field.
