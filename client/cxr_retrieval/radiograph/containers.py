@@ -262,7 +262,12 @@ class _OpenedZip:
             raise self._hostile("an entry that reaches into the directory")
 
     def _hostile(self, got: str) -> ImageError:
-        return ImageError(f"{self._path.name}: made to deceive, or damaged", expected="a ZIP of files one after the other", got=got)
+        return ImageError(
+            f"{self._path.name}: made to deceive, or damaged",
+            expected="a ZIP of files one after the other",
+            got=got,
+            next_step="pack it again, or unpack it",
+        )
 
     def _unreadable(self, member: str, got: str) -> ImageError:
         return ImageError(
