@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing import Any, Final
 import grpc
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.settings import Tls, is_loopback
+from cxr_retrieval.settings import Tls
 
 _SHORTEST: Final = 16
 """Characters of a token; `openssl rand -hex 32` gives 64."""
@@ -50,14 +51,14 @@ class Access:
 
 
 def refuse_exposure(host: str, access: Access) -> None:
-    """Beyond this machine only clients that prove themselves are served, over TLS.
+    """Beyond this machine only clients that prove themselves are served, over TLS; `host` is an IP address.
 
     A token does not do for Triton: it would have to stand on Triton's command line, where the process list shows it.
 
     Raises:
         SetupError: Others could reach the servers at this address, and use them.
     """
-    if is_loopback(host) or access.mutual:
+    if address(host).is_loopback or access.mutual:
         return
     if access.tls is None:
         got = "neither" if not access.token else "a token alone, which everybody on the network could read"
@@ -70,6 +71,20 @@ def refuse_exposure(host: str, access: Access) -> None:
         next_step="give --tls-cert, --tls-key and --tls-client-ca (docs/security.md shows how to make them), listen on 127.0.0.1 behind a "
         "proxy, or say --insecure",
     )
+
+
+def address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Where to listen.
+
+    Raises:
+        SetupError: It is a name, or nothing at all.
+    """
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError as error:
+        raise SetupError(
+            f"the address {host} is not one", expected="an IP address such as 127.0.0.1", next_step="correct --host"
+        ) from error
 
 
 def credentials(tls: Tls) -> grpc.ServerCredentials:

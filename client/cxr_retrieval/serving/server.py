@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import http.client
 import importlib.util
-import ipaddress
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any, Final
 
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.access import Access, TokenCheck, credentials
+from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
 from cxr_retrieval.serving.choices import Precision, Segmentation, resolve
 from cxr_retrieval.serving.repository import derive_embedded
 from cxr_retrieval.settings import Tls
@@ -159,7 +158,7 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
 
 
 def _reached_at(host: str, port: int) -> str:
-    host = "127.0.0.1" if ipaddress.ip_address(host).is_unspecified else host
+    host = "127.0.0.1" if address(host).is_unspecified else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -199,9 +198,9 @@ def embedded_milvus(folder: Path, host: str, port: int, access: Access = Access(
     limits = [("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.max_send_message_length", _LARGEST_MESSAGE)]
     server = grpc.server(ThreadPoolExecutor(10), interceptors=[TokenCheck(access.token)] if access.token else [], options=limits)
     milvus_pb2_grpc.add_MilvusServiceServicer_to_server(MilvusServicer(database), server)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address) if access.tls is None else server.add_secure_port(address, credentials(access.tls))
+        bound = server.add_insecure_port(where) if access.tls is None else server.add_secure_port(where, credentials(access.tls))
         server.start()
         with one_blas_thread():
             yield f"{'http' if access.tls is None else 'https'}://{_reached_at(host, bound)}"
@@ -212,13 +211,7 @@ def embedded_milvus(folder: Path, host: str, port: int, access: Access = Access(
 
 def _free_port(host: str, port: int, name: str) -> int:
     """Checks a port by binding it (Triton and gRPC would otherwise share it silently through SO_REUSEPORT)."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError as error:
-        raise SetupError(
-            f"the address {host} is not one", expected="an IP address such as 127.0.0.1", next_step="correct --host"
-        ) from error
-    with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
+    with socket.socket(socket.AF_INET6 if address(host).version == 6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
