@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import EMBEDDING
 from cxr_retrieval.errors import CxrError, ImageError, InputError
@@ -83,6 +85,7 @@ def ingest(
     *,
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
+    watch: Watch = unwatched,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
@@ -92,22 +95,21 @@ def ingest(
     Args:
         advance: Told how many rows have been dealt with.
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
-        tell: Told what is waited for.
+        tell: Told what is waited for, in words.
+        watch: Told everything.
         patience_s: How long a server that went away is waited for.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, advance)
+    sink = _Gallery(store, advance, watch)
+    patience = Patience(stop, patience_s, tell, watch)
+    watch(Expected(len(rows)))
 
     def patiently(call: Callable[[], None]) -> None:
-        for attempt in pipeline.patiently(stop, patience_s):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    store.probe()  # which also has the gallery loaded again
-                call()
+        patience.until("milvus", call, probe=store.probe)  # which also has the gallery loaded again
 
     with ThreadPoolExecutor() as hashing:
         new = sink.new_cases(rows, hashing, patiently)
-        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, patience_s=patience_s)
+        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
     done = sink.stored + sink.corrected + sink.unchanged
     if done:
         patiently(store.publish)
@@ -119,8 +121,8 @@ class _Gallery:
 
     outputs = (EMBEDDING,)
 
-    def __init__(self, store: Store, advance: Advance) -> None:
-        self._store, self._advance = store, advance
+    def __init__(self, store: Store, advance: Advance, watch: Watch) -> None:
+        self._store, self._advance, self._watch = store, advance, watch
         self.stored = self.corrected = self.unchanged = 0
         self.problems: list[Problem] = []
 
@@ -130,7 +132,7 @@ class _Gallery:
         """Rows that must be embedded; those whose facts alone have changed are corrected on the way."""
         for chunk in _chunks(rows, _LOOKED_UP):
             entries, failed = _typed(chunk, hashing)
-            self.problems += failed
+            self._take_problems(failed)
             held: dict[str, Held] = {}
             patiently(lambda entries=entries, held=held: held.update(self._store.held([entry.key for entry in entries])))
             same = [entry for entry in entries if entry.key in held and held[entry.key].file == entry.file]
@@ -139,6 +141,7 @@ class _Gallery:
             self.corrected += len(other_facts)
             self.unchanged += len(same) - len(other_facts)
             self._advance(len(same) + len(failed))
+            self._watch(Settled({"corrected": len(other_facts), "unchanged": len(same) - len(other_facts)}))
             settled = {entry.key for entry in same}
             yield from (_NewCase(entry, held.get(entry.key)) for entry in entries if entry.key not in settled)
 
@@ -161,12 +164,19 @@ class _Gallery:
     def kept(self, result: tuple[int, list[Problem]]) -> None:
         stored, problems = result
         self.stored += stored
-        self.problems += problems
+        self._watch(Settled({"stored": stored}))
+        self._take_problems(problems)
         self._advance(stored + len(problems))
 
     def failed(self, work: _NewCase, error: CxrError) -> None:
-        self.problems.append(Problem(work.entry.row.image_id, error))
+        self._take_problems([Problem(work.entry.row.image_id, error)])
         self._advance(1)
+
+    def _take_problems(self, problems: Sequence[Problem]) -> None:
+        self.problems += problems
+        self._watch(Settled({"failed": len(problems)}))
+        for problem in problems:
+            self._watch(Failed(problem.error))
 
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, talk, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, until_interrupted
+from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError, UsageError
-from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 
@@ -22,6 +21,7 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 def batch(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    seen: Watched,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Radiographs, or folders that hold them.")],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
@@ -35,7 +35,7 @@ def batch(
         Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
+    patience: options.Patience = options.PATIENCE_DEFAULT,
     json: options.Json = False,
 ) -> None:
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
@@ -50,11 +50,15 @@ def batch(
         from cxr_retrieval.archive.batch import BatchOptions, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
+        from cxr_retrieval.archive.patience import Patience
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
 
-        client = opened.enter_context(TritonClient(triton))
-        store = None if embed_only else opened.enter_context(Store(milvus, client.model_version))
+        wait = Patience(stop, patience, seen.tell, seen.watch)
+        client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
+        store = None
+        if not embed_only:
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version)))
         decisive = {
             "model_version": client.model_version,
             "gallery": None if embed_only else milvus.uri,
@@ -72,16 +76,16 @@ def batch(
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()
-        with progress_bar() as bar:
-            task = bar.add_task("answering", total=before["pending"])
+        with seen.bar("answering", before["pending"]) as advance:
             run_batch(
                 journal,
                 reader,
                 client,
                 BatchOptions(store, top_k, where, include_own, attention),
                 stop=stop,
-                advance=lambda count: bar.update(task, advance=count),
-                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                advance=advance,
+                tell=seen.tell,
+                watch=seen.watch,
                 patience_s=patience,
             )
         seconds, counts = time.monotonic() - started, journal.counts()
@@ -100,10 +104,10 @@ def batch(
             "results": str(out),
             "dead_letters": str(journal.dead_letters) if counts["failed"] else None,
         }
-    _report(summary, json=json)
+    _report(summary, seen, json=json)
 
 
-def _report(summary: dict[str, Any], *, json: bool) -> None:
+def _report(summary: dict[str, Any], seen: Watched, *, json: bool) -> None:
     if json:
         print_json(summary)
     else:
@@ -114,7 +118,7 @@ def _report(summary: dict[str, Any], *, json: bool) -> None:
             f"{summary['results']}"
         )
     if summary["pending"]:
-        talk().print("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here", soft_wrap=True)
+        seen.tell("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here")
         raise typer.Exit(INTERRUPTED)
     if summary["failed"] or summary["refused"]:
         reasons = f"see {summary['dead_letters']}; --retry-failed asks them again" if summary["failed"] else "see their reasons"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, talk, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, until_interrupted
+from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def ingest(
     triton: TritonSettings,
     milvus: MilvusSettings,
+    seen: Watched,
     manifest: Annotated[Path, typer.Option(help="CSV with image_id,path,label and any clinical columns.")],
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[PATH]...", help="Only rows whose file is, or lies under, one of these.")
@@ -31,13 +32,14 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove the cases of the manifest's sources that it no longer lists, and log that.")
     ] = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
+    patience: options.Patience = options.PATIENCE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
     """Embed confirmed cases and keep them, with their clinical facts. Repeat it at will: only what changed is done again."""
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store, case_key
     from cxr_retrieval.inference.triton import TritonClient
@@ -46,30 +48,24 @@ def ingest(
     listed = read_manifest(manifest)
     rows = _under(listed.require(split=split), paths or [])
     gone: Sequence[str] = ()
-    with (
-        FilmReader() as reader,
-        TritonClient(triton) as client,
-        Store(milvus, client.model_version, create=True) as store,
-    ):
-        with until_interrupted() as stop, progress_bar() as bar:
-            task = bar.add_task("ingesting", total=len(rows))
-            report = embedding.ingest(
-                rows,
-                reader,
-                client,
-                store,
-                advance=lambda count: bar.update(task, advance=count),
-                stop=stop,
-                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
-                patience_s=patience,
-            )
+    with ExitStack() as opened:
+        with until_interrupted() as stop:
+            reader = opened.enter_context(FilmReader())
+            wait = Patience(stop, patience, seen.tell, seen.watch)
+            client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, create=True)))
+            with seen.bar("ingesting", len(rows)) as advance:
+                report = embedding.ingest(
+                    rows, reader, client, store, advance, stop=stop, tell=seen.tell, watch=seen.watch, patience_s=patience
+                )
         if prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
                 gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 removed[store.collection] = gone
         total = store.count()
         version, collection = client.model_version, store.collection
-    print_problems(report.problems)
+    if seen.speaks:
+        print_problems(report.problems)
     if json:
         print_json(
             {
@@ -90,9 +86,9 @@ def ingest(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
-        talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
+        seen.tell(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:
-        talk().print(f"interrupted, {report.pending} to go. Next: give the same command again, it goes on from here", soft_wrap=True)
+        seen.tell(f"interrupted, {report.pending} to go. Next: give the same command again, it goes on from here")
         raise typer.Exit(INTERRUPTED)
     if report.problems:
         raise typer.Exit(1)

@@ -6,25 +6,39 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
+from cxr_retrieval.cli.watched import Watched, watched
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.settings import DEFAULT_AUDIT, DEFAULT_MILVUS, DEFAULT_TRITON, MilvusSettings, Tls, TritonSettings
+from cxr_retrieval.settings import (
+    DEFAULT_AUDIT,
+    DEFAULT_MILVUS,
+    DEFAULT_TRITON,
+    LogFormat,
+    MilvusSettings,
+    TelemetrySettings,
+    Tls,
+    TritonSettings,
+)
 
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
+_SEEN: Final = "Seen from outside"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[
     Path | None,
     typer.Option("--repository", envvar="CXR_REPOSITORY", help="Production model repository.", show_default="the one that ships"),
 ]
+Patience = Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for a server that is away, from the start on.")]
 Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
 
 AUDIT_DEFAULT = DEFAULT_AUDIT
+PATIENCE_DEFAULT: Final = 3600.0
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]
 
@@ -146,11 +160,35 @@ def secret(file: Path | None, variable: str) -> str:
     return found
 
 
-_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus}
+def _seen(
+    log_format: Annotated[
+        LogFormat,
+        typer.Option("--log-format", envvar="CXR_LOG_FORMAT", help="json: lines that name no file or patient.", rich_help_panel=_SEEN),
+    ] = LogFormat.text,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            envvar="CXR_METRICS",
+            metavar="[HOST:]PORT",
+            help="Serve Prometheus metrics there while it runs; 0 takes any free port.",
+            rich_help_panel=_SEEN,
+        ),
+    ] = "",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", envvar="CXR_METRICS_INSECURE", help="Let --metrics answer other machines.", rich_help_panel=_SEEN)
+    ] = False,
+) -> AbstractContextManager[Watched]:
+    return watched(TelemetrySettings(log_format, metrics, insecure))
+
+
+_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus, "seen": _seen}
 
 
 def with_servers(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, in the place of its parameters `triton: TritonSettings` and `milvus: MilvusSettings`, the options that make them."""
+    """Gives a command, in the place of its parameters `triton: TritonSettings`, `milvus: MilvusSettings` and `seen: Watched`, the options
+    that make them; it is watched until it returns.
+    """
     parameters = inspect.signature(command, eval_str=True).parameters
     makers = {name: inspect.signature(make, eval_str=True).parameters for name, make in _MADE_BY.items() if name in parameters}
     options = {name: option for made in makers.values() for name, option in made.items()}
@@ -159,7 +197,9 @@ def with_servers(command: Callable[..., None]) -> Callable[..., None]:
     def reaching(**given: Any) -> None:
         chosen = {name: given.pop(name) for name in options}
         settings = {name: _MADE_BY[name](**{option: chosen[option] for option in made}) for name, made in makers.items()}
-        command(**given, **settings)
+        with ExitStack() as opened:
+            entered = {name: opened.enter_context(settings[name]) for name in settings.keys() & {"seen"}}
+            command(**given, **settings | entered)
 
     own = [parameter for name, parameter in parameters.items() if name not in makers]
     every = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *options.values())]

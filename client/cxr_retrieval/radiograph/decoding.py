@@ -19,6 +19,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
 from concurrent.futures import Future
@@ -89,6 +90,7 @@ class Film:
         patient_id: DICOM's Patient ID, if the file has one.
         pixels: SHA-256 (hex) of the square's bytes: equal for the same picture under another name or format.
         file: SHA-256 (hex) of the file's bytes.
+        seconds: That its worker took.
     """
 
     square: Grey8
@@ -98,6 +100,7 @@ class Film:
     patient_id: str | None
     pixels: str
     file: str
+    seconds: float
 
 
 class FilmReader:
@@ -455,6 +458,7 @@ def _answer(path: Path, member: str | None) -> _Answer:
 
 
 def _film(path: Path, member: str | None) -> Film:
+    started = time.monotonic()
     data = _contents(path) if member is None else _contents_of_member(path, member)
     radiograph = read_radiograph(data, Path(member or path).name)
     square, box = letterbox(radiograph.pixels)
@@ -466,6 +470,7 @@ def _film(path: Path, member: str | None) -> Film:
         radiograph.patient_id,
         pixels=pixel_digest(square),
         file=hashlib.sha256(data).hexdigest(),
+        seconds=time.monotonic() - started,
     )
 
 
