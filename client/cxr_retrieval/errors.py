@@ -6,20 +6,23 @@ CxrError
 │   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
-    ├── InferenceError         Triton: too slow, another version
+    ├── InferenceError         Triton: another version, another form
     │   ├── AccessError            it does not trust us, or we do not trust it: certificates, tokens; no waiting mends it
-    │   ├── ServerDownError        nobody answers, or its models are not ready: worth waiting for
-    │   ├── OverloadedError        its queue or memory is full: worth another try
+    │   ├── ServerDownError        nobody answers, or its models are not ready: may pass
+    │   ├── OverloadedError        its queue or memory is full: may pass
+    │   ├── ServerFaultError       it failed or took too long, for these images or for all: may pass
     │   └── UnusableOutputError    it refused or could not compute just these images          (exit code 1)
     ├── StoreError             Milvus: locked, collection does not fit
     │   ├── StoreAccessError       as with Triton
-    │   └── StoreDownError         nobody answers in time: worth waiting for
+    │   ├── StoreDownError         nobody answers in time: may pass
+    │   └── StoreFullError         it takes nothing more now: disk, memory, quota: may pass
     └── SetupError             missing extra, broken installation, server did not start
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 
 
@@ -31,9 +34,16 @@ class CxrError(Exception):
         expected: What would have been right.
         got: What was there instead.
         next_step: What the reader should do.
+
+    Attributes:
+        may_pass: Whether the same may succeed later, so that whoever can wait should.
+        raised_at: Module and line that made it.
+        literal: Those of its parts that stand word for word in the source, by name. They hold nothing of a file, a patient or a server,
+            so that a log which must name nobody may have them; the others may hold anything.
     """
 
     exit_code = 2
+    may_pass = False
 
     def __init__(self, what: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
         self.what = what
@@ -49,10 +59,16 @@ class CxrError(Exception):
         if next_step:
             message += f" Next: {next_step.rstrip('.')}."
         super().__init__(message)
+        here = inspect.currentframe()
+        maker = here.f_back if here else None
+        self.raised_at = f"{maker.f_globals['__name__']}:{maker.f_lineno}" if maker else ""
+        named = {"what": what, "expected": expected, "got": got, "next_step": next_step}
+        self.literal = {name: part for name, part in named.items() if part and maker and part in maker.f_code.co_consts}
 
-    def __reduce__(self) -> tuple[Callable[..., CxrError], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., CxrError], tuple[str], Mapping[str, object]]:
         """Pickled by its parts; from the message alone, it would come out of a worker process with another one."""
-        return partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step), (self.what,)
+        made_there = {"raised_at": self.raised_at, "literal": self.literal}
+        return partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step), (self.what,), made_there
 
 
 class InputError(CxrError):
@@ -82,7 +98,7 @@ class ServiceError(CxrError):
 
 
 class InferenceError(ServiceError):
-    """Triton is too slow, serves other weights, or answered with something unusable."""
+    """Triton serves other weights, or answered in another form."""
 
 
 class AccessError(InferenceError):
@@ -92,9 +108,19 @@ class AccessError(InferenceError):
 class ServerDownError(InferenceError):
     """No Triton answers, or it has not loaded its models yet; it may a minute later."""
 
+    may_pass = True
+
 
 class OverloadedError(InferenceError):
     """Triton runs, but has no room for this request now; the same may succeed a moment later."""
+
+    may_pass = True
+
+
+class ServerFaultError(InferenceError):
+    """Triton runs, but failed or took too long; whether these images or the server is to blame, other requests show."""
+
+    may_pass = True
 
 
 class UnusableOutputError(InferenceError):
@@ -113,6 +139,14 @@ class StoreAccessError(StoreError):
 
 class StoreDownError(StoreError):
     """No Milvus answers, or not in time; it may a minute later."""
+
+    may_pass = True
+
+
+class StoreFullError(StoreError):
+    """Milvus runs, but takes nothing more now: its disk, memory or quota is used up; it may once there is room."""
+
+    may_pass = True
 
 
 class SetupError(ServiceError):

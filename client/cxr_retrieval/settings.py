@@ -1,4 +1,4 @@
-"""How to reach Triton and Milvus, where the key of pseudonyms is, what is kept of a film: frozen, checked when made.
+"""How to reach Triton and Milvus, where the key of pseudonyms is, what is kept of a film, how a run is seen: frozen, checked when made.
 
 Every value is also a command-line option and a CXR_ variable. Secrets are values here, never options: they come from a file or the
 environment, and stay out of `repr`.
@@ -265,3 +265,57 @@ class ThumbnailKind(str, Enum):
     none = "none"
     lungs = "lungs"
     full = "full"
+
+
+class LogFormat(str, Enum):
+    """Of what a command says on stderr."""
+
+    text = "text"
+    json = "json"
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    """`metrics`: where Prometheus may ask, as host:port, or a port of this machine; empty: nowhere. `insecure`: anybody may ask."""
+
+    log_format: LogFormat = LogFormat.text
+    metrics: str = ""
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            return
+        host, port = self._parts()
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            port = -1
+        if not 0 <= port < 65536:
+            raise SetupError(
+                "the address for metrics is malformed",
+                expected="an IP address and a port, such as 127.0.0.1:9108, or a port alone",
+                got=self.metrics,
+                next_step="correct --metrics",
+            )
+        if not is_loopback(host) and not self.insecure:
+            raise SetupError(
+                "metrics would be served beyond this machine",
+                expected="a loopback address: there is neither TLS nor a password before them",
+                got=host,
+                next_step="give 127.0.0.1 and let a proxy reach it, or --insecure where the network is yours alone",
+            )
+
+    @property
+    def metrics_host(self) -> str:
+        """Where to listen; this machine alone if only a port is given."""
+        return self._parts()[0]
+
+    @property
+    def metrics_port(self) -> int:
+        """0: any free one."""
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[str, int]:
+        host, _, port = self.metrics.rpartition(":")
+        host = host.strip("[]") or "127.0.0.1"
+        return "127.0.0.1" if host == "localhost" else host, int(port) if port.isascii() and port.isdigit() else -1

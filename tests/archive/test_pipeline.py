@@ -4,59 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.pipeline import Seen, run
-from cxr_retrieval.contract import EMBEDDING
-from cxr_retrieval.errors import CxrError, StoreDownError, StoreError
+from cxr_retrieval.errors import StoreDownError, StoreError
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
-
-
-@dataclass(frozen=True)
-class Numbered:
-    path: Path
-    number: int
-    member: str | None = None
-
-
-class Counting:
-    """Keeps every film's number; `troubles` are raised by the first calls."""
-
-    outputs = (EMBEDDING,)
-
-    def __init__(self, *troubles: CxrError) -> None:
-        self.troubles = list(troubles)
-        self.numbers: list[int] = []
-        self.bad: list[int] = []
-        self.embeddings: dict[int, NDArray[np.generic]] = {}
-
-    def keep(self, seen: Sequence[Seen[Numbered]]) -> Sequence[Seen[Numbered]]:
-        if self.troubles:
-            raise self.troubles.pop(0)
-        return seen
-
-    def kept(self, result: Sequence[Seen[Numbered]]) -> None:
-        self.numbers += [one.work.number for one in result]
-        self.embeddings |= {one.work.number: one.outputs[EMBEDDING.name] for one in result}
-
-    def failed(self, work: Numbered, error: CxrError) -> None:
-        self.bad.append(work.number)
-
-
-@pytest.fixture
-def films(squares: NDArray[np.uint8], tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / f"{number}.png" for number in range(9)]
-    for path, square in zip(paths, squares[:, 0], strict=True):
-        Image.fromarray(square).save(path)
-    return paths
+from sinks import Counting, Numbered
 
 
 def test_each_work_is_kept_or_failed_once_and_bound_to_its_own_film(

@@ -153,6 +153,8 @@ def test_groups_print_the_pip_line_when_their_extra_is_missing(group: str, tmp_p
         (("query", "film.png", "--triton", "127.0.0.1:1"), "no Triton server answers at 127.0.0.1:1", 2),
         (("query", "film.png", "--triton", "nonsense"), "Triton address is malformed", 2),
         (("ingest", "--manifest", "none.csv"), "none.csv: cannot be read", 2),
+        (("batch", ".", "--out", "o", "--triton", "127.0.0.1:1", "--patience", "0"), "no Triton server answers at 127.0.0.1:1", 2),
+        (("batch", ".", "--out", "o", "--metrics", "0.0.0.0:0"), "metrics would be served beyond this machine", 2),
         (("train", "embedder", "--manifest", "none.csv", "--segmenter", "s.pt", "--out", "o"), "none.csv: cannot be read", 2),
         (("train", "segmentation", "--manifest", "m.csv", "--out", "o", "--config", "none.toml"), "shipped configs:", 2),
         (("build", "repository", "."), "already exists", 2),
@@ -169,3 +171,18 @@ def test_one_clear_error_and_the_right_exit_code(arguments: tuple[str, ...], wor
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_spans_without_their_extra_are_refused_with_the_pip_line(tmp_path: Path) -> None:
+    """Run with an import hook that hides OpenTelemetry's SDK, as in an environment without the extra."""
+    code = (
+        "import os, sys, importlib.util as u\n"
+        "os.environ['OTEL_EXPORTER_OTLP_ENDPOINT'] = 'http://127.0.0.1:1'\n"
+        "real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'opentelemetry.sdk' else real(name, *a)\n"
+        "sys.argv = ['cxr', 'batch', '.', '--out', 'o']\n"
+        "from cxr_retrieval.cli.app import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "pip install 'cxr-retrieval[telemetry]'" in result.stderr

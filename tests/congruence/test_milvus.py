@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +30,11 @@ from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
-from cxr_retrieval.errors import InputError, StoreError, UsageError
+from cxr_retrieval.errors import InputError, StoreError, StoreFullError, UsageError
 from cxr_retrieval.gallery.store import (
     ALIAS,
     UPSERT_BYTES,
@@ -627,3 +630,30 @@ def test_milvus_lite_leaves_the_other_cores_alone(tmp_path: Path, pseudonyms: Ps
         with pytest.raises(StoreError, match="no gallery"):
             Store(MilvusSettings(str(tmp_path / "gallery.db")), "other", pseudonyms)
         assert threads() == {2}
+
+
+def test_a_server_that_takes_no_writes_is_waited_for(
+    milvus_process: Any, milvus_server: str, entries: list[Entry], pseudonyms: Pseudonyms
+) -> None:
+    """Its administrator forbids them, with the code that a used-up quota has, and allows them again; it reads that file every few seconds."""
+    config = Path(milvus_process.config.base_data_dir) / "configs" / "milvus.yaml"
+    allowed = config.read_text()
+    denied = threading.Event()
+
+    def until_denied(store: Store) -> None:
+        for _ in range(60):
+            store.upsert(entries[:1], digests(1), vectors(1))
+            time.sleep(0.5)
+
+    with Store(MilvusSettings(milvus_server), "denied", pseudonyms, create=True) as store, ThreadPoolExecutor(1) as pool:
+        config.write_text(allowed.replace("forceDeny: false", "forceDeny: true", 1))
+        try:
+            with pytest.raises(StoreFullError, match="takes nothing more now"):
+                until_denied(store)
+            patience = Patience(threading.Event(), 60, tell=lambda _: denied.set())
+            upserting = pool.submit(patience.until, "milvus", lambda: store.upsert(entries, digests(5), vectors(5)))
+            assert denied.wait(30)
+        finally:
+            config.write_text(allowed)
+        upserting.result()
+        assert store.count() == 5

@@ -89,7 +89,7 @@ def test_answers_are_those_of_query(
         for number in range(9):
             line = found[f"{number}-0.png"]
             single = query(some / f"{number}-0.png", reader, triton, store).as_json()
-            assert {*single, "input", "status", "attention"} == line.keys()
+            assert {*single, "input", "status", "attention", "trace_id"} == line.keys()
             for key in ("image_id", "model_version", "earlier_films", "warnings"):
                 assert line[key] == single[key]
             assert [hit["image_id"] for hit in line["neighbours"]] == [hit["image_id"] for hit in single["neighbours"]]  # pyright: ignore

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, ENSEMBLE_OUTPUTS, FEATURES, LEAVES, LUNG_MASK, LUNG_SEGMENTATION, TensorSpec
-from cxr_retrieval.errors import AccessError, InferenceError, OverloadedError, SetupError, UnusableOutputError
+from cxr_retrieval.errors import (
+    AccessError,
+    InferenceError,
+    OverloadedError,
+    ServerDownError,
+    ServerFaultError,
+    SetupError,
+    UnusableOutputError,
+)
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
@@ -110,8 +118,9 @@ def test_wrong_input_is_refused_and_the_server_goes_on(triton: TritonClient, squ
 @pytest.mark.parametrize(
     ("status", "kind", "said"),
     [
-        ("INTERNAL", InferenceError, "failed; got CUDA out of memory"),
-        ("NOT_FOUND", InferenceError, "does not serve cxr_retrieval"),
+        ("INTERNAL", ServerFaultError, "failed; got CUDA out of memory"),
+        ("NOT_FOUND", ServerDownError, "does not serve cxr_retrieval now"),
+        ("UNIMPLEMENTED", InferenceError, "is no Triton"),
         ("UNAUTHENTICATED", AccessError, "refused access"),
         ("INVALID_ARGUMENT", UnusableOutputError, "refused the request"),
         ("RESOURCE_EXHAUSTED", OverloadedError, "no room for this request now"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, REFUSED, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
 from cxr_retrieval.gallery.store import Store
@@ -51,6 +53,7 @@ def run_batch(
     tell: Callable[[str], None],
     inputs: Iterable[Input | Unusable] = (),
     found: Callable[[int, bool], None] = lambda looked_at, all_found: None,
+    watch: Watch = unwatched,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> bool:
     """Answers what the journal holds as pending, and what is added to it meanwhile. Ends early, with nothing lost, once `stop` is set.
@@ -66,13 +69,19 @@ def run_batch(
     Raises:
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
-    sink = _Answers(journal, triton.model_version, options, advance)
+    sink = _Answers(journal, triton.model_version, options, advance, watch)
+
+    def looked(count: int, all_found: bool) -> None:
+        if all_found:
+            watch(Expected(sink.settled + journal.counts()[PENDING]))
+        found(count, all_found)
+
     probe = options.store.probe if options.store else lambda: None
     with ThreadPoolExecutor(1, "cxr-search") as pool:
-        search = pool.submit(_add, journal, inputs, found, stop)
+        search = pool.submit(_add, journal, inputs, looked, stop)
         try:
             works = _asked(journal, search, stop)
-            pipeline.run(works, reader, triton, sink, probe_store=probe, stop=stop, tell=tell, patience_s=patience_s)
+            pipeline.run(works, reader, triton, sink, probe_store=probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
         except BaseException:
             stop.set()
             raise
@@ -109,11 +118,12 @@ def _asked(journal: Journal, search: Future[bool], stop: threading.Event) -> Ite
 class _Answers:
     """The sink: searches for many films at once, and records their answers."""
 
-    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None]) -> None:
+    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch) -> None:
         wanted = query.WANTED if options.store else (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
         self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
-        self._journal, self._model_version, self._options, self._advance = journal, model_version, options, advance
+        self._journal, self._model_version, self._options, self._advance, self._watch = journal, model_version, options, advance, watch
         self._failures: list[Answer] = []
+        self.settled = 0
         self._flushed = time.monotonic()
 
     def keep(self, seen: Sequence[Seen[Asked]]) -> list[Answer]:
@@ -133,12 +143,16 @@ class _Answers:
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 
     def kept(self, result: list[Answer]) -> None:
-        self._journal.record([*result, *self._failures])
-        self._advance(len(result) + len(self._failures))
+        answers = [*result, *self._failures]
+        self._journal.record(answers)
+        self.settled += len(answers)
+        self._advance(len(answers))
+        self._watch(Settled(Counter(answer.state for answer in answers)))
         self._failures = []
         self._flushed = time.monotonic()
 
     def failed(self, work: Asked, error: CxrError) -> None:
+        self._watch(Failed(error, work.id))
         self._failures.append(Answer(work, FAILED, error=str(error)))
         if len(self._failures) >= _FAILURES_AT_ONCE or time.monotonic() > self._flushed + 1:
             self.flush()
@@ -150,8 +164,9 @@ class _Answers:
 
     def _answer(self, seen: Seen[Asked], result: QueryResult | UsageError) -> Answer:
         if isinstance(result, UsageError):
+            self._watch(Failed(result, seen.work.id))
             return Answer(seen.work, FAILED, error=str(result))
-        line = result.as_json()
+        line = {**result.as_json(), "trace_id": seen.trace.trace_id}
         if self._options.attention is not None:
             line["attention"] = str(self._drawn(seen, result, self._options.attention))
         return Answer(seen.work, REFUSED if result.ood.refused else ANSWERED, line, seen.film.pixels)
@@ -164,6 +179,7 @@ class _Answers:
             "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
             "warnings": [*seen.film.warnings, *query.doubts(seen.film, seen.outputs, ood)],
             "ood": ood.as_json(),
+            "trace_id": seen.trace.trace_id,
         }
         return Answer(seen.work, REFUSED if ood.refused else ANSWERED, line, seen.film.pixels)
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
+from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.cases.fields import identifies, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
@@ -116,6 +118,7 @@ def ingest(
     thumbnails: ThumbnailKind = ThumbnailKind.none,
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
+    watch: Watch = unwatched,
     patience_s: float = pipeline.PATIENCE_S,
     gate: bool = True,
 ) -> IngestReport:
@@ -131,23 +134,23 @@ def ingest(
         thumbnails: What is kept of each picture; of cases stored before, too, that lack it. Those kept before stay, as long as they are of
             the film that the gallery holds.
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
-        tell: Told what is waited for.
+        tell: Told what is waited for, in words.
+        watch: Told everything.
         patience_s: How long a server that went away is waited for.
         gate: Store nothing that is no upright frontal chest film; such a row is a problem.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance, thumbnails, gate=gate)
+    sink = _Gallery(store, reader, advance, thumbnails, watch, gate=gate)
+    patience = Patience(stop, patience_s, tell, watch)
+    if isinstance(rows, Sized):
+        watch(Expected(len(rows)))
 
     def patiently(call: Callable[[], None]) -> None:
-        for attempt in pipeline.patiently(stop, patience_s):
-            with attempt:
-                if attempt.retry_state.attempt_number > 1:
-                    store.probe()  # which also has the gallery loaded again
-                call()
+        patience.until("milvus", call, probe=store.probe)  # which also has the gallery loaded again
 
     with ThreadPoolExecutor() as hashing:
         new = sink.new_cases(rows, hashing, patiently)
-        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, patience_s=patience_s)
+        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
     done = sink.stored + sink.corrected + sink.unchanged
     if done:
         patiently(store.publish)
@@ -159,8 +162,8 @@ def ingest(
 class _Gallery:
     """The sink of an ingest."""
 
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, *, gate: bool) -> None:
-        self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, watch: Watch, *, gate: bool) -> None:
+        self._store, self._reader, self._advance, self._kind, self._watch, self._gate = store, reader, advance, thumbnails, watch, gate
         self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
         if gate or thumbnails is ThumbnailKind.lungs:
             self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
@@ -181,7 +184,7 @@ class _Gallery:
             self.drawn += len(chunk)
             self._columns.update(*(row.fields for row in chunk if isinstance(row, ManifestRow)))
             cases, failed = _tried(chunk, self._new_case, hashing)
-            self.problems += failed
+            self._take_problems(failed)
             cases, copies = self._without_copies(cases)
             held: dict[str, Held] = {}
             kept: dict[str, ThumbnailKind] = {}
@@ -193,6 +196,7 @@ class _Gallery:
             self.corrected += len(other_facts)
             self.unchanged += len(same) - len(other_facts) + copies
             self._advance(len(same) + len(failed) + copies)
+            self._watch(Settled({"corrected": len(other_facts), "unchanged": len(same) - len(other_facts) + copies}))
             settled = {entry.key for entry in same}
             yield from (replace(case, held=held.get(case.entry.key)) for case in cases if case.entry.key not in settled)
         self.all_drawn = True
@@ -265,12 +269,19 @@ class _Gallery:
     def kept(self, result: tuple[int, list[Problem]]) -> None:
         stored, problems = result
         self.stored += stored
-        self.problems += problems
+        self._watch(Settled({"stored": stored}))
+        self._take_problems(problems)
         self._advance(stored + len(problems))
 
     def failed(self, work: _NewCase, error: CxrError) -> None:
-        self.problems.append(Problem(work.name, error))
+        self._take_problems([Problem(work.name, error)])
         self._advance(1)
+
+    def _take_problems(self, problems: Sequence[Problem]) -> None:
+        self.problems += problems
+        self._watch(Settled({"failed": len(problems)}))
+        for problem in problems:
+            self._watch(Failed(problem.error))
 
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, talk, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, until_interrupted
+from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError, UsageError
-from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 
@@ -23,6 +22,7 @@ def batch(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
+    seen: Watched,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=options.INPUTS)],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
@@ -38,7 +38,7 @@ def batch(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of a manifest only rows of this split; without it all but 'extra'.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
+    patience: options.Patience = options.PATIENCE_DEFAULT,
     json: options.Json = False,
 ) -> None:
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
@@ -53,15 +53,17 @@ def batch(
         from cxr_retrieval.archive.batch import BatchOptions, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
+        from cxr_retrieval.archive.patience import Patience
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
 
-        client = opened.enter_context(TritonClient(triton))
+        wait = Patience(stop, patience, seen.tell, seen.watch)
+        client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
         store = None
         if not embed_only:
             keys = opened.enter_context(open_pseudonyms(pseudonyms))
-            store = opened.enter_context(Store(milvus, client.model_version, keys))
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))
         decisive = {
             "model_version": client.model_version,
             "gallery": None if embed_only else milvus.uri,
@@ -77,18 +79,14 @@ def batch(
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()
-        with progress_bar() as bar:
-            task = bar.add_task("answering", total=None)
-
-            def tell(words: str) -> None:
-                bar.console.print(Text(words), soft_wrap=True)
+        with seen.bar("answering", None) as bar:
 
             def found(looked_at: int, all_found: bool) -> None:
                 if all_found:
-                    tell(f"{looked_at} inputs found")
-                    bar.update(task, description="answering", total=bar.tasks[task].completed + journal.counts()["pending"])
+                    seen.tell(f"{looked_at} inputs found")
+                    bar.expect(bar.done + journal.counts()["pending"], "answering")
                 else:
-                    bar.update(task, description=f"answering; {looked_at} inputs found so far")
+                    bar.expect(None, f"answering; {looked_at} inputs found so far")
 
             complete = run_batch(
                 journal,
@@ -96,8 +94,9 @@ def batch(
                 client,
                 BatchOptions(store, top_k, where, include_own, attention, gate=not no_gate),
                 stop=stop,
-                advance=lambda count: bar.update(task, advance=count),
-                tell=tell,
+                advance=bar.advance,
+                tell=seen.tell,
+                watch=seen.watch,
                 inputs=find_inputs(paths, reader, split=split, left_out=attention, stop=stop),
                 found=found,
                 patience_s=patience,
@@ -118,10 +117,10 @@ def batch(
             "results": str(out),
             "dead_letters": str(journal.dead_letters) if counts["failed"] else None,
         }
-    _report(summary, complete=complete, json=json)
+    _report(summary, seen, complete=complete, json=json)
 
 
-def _report(summary: dict[str, Any], *, complete: bool, json: bool) -> None:
+def _report(summary: dict[str, Any], seen: Watched, *, complete: bool, json: bool) -> None:
     if json:
         print_json(summary)
     else:
@@ -132,7 +131,7 @@ def _report(summary: dict[str, Any], *, complete: bool, json: bool) -> None:
             f"{summary['results']}"
         )
     if not complete:
-        talk().print("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here", soft_wrap=True)
+        seen.tell("interrupted; what was in flight is kept. Next: give the same command again, it goes on from here")
         raise typer.Exit(INTERRUPTED)
     if summary["failed"] or summary["refused"]:
         reasons = f"see {summary['dead_letters']}; --retry-failed asks them again" if summary["failed"] else "see their reasons"

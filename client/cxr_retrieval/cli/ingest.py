@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, talk, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, until_interrupted
+from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, TritonSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def ingest(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
+    seen: Watched,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -44,7 +45,7 @@ def ingest(
         typer.Option("--thumbnails", help="Also keep each picture in Milvus: nothing outside the lungs, or all of it."),
     ] = ThumbnailKind.none,
     no_gate: options.NoGate = False,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that went away.")] = 3600.0,
+    patience: options.Patience = options.PATIENCE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
@@ -52,6 +53,7 @@ def ingest(
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
+    from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
@@ -63,37 +65,39 @@ def ingest(
     listed = read_manifest(manifest) if manifest else None
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
     gone: Sequence[str] = ()
-    with (
-        FilmReader() as reader,
-        TritonClient(triton) as client,
-        open_pseudonyms(pseudonyms, create=True) as keys,
-        Store(milvus, client.model_version, keys, create=True) as store,
-    ):
-        with until_interrupted() as stop, progress_bar() as bar:
-            task = bar.add_task("ingesting", total=None if chosen is None else len(chosen))
+    with ExitStack() as opened:
+        with until_interrupted() as stop:
+            reader = opened.enter_context(FilmReader())
+            wait = Patience(stop, patience, seen.tell, seen.watch)
+            client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
+            keys = opened.enter_context(open_pseudonyms(pseudonyms, create=True))
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys, create=True)))
             found = find_inputs(paths, reader, split=split, stop=stop)
-            report = embedding.ingest(
-                as_cases(found, label, source, split) if chosen is None else chosen,
-                reader,
-                client,
-                store,
-                advance=lambda count: bar.update(task, advance=count),
-                thumbnails=thumbnails,
-                stop=stop,
-                tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
-                patience_s=patience,
-                gate=not no_gate,
-            )
+            with seen.bar("ingesting", None if chosen is None else len(chosen)) as bar:
+                report = embedding.ingest(
+                    as_cases(found, label, source, split) if chosen is None else chosen,
+                    reader,
+                    client,
+                    store,
+                    bar.advance,
+                    thumbnails=thumbnails,
+                    stop=stop,
+                    tell=seen.tell,
+                    watch=seen.watch,
+                    patience_s=patience,
+                    gate=not no_gate,
+                )
         if listed and prune and not report.pending:
             with audited(audit.expanduser(), "ingest --prune", f"manifest with SHA-256 {listed.sha256}") as removed:
                 gone = store.prune({keys.image(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 removed[store.collection] = gone
         total = store.count()
         version, collection = client.model_version, store.collection
-    print_problems(report.problems)
+    if seen.speaks:
+        print_problems(report.problems)
     if report.left_out:
         advice = "One that does not can be stored under another name"
-        talk().print(f"not stored, for by their names they tell who somebody is: {', '.join(report.left_out)}. {advice}", soft_wrap=True)
+        seen.tell(f"not stored, for by their names they tell who somebody is: {', '.join(report.left_out)}. {advice}")
     if json:
         print_json(
             {
@@ -115,10 +119,10 @@ def ingest(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
-        talk().print(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
+        seen.tell(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:
         left = f", {report.pending} to go" if listed else ""
-        talk().print(f"interrupted{left}. Next: give the same command again, it goes on from here", soft_wrap=True)
+        seen.tell(f"interrupted{left}. Next: give the same command again, it goes on from here")
         raise typer.Exit(INTERRUPTED)
     if report.problems:
         raise typer.Exit(1)

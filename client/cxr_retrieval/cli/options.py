@@ -6,19 +6,23 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
+from cxr_retrieval.cli.watched import Watched, watched
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import (
     DEFAULT_AUDIT,
     DEFAULT_MILVUS,
     DEFAULT_PSEUDONYM_KEY,
     DEFAULT_TRITON,
+    LogFormat,
     MilvusSettings,
     PseudonymSettings,
+    TelemetrySettings,
     Tls,
     TritonSettings,
 )
@@ -26,6 +30,7 @@ from cxr_retrieval.settings import (
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
 _PSEUDONYMS: Final = "Pseudonyms"
+_SEEN: Final = "Seen from outside"
 INPUTS: Final = (
     "Radiographs; folders, ZIPs or DICOMDIRs that hold them; quoted patterns such as 'archive/**/*.dcm'; manifests (.csv); "
     "or - for a list of names on stdin."
@@ -37,11 +42,13 @@ Repository = Annotated[
     Path | None,
     typer.Option("--repository", envvar="CXR_REPOSITORY", help="Production model repository.", show_default="the one that ships"),
 ]
+Patience = Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for a server that is away, from the start on.")]
 Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
 
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Take also what looks like no upright frontal chest film.")]
 
 AUDIT_DEFAULT = DEFAULT_AUDIT
+PATIENCE_DEFAULT: Final = 3600.0
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]
 
@@ -186,12 +193,34 @@ def _pseudonyms(
     return PseudonymSettings(pseudonym_key, pseudonym_table, secret(None, "CXR_PSEUDONYM_KEY"))
 
 
-_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus, "pseudonyms": _pseudonyms}
+def _seen(
+    log_format: Annotated[
+        LogFormat,
+        typer.Option("--log-format", envvar="CXR_LOG_FORMAT", help="json: lines that name no file or patient.", rich_help_panel=_SEEN),
+    ] = LogFormat.text,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            envvar="CXR_METRICS",
+            metavar="[HOST:]PORT",
+            help="Serve Prometheus metrics there while it runs; 0 takes any free port.",
+            rich_help_panel=_SEEN,
+        ),
+    ] = "",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", envvar="CXR_METRICS_INSECURE", help="Let --metrics answer other machines.", rich_help_panel=_SEEN)
+    ] = False,
+) -> AbstractContextManager[Watched]:
+    return watched(TelemetrySettings(log_format, metrics, insecure))
+
+
+_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus, "pseudonyms": _pseudonyms, "seen": _seen}
 
 
 def with_servers(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, in the place of its parameters `triton: TritonSettings`, `milvus: MilvusSettings` and
-    `pseudonyms: PseudonymSettings`, the options that make them.
+    """Gives a command, in the place of its parameters `triton: TritonSettings`, `milvus: MilvusSettings`,
+    `pseudonyms: PseudonymSettings` and `seen: Watched`, the options that make them; it is watched until it returns.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     makers = {name: inspect.signature(make, eval_str=True).parameters for name, make in _MADE_BY.items() if name in parameters}
@@ -201,7 +230,9 @@ def with_servers(command: Callable[..., None]) -> Callable[..., None]:
     def reaching(**given: Any) -> None:
         chosen = {name: given.pop(name) for name in options}
         settings = {name: _MADE_BY[name](**{option: chosen[option] for option in made}) for name, made in makers.items()}
-        command(**given, **settings)
+        with ExitStack() as opened:
+            entered = {name: opened.enter_context(settings[name]) for name in settings.keys() & {"seen"}}
+            command(**given, **settings | entered)
 
     own = [parameter for name, parameter in parameters.items() if name not in makers]
     every = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *options.values())]

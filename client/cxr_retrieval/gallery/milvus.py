@@ -15,7 +15,7 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import ConnectError, MilvusException
 from threadpoolctl import threadpool_limits
 
-from cxr_retrieval.errors import StoreAccessError, StoreDownError, StoreError, UsageError
+from cxr_retrieval.errors import StoreAccessError, StoreDownError, StoreError, StoreFullError, UsageError
 from cxr_retrieval.handshake import refusal
 from cxr_retrieval.settings import MilvusSettings, Tls
 
@@ -28,6 +28,8 @@ _CONNECT_FAILED: Final = 2
 """Code of a MilvusException: no server there, or credentials refused while connecting (then its cause has the gRPC status)."""
 _NOT_LOADED: Final = 101
 """Code of a MilvusException: the collection is there, but not in memory; so it is after Milvus Lite has been started anew."""
+_TAKES_NO_MORE: Final = frozenset({3, 4, 7, 8, 9})
+"""Its codes since 2.3 (pkg/util/merr): memory, requests, disk, rate, quota."""
 
 
 @contextmanager
@@ -161,6 +163,13 @@ class translated:  # noqa: N801 (read as a verb at its uses)
                 expected="a Milvus boolean expression",
                 got=reason,
                 next_step="for example --where 'age > 60 and sex == \"F\"'",
+            ) from error
+        if error.code in _TAKES_NO_MORE:
+            raise StoreFullError(
+                f"Milvus at {self._settings.uri} takes nothing more now",
+                expected="room on its disk, in its memory and in its quota",
+                got=reason,
+                next_step="make room there",
             ) from error
         raise self._explained(_status(error), reason) from error
 

@@ -13,8 +13,16 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, TensorSpec
-from cxr_retrieval.errors import AccessError, InferenceError, OverloadedError, ServerDownError, UnusableOutputError
+from cxr_retrieval.errors import (
+    AccessError,
+    InferenceError,
+    OverloadedError,
+    ServerDownError,
+    ServerFaultError,
+    UnusableOutputError,
+)
 from cxr_retrieval.handshake import refusal
+from cxr_retrieval.inference.trace import Trace
 from cxr_retrieval.settings import Tls, TritonSettings
 
 BATCH_SIZE: Final = 8
@@ -109,28 +117,35 @@ class TritonClient:
             )
 
     def infer(
-        self, images: Images, outputs: Sequence[TensorSpec] = ENSEMBLE_OUTPUTS, on_overload: Callable[[], None] = lambda: None
+        self,
+        images: Images,
+        outputs: Sequence[TensorSpec] = ENSEMBLE_OUTPUTS,
+        on_overload: Callable[[], None] = lambda: None,
+        trace: Trace | None = None,
     ) -> Outputs:
         """Runs the ensemble on `[n, 1, 256, 256]` uint8; only the steps that the wanted outputs need are executed.
 
         Args:
             on_overload: Told each time the server had no room, before it is asked again.
+            trace: What the request is known by, in Triton's own log and trace.
 
         Returns:
             Output name → array `[n, ...]`.
 
         Raises:
-            InferenceError: Down, deadline exceeded, still overloaded after as long, or an answer of the wrong shape or with NaN.
+            InferenceError: Down, failed, deadline exceeded, still overloaded after as long, or an answer of the wrong shape or with NaN.
         """
         tensor = grpcclient.InferInput(IMAGE.name, list(images.shape), IMAGE.dtype)
         tensor.set_data_from_numpy(images)
         wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
-        result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted)
+        result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted, trace)
         return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
 
-    def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput]) -> Any:
+    def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput], trace: Trace | None) -> Any:
+        request_id, headers = (trace.trace_id, {"traceparent": trace.traceparent}) if trace else ("", None)
+        deadline_s = self._settings.timeout_s
         try:
-            return self._client.infer(ENSEMBLE, [tensor], outputs=wanted, client_timeout=self._settings.timeout_s)
+            return self._client.infer(ENSEMBLE, [tensor], outputs=wanted, request_id=request_id, headers=headers, client_timeout=deadline_s)
         except InferenceServerException as error:
             raise self._translate(error) from error
 
@@ -197,7 +212,7 @@ class TritonClient:
         if status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
             return OverloadedError(f"Triton at {url} has no room for this request now", got=reason, next_step="send less at once, or later")
         if status in ("DEADLINE_EXCEEDED", "CANCELLED"):
-            return InferenceError(
+            return ServerFaultError(
                 f"Triton at {url} took too long",
                 expected=f"an answer within {self._settings.timeout_s:g} s",
                 got=reason,
@@ -210,16 +225,18 @@ class TritonClient:
                 got=reason,
                 next_step="give what the proxy before it asks for: --triton-token-file, --triton-header-file",
             )
-        if status in ("NOT_FOUND", "UNIMPLEMENTED"):
-            return InferenceError(
-                f"Triton at {url} does not serve {ENSEMBLE}",
+        if status == "NOT_FOUND":
+            return ServerDownError(
+                f"Triton at {url} does not serve {ENSEMBLE} now",
                 expected="all four models loaded",
                 got=reason,
-                next_step="check its repository",
+                next_step="load them, or check its repository",
             )
+        if status == "UNIMPLEMENTED":
+            return InferenceError(f"what answers at {url} is no Triton", expected="the KServe v2 protocol", got=reason, next_step=_START)
         if status == "INVALID_ARGUMENT":
             return UnusableOutputError(f"Triton at {url} refused the request", got=reason, next_step="see the server's log")
-        return InferenceError(
+        return ServerFaultError(
             f"Triton at {url} failed", got=reason or status, next_step="see the server's log; out of memory, send smaller batches"
         )
 

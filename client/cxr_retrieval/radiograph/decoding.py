@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -84,6 +85,7 @@ class Film:
         patient_id: DICOM's Patient ID, if the file has one.
         pixels: SHA-256 (hex) of the square's bytes: equal for the same picture under another name or format.
         file: SHA-256 (hex) of the file's bytes.
+        seconds: That its worker took.
     """
 
     square: Grey8
@@ -93,6 +95,7 @@ class Film:
     patient_id: str | None
     pixels: str
     file: str
+    seconds: float
 
     @property
     def film_id(self) -> str:
@@ -503,6 +506,7 @@ def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents
     path, member = question.path, question.member
     if question.kind == "contents":
         return contents_of(path, question.start, shelf)
+    started = time.monotonic()
     data = _bytes(path) if member is None else shelf.zip(path).read(member)
     if question.kind == "identity":
         return Identity(hashlib.sha256(data).hexdigest(), read_patient_id(data))
@@ -516,6 +520,7 @@ def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents
         radiograph.patient_id,
         pixels=pixel_digest(square),
         file=hashlib.sha256(data).hexdigest(),
+        seconds=time.monotonic() - started,
     )
 
 
