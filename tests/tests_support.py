@@ -21,6 +21,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorag
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
+    "CXR_AUDIT": str(Path(tempfile.gettempdir()) / f"cxr-tests-audit-{os.getuid()}.jsonl"),
     "NO_COLOR": "1",
     "TERM": "dumb",
 }

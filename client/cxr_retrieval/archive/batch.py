@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.audit import Noted, pseudonym_of
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
@@ -53,6 +54,7 @@ def run_batch(
     tell: Callable[[str], None],
     inputs: Iterable[Input | Unusable] = (),
     found: Callable[[int, bool], None] = lambda looked_at, all_found: None,
+    noted: Noted = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> bool:
     """Answers what the journal holds as pending, and what is added to it meanwhile. Ends early, with nothing lost, once `stop` is set.
@@ -61,6 +63,8 @@ def run_batch(
         stop: Set by this, too, when it fails, so that the search for inputs ends.
         inputs: Added to the journal in a thread of their own; the first are answered while others are still looked for.
         found: Told, in that thread, how many inputs have been looked at so far, and whether these are all.
+        noted: Told which films are answered or have failed, just before that is recorded. A film that could not be read has no
+            pseudonym: it is `input-<its number in the journal>`.
 
     Returns:
         Whether all inputs were found, and none is pending.
@@ -68,7 +72,7 @@ def run_batch(
     Raises:
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
-    sink = _Answers(journal, triton.model_version, options, advance)
+    sink = _Answers(journal, triton.model_version, options, advance, noted)
     probe = options.store.probe if options.store else lambda: None
     with ThreadPoolExecutor(1, "cxr-search") as pool:
         search = pool.submit(_add, journal, inputs, found, stop)
@@ -111,10 +115,10 @@ def _asked(journal: Journal, search: Future[bool], stop: threading.Event) -> Ite
 class _Answers:
     """The sink: searches for many films at once, and records their answers."""
 
-    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None]) -> None:
+    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], noted: Noted) -> None:
         wanted = query.WANTED if options.store else (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
         self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
-        self._journal, self._model_version, self._options, self._advance = journal, model_version, options, advance
+        self._journal, self._model_version, self._options, self._advance, self._noted = journal, model_version, options, advance, noted
         self._failures: list[Answer] = []
         self._flushed = time.monotonic()
 
@@ -129,8 +133,10 @@ class _Answers:
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 
     def kept(self, result: list[Answer]) -> None:
-        self._journal.record([*result, *self._failures])
-        self._advance(len(result) + len(self._failures))
+        answers = [*result, *self._failures]
+        self._noted({answer.film or f"input-{answer.asked.id}": answer.state for answer in answers})
+        self._journal.record(answers)
+        self._advance(len(answers))
         self._failures = []
         self._flushed = time.monotonic()
 
@@ -146,11 +152,11 @@ class _Answers:
 
     def _answer(self, seen: Seen[Asked], result: QueryResult | UsageError) -> Answer:
         if isinstance(result, UsageError):
-            return Answer(seen.work, FAILED, error=str(result))
+            return Answer(seen.work, FAILED, error=str(result), film=pseudonym_of(seen.film.file))
         line = result.as_json()
         if self._options.attention is not None:
             line["attention"] = str(self._drawn(seen, result, self._options.attention))
-        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, ANSWERED, line, seen.film.pixels, film=pseudonym_of(seen.film.file))
 
     def _embedded(self, seen: Seen[Asked]) -> Answer:
         mask, agreement = np.asarray(seen.outputs[LUNG_MASK.name][0], np.uint8), float(seen.outputs[LUNG_AGREEMENT.name][0])
@@ -160,7 +166,7 @@ class _Answers:
             "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
             "warnings": [*seen.film.warnings, *query.lung_warnings(mask, seen.film.box, agreement)],
         }
-        return Answer(seen.work, ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, ANSWERED, line, seen.film.pixels, film=pseudonym_of(seen.film.file))
 
     @staticmethod
     def _drawn(seen: Seen[Asked], result: QueryResult, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.audit import Noted
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.cases.manifest import ManifestRow
@@ -91,6 +92,7 @@ def ingest(
     *,
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
+    noted: Noted = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
@@ -103,10 +105,11 @@ def ingest(
         advance: Told how many rows have been dealt with.
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for.
+        noted: Told which keys are about to be stored or corrected.
         patience_s: How long a server that went away is waited for.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance)
+    sink = _Gallery(store, reader, advance, noted)
 
     def patiently(call: Callable[[], None]) -> None:
         for attempt in pipeline.patiently(stop, patience_s):
@@ -130,8 +133,9 @@ class _Gallery:
 
     outputs = (EMBEDDING,)
 
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance) -> None:
-        self._store, self._reader, self._advance = store, reader, advance
+    def __init__(self, store: Store, reader: FilmReader, advance: Advance, noted: Noted) -> None:
+        self._store, self._reader, self._advance, self._noted = store, reader, advance, noted
+        self._stored_now: set[str] = set()
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = 0
         self.all_drawn = False
@@ -174,6 +178,7 @@ class _Gallery:
         return kept, len(cases) - len(kept)
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
+        self._noted({entry.key: "corrected" for entry in entries})
         vectors = self._store.embeddings([entry.key for entry in entries])
         self._store.upsert(entries, [held[entry.key].pixels for entry in entries], [vectors[entry.key] for entry in entries])
 
@@ -186,6 +191,9 @@ class _Gallery:
                 kept.append((replace(one.work.entry, file=one.film.file), one))  # of the bytes embedded, should the file have changed
             except InputError as error:
                 problems.append(Problem(one.work.name, error))
+        keys = {entry.key for entry, _ in kept}
+        self._noted(dict.fromkeys(sorted(keys - self._stored_now), "stored"))
+        self._stored_now = keys  # should Milvus be away, they come again
         self._store.upsert([entry for entry, _ in kept], [one.film.pixels for _, one in kept], [_embedding(one) for _, one in kept])
         return len(kept), problems
 

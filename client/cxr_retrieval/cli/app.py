@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cxr_retrieval.cli.audit import app as audit_app
 from cxr_retrieval.cli.batch import batch
 from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
@@ -37,6 +38,7 @@ for command in (demo, serve, manifest, ingest, query, batch, evaluate, loadtest,
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(audit_app, name="audit")
 app.add_typer(train_app, name="train", hidden=importlib.util.find_spec("torch") is None)
 app.add_typer(build_app, name="build", hidden=importlib.util.find_spec("onnx") is None)
 

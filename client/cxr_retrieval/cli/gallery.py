@@ -38,9 +38,9 @@ def remove(
     if dry_run:
         found = remove_cases(milvus, clause, dry_run=True)
     else:
-        with audited(audit.expanduser(), "gallery remove", reason) as removed:
+        with audited(audit.expanduser(), "gallery remove", {"reason": reason}) as operation:
             found = remove_cases(milvus, clause)
-            removed.update(found)
+            operation.outcome["removed"] = found
     if json:
         print_json({"dry_run": dry_run, "removed": {name: len(keys) for name, keys in found.items()}})
     else:
@@ -62,9 +62,8 @@ def drop(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.gallery.store import drop_gallery
 
-    with audited(audit.expanduser(), "gallery drop", reason) as removed:
-        removed[collection] = ["*"]
-        rows = drop_gallery(milvus, collection)
+    with audited(audit.expanduser(), "gallery drop", {"collection": collection, "reason": reason}) as operation:
+        rows = operation.outcome["cases_dropped"] = drop_gallery(milvus, collection)
     typer.echo(f"{collection}: dropped, {rows} cases")
 
 

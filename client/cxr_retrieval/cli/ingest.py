@@ -61,7 +61,8 @@ def ingest(
         TritonClient(triton) as client,
         Store(milvus, client.model_version, create=True) as store,
     ):
-        with until_interrupted() as stop, progress_bar() as bar:
+        about = {"model_version": client.model_version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
+        with audited(audit.expanduser(), "ingest", about) as operation, until_interrupted() as stop, progress_bar() as bar:
             task = bar.add_task("ingesting", total=None if chosen is None else len(chosen))
             found = find_inputs(paths, reader, split=split, stop=stop)
             report = embedding.ingest(
@@ -72,12 +73,15 @@ def ingest(
                 advance=lambda count: bar.update(task, advance=count),
                 stop=stop,
                 tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                noted=operation.note,
                 patience_s=patience,
             )
+            counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
+            operation.outcome.update(counts, failed=len(report.problems))
         if listed and prune and not report.pending:
-            with audited(audit.expanduser(), "ingest --prune", listed.path.name) as removed:
+            with audited(audit.expanduser(), "ingest --prune", about) as operation:
                 gone = store.prune({case_key(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
-                removed[store.collection] = gone
+                operation.outcome["removed"] = {store.collection: gone}
         total = store.count()
         version, collection = client.model_version, store.collection
     print_problems(report.problems)
@@ -95,8 +99,8 @@ def ingest(
             }
         )
     else:
-        counts = {"corrected": report.corrected, "pruned": len(gone)}
-        further = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        changes = {"corrected": report.corrected, "pruned": len(gone)}
+        further = "".join(f", {count} {name}" for name, count in changes.items() if count)
         typer.echo(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )

@@ -27,7 +27,7 @@ Repository = Annotated[
     Path | None,
     typer.Option("--repository", envvar="CXR_REPOSITORY", help="Production model repository.", show_default="the one that ships"),
 ]
-Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
+Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log of who did what to which cases, and when; see `cxr audit`.")]
 
 AUDIT_DEFAULT = DEFAULT_AUDIT
 

@@ -38,17 +38,23 @@ def query(
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
+    audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
 
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.archive.audit import audited, film_pseudonym
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.retrieval.picture import write_html, write_montage
         from cxr_retrieval.retrieval.query import query as answer
 
-        with TritonClient(triton) as client, Store(milvus, client.model_version) as store:
+        with (
+            TritonClient(triton) as client,
+            Store(milvus, client.model_version) as store,
+            audited(audit.expanduser(), "query", {"model_version": client.model_version, "film": film_pseudonym(image)}),
+        ):
             result = answer(image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own)
         if html:
             write_html(result, html, reader)
