@@ -55,7 +55,7 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert "phantom-north" in table.stdout
 
     listed = run_cxr("info", "--collections", "--json", *served.servers)
-    assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows"]
+    assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows, the gallery"]
 
 
 def test_cases_leave_the_gallery_and_the_log_says_so(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.manifest import manifest
 from cxr_retrieval.cli.query import query
+from cxr_retrieval.cli.reindex import reindex
 from cxr_retrieval.cli.serve import serve
 from cxr_retrieval.errors import CxrError
 from cxr_retrieval_build.cli import app as build_app
@@ -34,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, batch, evaluate, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, batch, evaluate, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")
