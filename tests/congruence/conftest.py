@@ -1,4 +1,4 @@
-"""A real Milvus server for the tests of this folder, started once."""
+"""A real Milvus server for the tests of this folder: one for each file, and never two at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def milvus_process() -> Iterator[Any]:
     """A real Milvus 2.3.5 standalone (older than nullable fields)."""
     from milvus import MilvusServer
@@ -33,6 +33,6 @@ def milvus_process() -> Iterator[Any]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def milvus_server(milvus_process: Any) -> str:
     return f"http://127.0.0.1:{milvus_process.listen_port}"

@@ -152,14 +152,13 @@ def test_a_file_that_is_not_whole_stores_nothing(harm: Callable[[Path], None], p
 
 
 def test_a_flipped_bit_is_found_or_changes_nothing(places: dict[str, MilvusSettings], small: Path) -> None:
-    """Some bytes mean nothing: reserved ones, statistics of a column."""
-    data, about, rows = small.read_bytes(), read_backup(small), pq.read_table(small).to_pylist()
+    """Some bytes mean nothing: reserved ones, statistics of a column. Where nothing is found, what is read has the same digest."""
+    data, about = small.read_bytes(), read_backup(small)
     found = 0
     for at in range(0, len(data), 61):
         small.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         try:
             assert read_backup(small) == about
-            assert pq.read_table(small).to_pylist() == rows
         except UsageError:
             found += 1
     assert found > len(data) // 61 // 2
