@@ -30,6 +30,7 @@ KEY_FILE = KEPT / "pseudonym.key"
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
+    "CXR_AUDIT": str(Path(tempfile.gettempdir()) / f"cxr-tests-audit-{os.getuid()}.jsonl"),
     "NO_COLOR": "1",
     "TERM": "dumb",
     "CXR_PSEUDONYM_KEY_FILE": str(KEY_FILE),

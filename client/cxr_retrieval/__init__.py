@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cxr_retrieval.archive.embedding import IngestReport, ingest
+    from cxr_retrieval.archive.reindex import ReindexReport, reindex
     from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
     from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms, open_pseudonyms
     from cxr_retrieval.errors import CxrError, ImageError, InferenceError, InputError, ManifestError, ServiceError, StoreError, UsageError
     from cxr_retrieval.evaluation.metrics import evaluate
+    from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
     from cxr_retrieval.gallery.store import Case, Neighbour, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
@@ -37,10 +39,12 @@ __version__ = _version("cxr-retrieval")
 
 _WHERE = {
     "archive.embedding": ("IngestReport", "ingest"),
+    "archive.reindex": ("ReindexReport", "reindex"),
     "cases.manifest": ("Manifest", "ManifestRow", "read_manifest"),
     "cases.pseudonyms": ("Original", "Pseudonyms", "open_pseudonyms"),
     "errors": ("CxrError", "ImageError", "InferenceError", "InputError", "ManifestError", "ServiceError", "StoreError", "UsageError"),
     "evaluation.metrics": ("evaluate",),
+    "gallery.backup": ("Backup", "export_gallery", "import_gallery", "read_backup"),
     "gallery.store": ("Case", "Neighbour", "Store"),
     "inference.triton": ("TritonClient",),
     "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
@@ -54,6 +58,7 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "Backup",
     "Case",
     "CxrError",
     "DecodingLimits",
@@ -73,6 +78,7 @@ __all__ = [
     "PseudonymSettings",
     "Pseudonyms",
     "QueryResult",
+    "ReindexReport",
     "Retriever",
     "ServiceError",
     "Store",
@@ -84,10 +90,14 @@ __all__ = [
     "UsageError",
     "Vote",
     "evaluate",
+    "export_gallery",
+    "import_gallery",
     "ingest",
     "open_pseudonyms",
     "query",
+    "read_backup",
     "read_manifest",
+    "reindex",
     "weighted_vote",
     "write_html",
     "write_montage",

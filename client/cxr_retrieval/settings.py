@@ -23,7 +23,7 @@ DEFAULT_MILVUS: Final = "http://127.0.0.1:19530"
 DEFAULT_STORE: Final = Path("~/.local/share/cxr-retrieval/gallery.db")
 """Where `cxr serve` keeps the gallery."""
 DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
-"""Where removals are written down."""
+"""Where it is written down who did what."""
 DEFAULT_PSEUDONYM_KEY: Final = Path("~/.local/share/cxr-retrieval/pseudonym.key")
 """Made by the first ingest; the table that leads back lies beside it."""
 MIN_KEY_CHARACTERS: Final = 32

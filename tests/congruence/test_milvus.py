@@ -6,12 +6,9 @@ has none. No server that has them (2.5 and later; compose.yaml starts 2.6) has r
 
 from __future__ import annotations
 
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -35,8 +32,8 @@ from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, StoreFullError, UsageError
+from cxr_retrieval.gallery.aliases import ALIAS, list_galleries, use_gallery
 from cxr_retrieval.gallery.store import (
-    ALIAS,
     UPSERT_BYTES,
     UPSERT_ROWS,
     Entry,
@@ -62,28 +59,6 @@ c,c.png,non_covid_pneumonia,p3,south,train,,F,,,"quoted ""word"" and 'mark'",,A1
 d,d.png,covid19,,,val,75.5,,Y,,,,,
 e,e.png,covid19,p5,south,val,50,F,N,91,ünïcödé,,,
 """
-
-
-@pytest.fixture(scope="module")
-def milvus_process() -> Iterator[Any]:
-    """A real Milvus 2.3.5 standalone (older than nullable fields)."""
-    from milvus import MilvusServer
-
-    folder = tempfile.mkdtemp(prefix="cxr-milvus-")
-    server = MilvusServer()
-    server.set_base_dir(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server.listen_port = probe.getsockname()[1]
-    server.start()
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def milvus_server(milvus_process: Any) -> str:
-    return f"http://127.0.0.1:{milvus_process.listen_port}"
 
 
 @pytest.fixture(scope="module", params=[pytest.param("lite", id="lite, nullable"), pytest.param("server", id="server 2.3.5, not nullable")])
@@ -290,20 +265,64 @@ def test_calls_hold_what_bytes_allow(sizes: list[int]) -> None:
     assert max((len(call) for call in by_bytes({"key": str(n)} for n in range(1203))), default=0) == UPSERT_ROWS
 
 
-def test_alias_follows_the_newest_ingest(
+def test_the_gallery_is_the_first_one_until_another_is_chosen(
     settings: MilvusSettings, entries: list[Entry], caplog: pytest.LogCaptureFixture, pseudonyms: Pseudonyms
 ) -> None:
+    """An ingest with other weights, beside it, changes nothing for who looks at the gallery from outside."""
+
+    def the_gallery() -> list[str]:
+        return [name for name, aliases in list_galleries(settings).items() if ALIAS in aliases]
+
+    if the_gallery():  # of a former test, on the server
+        client = MilvusClient(settings.uri)
+        client.drop_alias(ALIAS)
+        client.close()
     for version in ("alias_one", "alias_two"):
         with Store(settings, version, pseudonyms, create=True) as store:
             store.upsert(entries, digests(5), vectors(5))
             store.publish()
             store.publish()
+    assert the_gallery() == ["cxr_alias_one"]
+    with pytest.raises(UsageError, match="no gallery for model version never"):
+        use_gallery(settings, "never")
+    assert use_gallery(settings, "alias_two") == "cxr_alias_one"
+    assert the_gallery() == ["cxr_alias_two"]
     client = MilvusClient(settings.uri)
-    assert client.describe_alias(ALIAS)["collection_name"] == "cxr_alias_two"
+    assert client.has_collection(ALIAS), "tools reach it by the alias"
     assert not [record for record in caplog.records if record.name.startswith("pymilvus") and record.levelname == "ERROR"], (
         "no stack on the user's terminal"
     )
     client.close()
+
+
+def test_rows_are_carried_over_whole_into_a_gallery_that_answers_nobody_until_it_is_filled(
+    settings: MilvusSettings, entries: list[Entry], pseudonyms: Pseudonyms
+) -> None:
+    """As `cxr reindex` does, whose pictures and networks are not of interest here."""
+    with Store(settings, "carried_from", pseudonyms, create=True) as former:
+        former.upsert(entries, digests(5), vectors(5))
+        keys = [entry.key for entry in entries]
+        with Store(settings, "carried_to", pseudonyms, fill=True, beside=former) as new:
+            new.put(
+                [{**row, "embedding": vector.tolist()} for row, vector in zip(former.rows_of(keys).values(), vectors(5, 1), strict=True)]
+            )
+            assert new.filling
+            with pytest.raises(StoreError, match="is not filled yet"):
+                Store(settings, "carried_to", pseudonyms, beside=former)
+            with Store(settings, "carried_to", pseudonyms, fill=True, beside=former) as again:
+                assert again.filling, "a second run finds the mark"
+            told, taken = ({row["key"]: row for row in store.rows(["*"])} for store in (former, new))
+            assert told.keys() == taken.keys() == {*keys}
+            for key, row in taken.items():
+                assert {**row, "embedding": None} == {**told[key], "embedding": None}
+            assert new.held(keys) == former.held(keys)
+            new.filled()
+            new.filled()
+            assert not new.filling
+            new.remove(keys[:1])
+            assert (former.count(), new.count()) == (5, 4)
+    with Store(settings, "carried_to", pseudonyms) as opened:
+        assert {hit.case.image_id for hit in opened.search(vectors(5, 1)[0], 5, "age > 30")} == {"b", "d", "e"}
 
 
 def test_a_corrected_source_replaces_the_row(

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from pymilvus import MilvusClient
 
+from cxr_retrieval.archive.audit import entries, film_pseudonym, verify
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import Input, Unusable, find_inputs
@@ -78,13 +79,22 @@ def test_answers_are_those_of_query(
     shutil.copy(archive / "3-0.png", some / "the same.png")
     (some / "page.png").write_text("no picture")
     out = tmp_path / "results.jsonl"
-    done = run_cxr(*arguments(some, out, server.grpc, gallery), "--attention", tmp_path / "drawn")
+    log = tmp_path / "audit.jsonl"
+    done = run_cxr(*arguments(some, out, server.grpc, gallery), "--attention", tmp_path / "drawn", "--audit", log)
     assert done.returncode == 1, done.stderr
     assert "11 inputs: 10 answered, 1 failed, 1 of them copies of another" in done.stdout
     found = {Path(str(line["input"])).name: line for line in results(out)}
     assert found["page.png"]["status"] == "failed"
     assert "not an image this system reads" in str(found["page.png"]["error"])
     assert found["the same.png"]["same_as"] == str(some / "3-0.png")
+    audited = list(entries(log))
+    named = [(name, what) for line in audited for what, names in line.get("cases", {}).items() for name in names]
+    films = {film_pseudonym(path) for path in some.glob("?-0.png")}
+    assert {name for name, what in named if what == "answered"} == films
+    assert [name for name, what in named if what == "failed"] == ["input-10"]
+    assert {(line["action"], line["model_version"]) for line in audited} == {("batch", triton.model_version)}
+    assert (audited[0]["state"], audited[-1]["state"], audited[-1]["after"]["answered"]) == ("begun", "done", 10)
+    assert verify(log).flaw is None
     with Store(MilvusSettings(gallery), triton.model_version, pseudonyms) as store:
         for number in range(9):
             line = found[f"{number}-0.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert "phantom-north" in table.stdout
 
     listed = run_cxr("info", "--collections", "--json", *served.servers)
-    assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows"]
+    assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows, the gallery"]
 
 
 def test_cases_leave_the_gallery_and_the_log_says_so(
@@ -86,16 +87,35 @@ def test_cases_leave_the_gallery_and_the_log_says_so(
     again = run_cxr("gallery", "remove", "--patient", "p1", "--audit", log, *milvus)
     assert again.returncode == 1
     assert "no case to remove" in again.stderr
+    asked = run_cxr("query", images[0], "--audit", log, *served.servers)
+    assert asked.returncode == 0, asked.stderr
     assert run_cxr("gallery", "remove", "--image", "r2", "--image", "r3", "--audit", log, *milvus).returncode == 0
     told = [json.loads(line) for line in log.read_text().splitlines()]
-    keys = [[key for keys in line["removed"].values() for key in keys] for line in told if line["state"] == "done"]
+    keys = [[key for keys in line["removed"].values() for key in keys] for line in told if "removed" in line]
     r0, r1, r2, r3 = (pseudonyms.image(f"r{i}") for i in range(4))
     assert keys == [[r0], [r1], [], sorted([r2, r3])]
-    assert "p1" not in log.read_text(), "no patient in the log"
-    assert "m.csv" not in log.read_text(), "and no file"
     assert pseudonyms.originals([r0, r1, r2]).keys() == {r0}, (
         "what was removed is forgotten; another model version may hold what was pruned"
     )
+    stored = [line["cases"] for line in told if line["action"] == "ingest" and "cases" in line]
+    assert stored == [{"stored": sorted([r0, r1, r2, r3])}, {"corrected": [r1]}]
+    assert not [word for word in ("p1", "r1", str(tmp_path), images[0].name) if f'"{word}' in log.read_text()], (
+        "no patient, no path in the log"
+    )
+    film = f"film-{hashlib.sha256(images[0].read_bytes()).hexdigest()[:16]}"
+    shown = run_cxr("audit", "show", log, "--case", film)
+    lines = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [(line["action"], line["film"], line["state"]) for line in lines] == [("query", film, "begun"), ("query", film, "done")]
+    assert all(line["model_version"] and line["user"] and line["time"] for line in lines)
+    head = run_cxr("audit", "verify", log).stdout.split()[-1]
+    assert run_cxr("audit", "verify", log, "--head", head).returncode == 0
+    log.write_text(log.read_text().replace("consent withdrawn", "by mistake"))
+    edited = run_cxr("audit", "verify", log)
+    assert edited.returncode == 1
+    assert "was edited" in edited.stderr
+    refused = run_cxr("query", images[0], "--audit", tmp_path, *served.servers)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "the audit log cannot be written" in refused.stderr
     assert run_cxr("query", images[0], "--where", 'source == "pruned-north"', *served.servers).returncode == 2
 
 

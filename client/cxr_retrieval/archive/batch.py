@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.audit import Noted
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, REFUSED, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
@@ -54,6 +55,7 @@ def run_batch(
     inputs: Iterable[Input | Unusable] = (),
     found: Callable[[int, bool], None] = lambda looked_at, all_found: None,
     watch: Watch = unwatched,
+    noted: Noted = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> bool:
     """Answers what the journal holds as pending, and what is added to it meanwhile. Ends early, with nothing lost, once `stop` is set.
@@ -62,6 +64,8 @@ def run_batch(
         stop: Set by this, too, when it fails, so that the search for inputs ends.
         inputs: Added to the journal in a thread of their own; the first are answered while others are still looked for.
         found: Told, in that thread, how many inputs have been looked at so far, and whether these are all.
+        noted: Told which films are answered or have failed, just before that is recorded. A film that could not be read has no
+            pseudonym: it is `input-<its number in the journal>`.
 
     Returns:
         Whether all inputs were found, and none is pending.
@@ -69,7 +73,7 @@ def run_batch(
     Raises:
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
-    sink = _Answers(journal, triton.model_version, options, advance, watch)
+    sink = _Answers(journal, triton.model_version, options, advance, watch, noted)
 
     def looked(count: int, all_found: bool) -> None:
         if all_found:
@@ -118,10 +122,13 @@ def _asked(journal: Journal, search: Future[bool], stop: threading.Event) -> Ite
 class _Answers:
     """The sink: searches for many films at once, and records their answers."""
 
-    def __init__(self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch) -> None:
+    def __init__(
+        self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch, noted: Noted
+    ) -> None:
         wanted = query.WANTED if options.store else (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
         self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
-        self._journal, self._model_version, self._options, self._advance, self._watch = journal, model_version, options, advance, watch
+        self._journal, self._model_version, self._options = journal, model_version, options
+        self._advance, self._watch, self._noted = advance, watch, noted
         self._failures: list[Answer] = []
         self.settled = 0
         self._flushed = time.monotonic()
@@ -144,6 +151,7 @@ class _Answers:
 
     def kept(self, result: list[Answer]) -> None:
         answers = [*result, *self._failures]
+        self._noted({answer.film or f"input-{answer.asked.id}": answer.state for answer in answers})
         self._journal.record(answers)
         self.settled += len(answers)
         self._advance(len(answers))
@@ -165,11 +173,11 @@ class _Answers:
     def _answer(self, seen: Seen[Asked], result: QueryResult | UsageError) -> Answer:
         if isinstance(result, UsageError):
             self._watch(Failed(result, seen.work.id))
-            return Answer(seen.work, FAILED, error=str(result))
+            return Answer(seen.work, FAILED, error=str(result), film=seen.film.film_id)
         line = {**result.as_json(), "trace_id": seen.trace.trace_id}
         if self._options.attention is not None:
             line["attention"] = str(self._drawn(seen, result, self._options.attention))
-        return Answer(seen.work, REFUSED if result.ood.refused else ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, REFUSED if result.ood.refused else ANSWERED, line, seen.film.pixels, film=seen.film.film_id)
 
     def _embedded(self, seen: Seen[Asked]) -> Answer:
         ood = query.assessed(seen.film, seen.outputs, gate=self._options.gate)
@@ -181,7 +189,7 @@ class _Answers:
             "ood": ood.as_json(),
             "trace_id": seen.trace.trace_id,
         }
-        return Answer(seen.work, REFUSED if ood.refused else ANSWERED, line, seen.film.pixels)
+        return Answer(seen.work, REFUSED if ood.refused else ANSWERED, line, seen.film.pixels, film=seen.film.film_id)
 
     @staticmethod
     def _drawn(seen: Seen[Asked], result: QueryResult, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.audit import Noted
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Seen
@@ -119,6 +120,7 @@ def ingest(
     stop: threading.Event | None = None,
     tell: Tell = lambda _: None,
     watch: Watch = unwatched,
+    noted: Noted = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
     gate: bool = True,
 ) -> IngestReport:
@@ -136,11 +138,12 @@ def ingest(
         stop: Ends it early, once it is set, with what Triton has; nothing is lost.
         tell: Told what is waited for, in words.
         watch: Told everything.
+        noted: Told which keys are about to be stored or corrected.
         patience_s: How long a server that went away is waited for.
         gate: Store nothing that is no upright frontal chest film; such a row is a problem.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance, thumbnails, watch, gate=gate)
+    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, gate=gate)
     patience = Patience(stop, patience_s, tell, watch)
     if isinstance(rows, Sized):
         watch(Expected(len(rows)))
@@ -162,8 +165,12 @@ def ingest(
 class _Gallery:
     """The sink of an ingest."""
 
-    def __init__(self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, watch: Watch, *, gate: bool) -> None:
-        self._store, self._reader, self._advance, self._kind, self._watch, self._gate = store, reader, advance, thumbnails, watch, gate
+    def __init__(
+        self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, watch: Watch, noted: Noted, *, gate: bool
+    ) -> None:
+        self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
+        self._watch, self._noted = watch, noted
+        self._stored_now: set[str] = set()
         self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
         if gate or thumbnails is ThumbnailKind.lungs:
             self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
@@ -236,6 +243,7 @@ class _Gallery:
         return key in held and held[key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(key))
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
+        self._noted({entry.key: "corrected" for entry in entries})
         vectors = self._store.embeddings([entry.key for entry in entries])
         self._store.upsert(entries, [held[entry.key].pixels for entry in entries], [vectors[entry.key] for entry in entries])
 
@@ -252,6 +260,9 @@ class _Gallery:
                 kept.append((replace(one.work.entry, file=file), pixels, one))
             except InputError as error:
                 problems.append(Problem(one.work.name, error))
+        keys = {entry.key for entry, _, _ in kept}
+        self._noted(dict.fromkeys(sorted(keys - self._stored_now), "stored"))
+        self._stored_now = keys  # should Milvus be away, they come again
         self._store.upsert([entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], [_embedding(one) for _, _, one in kept])
         if self._kind is ThumbnailKind.none:
             replaced = [entry.key for entry, pixels, one in kept if one.work.held is not None and one.work.held.pixels != pixels]

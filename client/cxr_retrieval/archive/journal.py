@@ -15,6 +15,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +68,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of an input: its result (None if it failed), the digest of its picture, or why it failed."""
+    """What became of an input: its result (None if it failed), the digest of its picture, or why it failed; what the audit log calls it."""
 
     asked: Asked
     state: str
     result: Mapping[str, Any] | None = None
     pixels: str | None = None
     error: str | None = None
+    film: str | None = None
 
 
 class Journal:
@@ -218,6 +220,12 @@ class Journal:
             return int(self._base.execute("SELECT count(pixels) - count(DISTINCT pixels) FROM input").fetchone()[0])
 
     @property
+    def id(self) -> str:
+        """What the audit log calls this journal; a path could name a patient."""
+        with _on_disk(self.path):
+            return str(self._base.execute("SELECT value FROM about WHERE name = 'id'").fetchone()[0])
+
+    @property
     def dead_letters(self) -> Path:
         """Where failures are written, with reasons."""
         return self.out.with_name(self.out.name + ".failed.jsonl")
@@ -235,6 +243,7 @@ class Journal:
                     self._base.execute(statement)
                 for name, value in (("layout", str(_LAYOUT)), ("options", options), ("end", "0")):
                     self._note(name, value)
+        self._base.execute("INSERT INTO about VALUES ('id', ?) ON CONFLICT (name) DO NOTHING", (uuid.uuid4().hex[:16],))
         about = dict(self._base.execute("SELECT name, value FROM about").fetchall())
         if about.get("layout") != str(_LAYOUT):
             raise UsageError(f"{self.path}: a journal of another version of this system", next_step="give another --out")

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cxr_retrieval.cli.audit import app as audit_app
 from cxr_retrieval.cli.batch import batch
 from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
@@ -22,6 +23,7 @@ from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.manifest import manifest
 from cxr_retrieval.cli.query import query
+from cxr_retrieval.cli.reindex import reindex
 from cxr_retrieval.cli.serve import serve
 from cxr_retrieval.errors import CxrError
 from cxr_retrieval_build.cli import app as build_app
@@ -33,10 +35,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, batch, evaluate, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, batch, evaluate, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")
+app.add_typer(audit_app, name="audit")
 app.add_typer(train_app, name="train", hidden=importlib.util.find_spec("torch") is None)
 app.add_typer(build_app, name="build", hidden=importlib.util.find_spec("onnx") is None)
 

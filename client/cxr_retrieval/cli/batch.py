@@ -39,6 +39,7 @@ def batch(
     split: Annotated[str | None, typer.Option(help="Of a manifest only rows of this split; without it all but 'extra'.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
     patience: options.Patience = options.PATIENCE_DEFAULT,
+    audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
@@ -50,6 +51,7 @@ def batch(
     started = time.monotonic()
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.archive.audit import audited
         from cxr_retrieval.archive.batch import BatchOptions, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
@@ -79,7 +81,8 @@ def batch(
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()
-        with seen.bar("answering", None) as bar:
+        about = {"model_version": client.model_version, "journal": journal.id}
+        with audited(audit.expanduser(), "batch", about) as operation, seen.bar("answering", None) as bar:
 
             def found(looked_at: int, all_found: bool) -> None:
                 if all_found:
@@ -99,8 +102,10 @@ def batch(
                 watch=seen.watch,
                 inputs=find_inputs(paths, reader, split=split, left_out=attention, stop=stop),
                 found=found,
+                noted=operation.note,
                 patience_s=patience,
             )
+            operation.outcome.update(before=before, after=journal.counts())
         seconds, counts = time.monotonic() - started, journal.counts()
         done = before["pending"] - counts["pending"] + sum(counts.values()) - sum(before.values())
         if complete:

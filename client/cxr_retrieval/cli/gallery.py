@@ -1,19 +1,22 @@
-"""`cxr gallery`: takes cases out of the galleries, and says so in the audit log; leads from a pseudonym back to a case."""
+"""`cxr gallery`: cases and whole galleries out of Milvus, into files and back, which the audit log says; who a pseudonym is."""
 
 from __future__ import annotations
 
 import json as jsonlib
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import print_json
+from cxr_retrieval.cli.console import print_json, progress
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 
-app = typer.Typer(help="Take cases, or a whole gallery, out of Milvus; ask who a pseudonym is.", no_args_is_help=True)
+app = typer.Typer(
+    help="Take cases, or a whole gallery, out of Milvus; back one up; choose one; ask who a pseudonym is.", no_args_is_help=True
+)
 
 _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no patient.")]
 
@@ -42,9 +45,9 @@ def remove(
         if dry_run:
             found = remove_cases(milvus, keys, clause, dry_run=True)
         else:
-            with audited(audit.expanduser(), "gallery remove", reason) as removed:
+            with audited(audit.expanduser(), "gallery remove", {"reason": reason}) as operation:
                 found = remove_cases(milvus, keys, clause)
-                removed.update(found)
+                operation.outcome["removed"] = found
     if json:
         print_json({"dry_run": dry_run, "removed": {name: len(keys) for name, keys in found.items()}})
     else:
@@ -66,9 +69,8 @@ def drop(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.gallery.store import drop_gallery
 
-    with audited(audit.expanduser(), "gallery drop", reason) as removed:
-        removed[collection] = ["*"]
-        rows = drop_gallery(milvus, collection)
+    with audited(audit.expanduser(), "gallery drop", {"collection": collection, "reason": reason}) as operation:
+        rows = operation.outcome["cases_dropped"] = drop_gallery(milvus, collection)
     typer.echo(f"{collection}: dropped, {rows} cases")
 
 
@@ -121,6 +123,91 @@ def whois(
             expected=f"one that {keys.table} leads back",
             next_step="ask where the case was ingested, or give that table with --pseudonym-table",
         )
+
+
+@app.command(name="export")
+@options.with_servers
+def export_(
+    milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
+    out: Annotated[Path, typer.Argument(help="Parquet file; it is there whole or not at all.")],
+    model_version: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")
+    ] = None,
+    audit: options.Audit = options.AUDIT_DEFAULT,
+    json: options.Json = False,
+) -> None:
+    """Back a gallery up: every case with its embedding and facts, in one file. Queries and ingests may go on."""
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.aliases import the_version
+    from cxr_retrieval.gallery.backup import export_gallery
+    from cxr_retrieval.gallery.store import Store
+
+    version = model_version or the_version(milvus)
+    with (
+        open_pseudonyms(pseudonyms) as keys,
+        audited(audit.expanduser(), "gallery export", {"model_version": version}) as operation,
+        Store(milvus, version, keys) as store,
+    ):
+        with progress("exporting", store.count()) as advance:
+            about = export_gallery(store, out, advance)
+        operation.outcome.update(cases=about.rows, sha256=about.sha256)
+    if json:
+        print_json({"model_version": about.model_version, "cases": about.rows, "sha256": about.sha256, "file": str(out)})
+    else:
+        typer.echo(f"{out}: {about.rows} cases of model version {about.model_version}, digest {about.sha256}")
+
+
+@app.command(name="import")
+@options.with_servers
+def import_(
+    milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
+    file: Annotated[Path, typer.Argument(help="As `cxr gallery export` wrote it.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Into a gallery that holds cases already; those of the same key are replaced.")
+    ] = False,
+    model_version: Annotated[str | None, typer.Option(metavar="VERSION", help="Refuse a file of another one.")] = None,
+    audit: options.Audit = options.AUDIT_DEFAULT,
+    json: options.Json = False,
+) -> None:
+    """Restore a gallery from a file, which is checked from end to end first. It becomes its own model version's gallery, no other's."""
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.backup import import_gallery, read_backup
+
+    about = read_backup(file)
+    told = {"model_version": about.model_version, "sha256": about.sha256}
+    with (
+        open_pseudonyms(pseudonyms) as keys,
+        audited(audit.expanduser(), "gallery import", told) as operation,
+        progress("importing", about.rows) as advance,
+    ):
+        import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance)
+        operation.outcome["cases"] = about.rows
+    if json:
+        print_json({**told, "cases": about.rows})
+    else:
+        typer.echo(f"{about.rows} cases restored to the gallery of model version {about.model_version}")
+
+
+@app.command()
+@options.with_servers
+def use(
+    milvus: MilvusSettings,
+    version: Annotated[str, typer.Argument(help="A model version, as `cxr info --collections` lists them after cxr_.")],
+    reason: _Reason = "",
+    audit: options.Audit = options.AUDIT_DEFAULT,
+) -> None:
+    """Point the alias cxr at a version's gallery, at once. Clients ask the gallery of the version that their Triton serves, as ever."""
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.gallery.aliases import PREFIX, use_gallery
+
+    with audited(audit.expanduser(), "gallery use", {"model_version": version, "reason": reason}) as operation:
+        before = operation.outcome["before"] = use_gallery(milvus, version)
+    back = f"; back by `cxr gallery use {before.removeprefix(PREFIX)}`" if before else ""
+    typer.echo(f"the gallery is now that of {version}{back}")
 
 
 def _clause(images: list[str], patient: str | None, source: str | None, where: str) -> str:

@@ -72,8 +72,12 @@ def ingest(
             client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
             keys = opened.enter_context(open_pseudonyms(pseudonyms, create=True))
             store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys, create=True)))
+            about = {"model_version": client.model_version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
             found = find_inputs(paths, reader, split=split, stop=stop)
-            with seen.bar("ingesting", None if chosen is None else len(chosen)) as bar:
+            with (
+                audited(audit.expanduser(), "ingest", about) as operation,
+                seen.bar("ingesting", None if chosen is None else len(chosen)) as bar,
+            ):
                 report = embedding.ingest(
                     as_cases(found, label, source, split) if chosen is None else chosen,
                     reader,
@@ -84,13 +88,16 @@ def ingest(
                     stop=stop,
                     tell=seen.tell,
                     watch=seen.watch,
+                    noted=operation.note,
                     patience_s=patience,
                     gate=not no_gate,
                 )
+                counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
+                operation.outcome.update(counts, failed=len(report.problems))
         if listed and prune and not report.pending:
-            with audited(audit.expanduser(), "ingest --prune", f"manifest with SHA-256 {listed.sha256}") as removed:
+            with audited(audit.expanduser(), "ingest --prune", about) as operation:
                 gone = store.prune({keys.image(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
-                removed[store.collection] = gone
+                operation.outcome["removed"] = {store.collection: gone}
         total = store.count()
         version, collection = client.model_version, store.collection
     if seen.speaks:
@@ -113,8 +120,8 @@ def ingest(
             }
         )
     else:
-        counts = {"corrected": report.corrected, "pruned": len(gone)}
-        further = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        changes = {"corrected": report.corrected, "pruned": len(gone)}
+        further = "".join(f", {count} {name}" for name, count in changes.items() if count)
         typer.echo(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )

@@ -43,7 +43,7 @@ Repository = Annotated[
     typer.Option("--repository", envvar="CXR_REPOSITORY", help="Production model repository.", show_default="the one that ships"),
 ]
 Patience = Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for a server that is away, from the start on.")]
-Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log that names what was removed, when and by whom.")]
+Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log of who did what to which cases, and when; see `cxr audit`.")]
 
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Take also what looks like no upright frontal chest film.")]
 

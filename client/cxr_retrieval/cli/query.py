@@ -41,11 +41,13 @@ def query(
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
     no_gate: options.NoGate = False,
+    audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
 
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.archive.audit import audited, film_pseudonym
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
@@ -56,10 +58,12 @@ def query(
             TritonClient(triton) as client,
             open_pseudonyms(pseudonyms) as keys,
             Store(milvus, client.model_version, keys) as store,
+            audited(audit.expanduser(), "query", {"model_version": client.model_version, "film": film_pseudonym(image)}) as operation,
         ):
             result = answer(
                 image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=not no_gate
             )
+            operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:
                 write_html(result, html, reader, store.thumbnails)
             if picture:

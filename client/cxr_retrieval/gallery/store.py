@@ -1,7 +1,7 @@
 """The gallery in Milvus: schema, deterministic keys, upsert, search. Same code for Milvus Lite and a Milvus server.
 
 One collection holds the embeddings of one model version (`cxr_<version>`), because vectors of two versions cannot be
-compared. After an ingest the alias `cxr` points to it, for tools that look at the gallery from outside.
+compared (`aliases.py`).
 
 No id and no path stands there: images and patients have keyed pseudonyms. Whoever uses this module speaks of ids, and gets them back as
 far as the local table knows them.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,22 +21,19 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
-from pymilvus.exceptions import MilvusException
 
 from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
+from cxr_retrieval.gallery.aliases import ALIAS, PREFIX, aliases_of, collection_of, filling, galleries, is_filling, point, the_gallery
 from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients, with_pseudonyms
 from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, one_blas_thread, silent, translated
 from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
 from cxr_retrieval.gallery.thumbnails import Thumbnail, Thumbnails
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
-ALIAS: Final = "cxr"
-PREFIX: Final = "cxr_"
-"""Of every gallery's collection; its model version follows."""
 UPSERT_ROWS: Final = 500
 """Rows per call at most."""
 UPSERT_BYTES: Final = 8 * 2**20
@@ -48,6 +44,8 @@ SEARCH_ROWS: Final = 4096
 """Hits that one call may bring, of all its embeddings: some megabytes, for a case can have pages of notes."""
 LITE_COMFORTABLE_ROWS: Final = 100_000
 """Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
+_WHOLE_ROWS: Final = 200
+"""That one call brings with all their fields; each can have pages of notes."""
 MAX_HITS: Final = 16_384
 """Of one search: Milvus' own limit."""
 
@@ -190,15 +188,28 @@ class Store:
         model_version: Which weights the embeddings come from.
         pseudonyms: The key under which the gallery was, or will be, filled.
         create: Make the collection if it is not there (ingest), or complain (query).
+        fill: Make it if it is not there, marked as being filled; with that mark it is refused without `fill`.
+        beside: An open gallery whose connection this one shares, since a Milvus Lite folder takes one; closed by the other.
 
     Raises:
-        StoreError: Not reachable, locked by another process, not authorised, no gallery, vectors of another size, or another key.
+        StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, vectors of another size, or another
+            key.
     """
 
-    def __init__(self, settings: MilvusSettings, model_version: str, pseudonyms: Pseudonyms, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        settings: MilvusSettings,
+        model_version: str,
+        pseudonyms: Pseudonyms,
+        *,
+        create: bool = False,
+        fill: bool = False,
+        beside: Store | None = None,
+    ) -> None:
         self._settings = settings
         self.pseudonyms = pseudonyms
-        self.collection = f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', model_version)}"
+        self.collection = collection_of(model_version)
+        create = create or fill
         if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
             raise StoreError(
                 f"no gallery for model version {model_version}",
@@ -206,9 +217,11 @@ class Store:
                 got="nothing there",
                 next_step="correct --milvus, or run `cxr ingest` first",
             )
-        self._client: Any = connect(settings)
+        self._client: Any = beside._client if beside else connect(settings)
         self._thumbnails = Thumbnails(self._client, settings)
         self._limits = ExitStack()
+        if beside is None:
+            self._limits.callback(close, self._client, settings)
         if settings.is_lite:
             self._limits.enter_context(one_blas_thread())
         try:
@@ -223,8 +236,17 @@ class Store:
                             next_step="run `cxr ingest` first",
                         )
                     self._create()
+                elif not fill and is_filling(self._client, self.collection, self._settings.timeout_s):
+                    raise StoreError(
+                        f"the gallery for model version {model_version} is not filled yet",
+                        expected=f"a whole one in {self.collection}",
+                        got="one that `cxr reindex` has begun and not ended",
+                        next_step="let it end, or give the same command again; until then serve the former weights",
+                    )
                 self._check_schema()
                 self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
+                if fill and not self.filling and self.count() == 0:
+                    self._client.create_alias(self.collection, filling(self.collection), timeout=self._settings.timeout_s)
         except BaseException:
             self.close()
             raise
@@ -237,7 +259,6 @@ class Store:
 
     def close(self) -> None:
         """Closes the connection and, for Milvus Lite, releases the file."""
-        close(self._client, self._settings)
         self._limits.close()
 
     def probe(self) -> None:
@@ -312,18 +333,61 @@ class Store:
             return self._thumbnails.kinds(keys)
 
     def publish(self) -> None:
-        """Ends an ingest: seals what was written, and points the alias `cxr` at this collection.
+        """Ends an ingest: seals what was written, and makes this *the* gallery where there is none yet.
 
         Unsealed rows are found as well, but Milvus Lite looks at them one by one: 181 ms a query over 5,000 of them, 8 ms once sealed.
         """
         with translated(self._settings):
             self._client.flush(self.collection, timeout=self._settings.timeout_s)
             self._thumbnails.seal()
-            try:
-                with silent("pymilvus.decorators"):  # it logs the stack of a refused call, which here is an answer
-                    self._client.create_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
-            except MilvusException:
-                self._client.alter_alias(self.collection, ALIAS, timeout=self._settings.timeout_s)
+            if the_gallery(self._client, self._settings.timeout_s) is None:
+                point(self._client, self.collection, self._settings.timeout_s)
+
+    @property
+    def fields(self) -> dict[str, tuple[DataType, int | None]]:
+        """What the collection describes: name → type, and of a vector its dimensions."""
+        with translated(self._settings):
+            described: list[dict[str, Any]] = self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
+        dimensions = {field["name"]: int(field["params"]["dim"]) for field in described if "dim" in field["params"]}
+        return {field["name"]: (DataType(field["type"]), dimensions.get(field["name"])) for field in described}
+
+    @property
+    def takes_any_field(self) -> bool:
+        """Whether a row may have fields that the collection does not describe: on servers without nullable ones."""
+        return not self._nullable
+
+    @property
+    def filling(self) -> bool:
+        """Whether it is marked as being filled."""
+        with translated(self._settings):
+            return is_filling(self._client, self.collection, self._settings.timeout_s)
+
+    def filled(self) -> None:
+        """Seals what was written, and takes the mark away: from now on it answers."""
+        with translated(self._settings):
+            self._client.flush(self.collection, timeout=self._settings.timeout_s)
+            if self.filling:
+                self._client.drop_alias(filling(self.collection), timeout=self._settings.timeout_s)
+
+    def rows(self, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Every row as Milvus has it, read page by page: memory stays flat. `["*"]`: all fields."""
+        with translated(self._settings):
+            yield from _rows(self._client, self.collection, 'key != ""', fields, self._settings.timeout_s)
+
+    def rows_of(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Key → its row as Milvus has it, for those that are stored."""
+        return {row["key"]: row for row in self._rows_of(keys, ["*"])}
+
+    def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Upserts rows as `rows` gives them, of a gallery on the same Milvus."""
+        with translated(self._settings):
+            for some in by_bytes(map(dict, rows)):
+                self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Takes cases out."""
+        with translated(self._settings):
+            _delete(self._client, self.collection, keys, self._settings.timeout_s)
 
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
         """As `search_many`, for one embedding `[64]`."""
@@ -454,14 +518,19 @@ class Store:
 
 
 def list_collections(settings: MilvusSettings) -> dict[str, str]:
-    """Galleries and their sizes, by collection name.
+    """Collections and their sizes, by name; of galleries, what they are used as.
 
     Raises:
         StoreError: As `connect`.
     """
     with connected(settings) as client:
         names = sorted(client.list_collections(timeout=settings.timeout_s))
-        return {name: f"{client.get_collection_stats(name, timeout=settings.timeout_s)['row_count']} rows" for name in names}
+        rows = {name: client.get_collection_stats(name, timeout=settings.timeout_s)["row_count"] for name in names}
+        used_as = {
+            name: (", the gallery" if ALIAS in aliases else "") + (", being filled" if filling(name) in aliases else "")
+            for name, aliases in galleries(client, settings.timeout_s).items()
+        }
+        return {name: f"{count} rows{used_as.get(name, '')}" for name, count in rows.items()}
 
 
 def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *, dry_run: bool = False) -> dict[str, list[str]]:
@@ -511,7 +580,7 @@ def drop_gallery(settings: MilvusSettings, collection: str) -> int:
                 f"no gallery {collection}", expected=", ".join(names) or "a gallery; there is none", next_step="correct the name"
             )
         rows = int(client.get_collection_stats(collection, timeout=settings.timeout_s)["row_count"])
-        for alias in client.list_aliases(collection, timeout=settings.timeout_s)["aliases"]:
+        for alias in aliases_of(client, collection, settings.timeout_s):
             client.drop_alias(alias, timeout=settings.timeout_s)
         client.drop_collection(collection, timeout=settings.timeout_s)
         if client.has_collection(THUMBNAILS, timeout=settings.timeout_s):
@@ -596,7 +665,12 @@ def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeo
     """Every row that meets the clause, in batches under the hood."""
     with silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
         iterator = client.query_iterator(
-            collection, batch_size=1000, filter=where, output_fields=list(fields), consistency_level="Strong", timeout=timeout_s
+            collection,
+            batch_size=_WHOLE_ROWS if "*" in fields else 1000,
+            filter=where,
+            output_fields=list(fields),
+            consistency_level="Strong",
+            timeout=timeout_s,
         )
     while batch := iterator.next():
         yield from batch

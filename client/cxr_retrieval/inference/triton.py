@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -27,6 +28,9 @@ from cxr_retrieval.settings import Tls, TritonSettings
 
 BATCH_SIZE: Final = 8
 """Radiographs per request in bulk work; the ensemble itself never batches, its steps do."""
+
+_TRUSTED_S: Final = 1.0
+"""How long an answer is taken to come from the weights that were last announced: no Triton restarts and loads others within."""
 
 Images = NDArray[np.uint8]
 Outputs = dict[str, NDArray[np.generic]]
@@ -85,6 +89,7 @@ class TritonClient:
         )
         try:
             self.model_version = self._announced_version()
+            self._announced_at = time.monotonic()
         except BaseException:
             self._client.close()
             raise
@@ -100,7 +105,7 @@ class TritonClient:
         self._client.close()
 
     def probe(self) -> None:
-        """Asks whether the server still serves what it did, after it was away.
+        """Asks whether the server still serves what it did; vectors of other weights must not meet this version's gallery.
 
         Raises:
             ServerDownError: Not there yet.
@@ -115,6 +120,7 @@ class TritonClient:
                 got=version,
                 next_step="serve the former weights, or begin anew with these",
             )
+        self._announced_at = time.monotonic()
 
     def infer(
         self,
@@ -133,12 +139,15 @@ class TritonClient:
             Output name → array `[n, ...]`.
 
         Raises:
-            InferenceError: Down, failed, deadline exceeded, still overloaded after as long, or an answer of the wrong shape or with NaN.
+            InferenceError: Down, failed, deadline exceeded, still overloaded after as long, other weights than before, or an answer of
+                the wrong shape or with NaN.
         """
         tensor = grpcclient.InferInput(IMAGE.name, list(images.shape), IMAGE.dtype)
         tensor.set_data_from_numpy(images)
         wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
         result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted, trace)
+        if time.monotonic() > self._announced_at + _TRUSTED_S:
+            self.probe()
         return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
 
     def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput], trace: Trace | None) -> Any:

@@ -1,0 +1,382 @@
+"""Another model version's gallery, filled from the present one: the same cases and facts, embedded anew from their pictures.
+
+While it runs the former gallery answers, takes in cases and loses some; the new one is marked as being filled and answers nobody. A run
+compares the two and does what is missing, as often as that is something: so one that was killed goes on where it was, and cases that
+were added, corrected or removed meanwhile are caught up before it ends. Nothing about a case is asked of Milvus but what stands in its
+row, and the row is carried over whole, whatever fields it has.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.embedding import Advance, Problem, Tell, embed_rows
+from cxr_retrieval.archive.patience import Patience
+from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.watching import Watch, unwatched
+from cxr_retrieval.cases.manifest import ManifestRow
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
+from cxr_retrieval.contract import EMBEDDING, EMBEDDING_SIZE
+from cxr_retrieval.errors import CxrError, ImageError, InputError, UsageError
+from cxr_retrieval.evaluation.metrics import LabelledSet, comparable_patients
+from cxr_retrieval.evaluation.versions import compare
+from cxr_retrieval.gallery.aliases import PREFIX, collection_of
+from cxr_retrieval.gallery.store import Held, Store
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.settings import ThumbnailKind
+
+_AT_ONCE: Final = 500
+"""Rows that the new gallery is asked about at once."""
+_FETCHED: Final = 64
+"""Rows that are fetched whole at once, to be embedded."""
+
+Row = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class _Patiently(Protocol):
+    """Calls again what finds Milvus away."""
+
+    def __call__(self, call: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True)
+class ReindexReport:
+    """What became of the former gallery's cases.
+
+    Attributes:
+        cases: In the former gallery at the end.
+        embedded: Embedded anew.
+        corrected: Only their facts had changed.
+        kept: Found done by an earlier run.
+        removed: Taken out again, as they left the former gallery meanwhile.
+        problems: Cases that cannot be embedded again, and why; by key.
+        interrupted: Stopped before the end.
+    """
+
+    cases: int
+    embedded: int
+    corrected: int
+    kept: int
+    removed: int
+    problems: tuple[Problem, ...]
+    interrupted: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the new gallery holds every case of the former."""
+        return not self.problems and not self.interrupted
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A case to be embedded anew, and where its picture is."""
+
+    row: Row
+    path: Path
+    member: str | None
+
+
+class Pictures:
+    """Where the pictures of a gallery's cases are: the files that the local table names, or else its `full` thumbnails.
+
+    Args:
+        folder: Thumbnails are written out there, each until it has been embedded.
+    """
+
+    def __init__(self, gallery: Store, folder: Path) -> None:
+        self._gallery, self._folder = gallery, folder
+
+    def find(self, keys: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
+        """Key → its file, and the member if that is a ZIP; keys that are not known are left out."""
+        found = {key: (original.path, original.member) for key, original in self._gallery.pseudonyms.originals(keys).items()}
+        without = [key for key in keys if key not in found or not found[key][0].exists()]
+        for key, thumbnail in self._gallery.thumbnails(without).items():
+            if thumbnail.kind is ThumbnailKind.full:
+                path = self._folder / f"{key}.png"
+                Image.fromarray(thumbnail.square).save(path, compress_level=1)
+                found[key] = (path, None)
+        return found
+
+    def used(self, path: Path) -> None:
+        """One that was written out is not needed any more."""
+        if path.parent == self._folder:
+            path.unlink(missing_ok=True)
+
+
+def reindex(
+    former: Store,
+    new: Store,
+    pictures: Pictures,
+    reader: FilmReader,
+    triton: TritonClient,
+    *,
+    begun: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
+    stop: threading.Event | None = None,
+    tell: Tell = lambda _: None,
+    watch: Watch = unwatched,
+    patience_s: float = pipeline.PATIENCE_S,
+) -> ReindexReport:
+    """Fills the new gallery with the cases of the former; safe to interrupt and to repeat.
+
+    Args:
+        former: Whose rows are carried over; may be queried and filled meanwhile.
+        new: Of the version that `triton` announces; opened with `fill`.
+        begun: Told how many cases the former gallery holds.
+        advance: Told how many of them have been dealt with.
+        stop: Ends it early, once it is set, with what Triton has; nothing is lost.
+        tell: Told what is waited for, in words.
+        watch: Told everything.
+        patience_s: How long a server that went away is waited for.
+
+    Raises:
+        UsageError: Both galleries are of one version.
+    """
+    if former.collection == new.collection:
+        raise UsageError(
+            f"{former.collection} cannot be filled from itself",
+            expected="a Triton that serves another model version than the gallery's",
+            next_step="start one with the new weights, and give it by --triton",
+        )
+    stop = stop or threading.Event()
+    sink = _NewGallery(former, new, pictures, advance)
+
+    patience = Patience(stop, patience_s, tell, watch)
+
+    def patiently(call: Callable[[], T]) -> T:
+        return patience.until("milvus", call, probe=sink.probe)
+
+    begun(former.count())
+    while not stop.is_set() and (todo := patiently(sink.missing)):
+        pipeline.run(
+            sink.works(todo, patiently),
+            reader,
+            triton,
+            sink,
+            probe_store=sink.probe,
+            stop=stop,
+            tell=tell,
+            watch=watch,
+            patience_s=patience_s,
+        )
+    removed = 0 if stop.is_set() else patiently(sink.remove_what_has_gone)
+    return ReindexReport(
+        former.count(), sink.embedded, sink.corrected, sink.kept_before, removed, tuple(sink.problems.values()), stop.is_set()
+    )
+
+
+class _NewGallery:
+    """The sink, and what is missing from the new gallery."""
+
+    outputs = (EMBEDDING,)
+
+    def __init__(self, former: Store, new: Store, pictures: Pictures, advance: Advance) -> None:
+        self._former, self._new, self._pictures, self._advance = former, new, pictures, advance
+        self._written: set[str] = set()
+        self._looked_first = True
+        self.embedded = self.corrected = self.kept_before = 0
+        self.problems: dict[str, Problem] = {}
+
+    def probe(self) -> None:
+        """Asks whether Milvus is there, and has both galleries loaded again."""
+        self._former.probe()
+        self._new.probe()
+
+    def missing(self) -> list[str]:
+        """Keys of the former gallery's cases that must be embedded; those whose facts alone have changed are corrected on the way."""
+        todo: list[str] = []
+        unchanged = 0
+        rows = self._former.rows(["key", "file", "facts", "pixels"])
+        while some := list(islice(rows, _AT_ONCE)):
+            held = self._new.held([row["key"] for row in some])
+            same_picture = [row for row in some if row["key"] in held and held[row["key"]].pixels == row["pixels"]]
+            other_facts = [row["key"] for row in same_picture if _says_otherwise(held[row["key"]], row)]
+            self._correct(other_facts)
+            unchanged += len(same_picture) - len(other_facts)
+            settled = {row["key"] for row in same_picture} | self.problems.keys()
+            todo += [row["key"] for row in some if row["key"] not in settled]
+        if self._looked_first:
+            self._looked_first = False
+            self.kept_before = unchanged
+            self._advance(unchanged + self.corrected)
+        return todo
+
+    def _correct(self, keys: Sequence[str]) -> None:
+        """An embedding is carried over only where both rows, as they are by now, are of one picture."""
+        ours, rows = self._new.rows_of(keys), self._former.rows_of(keys)
+        same = {key for key in ours.keys() & rows.keys() if ours[key]["pixels"] == rows[key]["pixels"]}
+        self._put([(rows[key], np.array(ours[key]["embedding"], np.float32)) for key in sorted(same)])
+        self.corrected += len(same)
+
+    def works(self, keys: Sequence[str], patiently: _Patiently) -> Iterator[_Again]:
+        """Rows as they are by now, with their files; those that have none are problems."""
+        for start in range(0, len(keys), _FETCHED):
+            some = keys[start : start + _FETCHED]
+            rows = patiently(lambda some=some: self._former.rows_of(some))
+            files = patiently(lambda rows=rows: self._pictures.find(list(rows)))
+            for key, row in rows.items():
+                if key in files:
+                    yield _Again(row, *files[key])
+                else:
+                    unknown = ImageError(
+                        f"{key}: no picture of it is known here",
+                        expected="its file, or a stored thumbnail",
+                        next_step="reindex where it was ingested, or ingest it again",
+                    )
+                    self.problems[key] = Problem(key, unknown)
+                    self._advance(1)
+
+    def keep(self, seen: Sequence[Seen[_Again]]) -> list[Problem]:
+        problems: list[Problem] = []
+        rows: list[tuple[Row, NDArray[np.float32]]] = []
+        for one in seen:
+            self._pictures.used(one.work.path)
+            if self._former.pseudonyms.digest(one.film.pixels) == one.work.row["pixels"]:
+                rows.append((one.work.row, np.asarray(one.outputs[EMBEDDING.name], np.float32)))
+            else:
+                other = InputError(
+                    f"{one.work.row['key']}: its file shows another picture than when it was ingested", next_step="ingest it again"
+                )
+                problems.append(Problem(str(one.work.row["key"]), other))
+        self._put(rows)
+        self.embedded += len(rows)
+        self._advance(len(seen))
+        return problems
+
+    def kept(self, result: list[Problem]) -> None:
+        self.problems |= {problem.image_id: problem for problem in result}
+
+    def failed(self, work: _Again, error: CxrError) -> None:
+        self.problems[str(work.row["key"])] = Problem(str(work.row["key"]), error)
+        self._advance(1)
+
+    def _put(self, rows: Sequence[tuple[Row, NDArray[np.float32]]]) -> None:
+        self._written |= {str(row["key"]) for row, _ in rows}
+        self._new.put([{**row, "embedding": vector.tolist()} for row, vector in rows])
+
+    def remove_what_has_gone(self) -> int:
+        """A case that left the former gallery must not stay here because it was read before that.
+
+        While the gallery is being filled it holds the former's cases and no others; afterwards, others may have been ingested into it.
+        """
+        candidates = (row["key"] for row in self._new.rows(["key"])) if self._new.filling else iter(sorted(self._written))
+        gone: list[str] = []
+        while some := list(islice(candidates, _AT_ONCE)):
+            there = self._former.held(some)
+            gone += [key for key in some if key not in there]
+        self._new.remove(gone)
+        return len(gone)
+
+
+@dataclass(frozen=True)
+class _Twice:
+    """Images with what both versions say of them: `[n, 64]` each."""
+
+    rows: Sequence[ManifestRow]
+    pixels: Sequence[str]
+    former: NDArray[np.float32]
+    latter: NDArray[np.float32]
+
+    def sets(self, patients: Sequence[str]) -> tuple[LabelledSet, LabelledSet]:
+        """As the former version has them, and as the latter."""
+        ids, labels, sources = [r.image_id for r in self.rows], [r.label for r in self.rows], [r.source or "" for r in self.rows]
+        former, latter = (LabelledSet(ids, vectors, labels, patients, sources, self.pixels) for vectors in (self.former, self.latter))
+        return former, latter
+
+
+def compare_on_gallery(former: Store, new: Store, *, sample: int, k: int) -> dict[str, Any]:
+    """Both versions (`versions.compare`) asked about so many cases of the gallery itself, each without its own patient's."""
+    gallery = _in_both(former, new)
+    patients = comparable_patients(gallery.rows, gallery.rows)[0]
+    some = slice(sample)  # they lie in the order of their keys, which is as good as chance
+    queries = _Twice(gallery.rows[some], gallery.pixels[some], gallery.former[some], gallery.latter[some])
+    return _compared(gallery.sets(patients), queries.sets(patients[some]), k)
+
+
+def compare_on_manifest(
+    rows: Sequence[ManifestRow],
+    former: Store,
+    new: Store,
+    reader: FilmReader,
+    triton: TritonClient,
+    former_triton: TritonClient | None,
+    advance: Advance = lambda _: None,
+    *,
+    k: int,
+) -> tuple[dict[str, Any], tuple[Problem, ...]]:
+    """As `compare_on_gallery`, asked about the films of a manifest; and those that could not be asked about.
+
+    Args:
+        former_triton: Serves the former version; without it only films that its gallery holds can be compared.
+
+    Raises:
+        UsageError: `former_triton` serves another version than the former gallery's.
+    """
+    if former_triton is not None and collection_of(former_triton.model_version) != former.collection:
+        raise UsageError(
+            "this is not the server of the former version",
+            expected=f"one that serves {former.collection.removeprefix(PREFIX)}",
+            got=former_triton.model_version,
+            next_step="correct --former-triton, or --from",
+        )
+    latter = embed_rows(rows, reader, triton, new, advance)
+    problems = list(latter.problems)
+    if former_triton is None:
+        known = {str(row["pixels"]): np.array(row["embedding"], np.float32) for row in former.rows(["pixels", "embedding"])}
+        vectors = {row.image_id: known[pixels] for row, pixels in zip(latter.rows, latter.pixels, strict=True) if pixels in known}
+    else:
+        asked = embed_rows(rows, reader, former_triton, former, lambda _: None)
+        vectors = {row.image_id: vector for row, vector in zip(asked.rows, asked.embeddings, strict=True)}
+    both = [number for number, row in enumerate(latter.rows) if row.image_id in vectors]
+    unknown = InputError("the former gallery does not hold it", next_step="give the former version's server by --former-triton")
+    problems += [Problem(row.image_id, unknown) for row in latter.rows if row.image_id not in vectors]
+    queries = _Twice(
+        [_as_stored(latter.rows[number], former.pseudonyms) for number in both],
+        [latter.pixels[number] for number in both],
+        np.array([vectors[latter.rows[number].image_id] for number in both], np.float32).reshape(-1, EMBEDDING_SIZE),
+        latter.embeddings[both].reshape(-1, EMBEDDING_SIZE),
+    )
+    gallery = _in_both(former, new)
+    patients = comparable_patients(gallery.rows, queries.rows)
+    return _compared(gallery.sets(patients[0]), queries.sets(patients[1]), k), tuple(problems)
+
+
+def _as_stored(row: ManifestRow, pseudonyms: Pseudonyms) -> ManifestRow:
+    """With pseudonyms in the place of ids, as the galleries' rows have them."""
+    patient = None if row.patient_id is None else pseudonyms.patient(row.patient_id)
+    return replace(row, image_id=pseudonyms.image(row.image_id), patient_id=patient)
+
+
+def _compared(gallery: tuple[LabelledSet, LabelledSet], queries: tuple[LabelledSet, LabelledSet], k: int) -> dict[str, Any]:
+    return compare((gallery[0], queries[0]), (gallery[1], queries[1]), k=k)
+
+
+def _in_both(former: Store, new: Store) -> _Twice:
+    """The cases that both galleries hold, in the order of their keys."""
+    fields = ["key", "label", "patient_id", "source", "pixels", "embedding"]
+    ours, theirs = ({str(row["key"]): row for row in store.rows(fields)} for store in (former, new))
+    keys = sorted(ours.keys() & theirs.keys())
+    rows = [
+        ManifestRow(Path(), key, Path(), str(row["label"]), row.get("patient_id"), row.get("source"), None, {})
+        for key, row in ((key, ours[key]) for key in keys)
+    ]
+    former_vectors, latter_vectors = (
+        np.array([found[key]["embedding"] for key in keys], np.float32).reshape(-1, EMBEDDING_SIZE) for found in (ours, theirs)
+    )
+    return _Twice(rows, [str(ours[key]["pixels"]) for key in keys], former_vectors, latter_vectors)
+
+
+def _says_otherwise(held: Held, row: Row) -> bool:
+    return (held.file, held.facts) != (row["file"], row["facts"])

@@ -1,0 +1,268 @@
+"""A gallery as one Parquet file, and back: every row with every field that the collection describes, whatever these are.
+
+A column for each described field (vectors as lists of a fixed size, JSON as text), and `$meta` for what a server without nullable fields
+keeps beside them. The file says which model version its embeddings come from, how many rows it has, and the SHA-256 of all of that with
+all rows in order; where that does not fit, it is refused before the first row is stored. Rows pass in pages: memory stays flat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pymilvus import DataType
+
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
+from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.gallery.aliases import PREFIX, collection_of
+from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.settings import MilvusSettings
+
+LAYOUT: Final = "1"
+"""Of the file; another one is refused."""
+_PAGE: Final = 1000
+"""Rows held at once: 64 numbers each, and pages of notes at worst."""
+_META: Final = "$meta"
+_NAMESPACE: Final = "cxr."
+"""Of our keys in the file's metadata."""
+_TOLD: Final = ("layout", "model_version", "key", "fields", "rows", "sha256")
+_ARROW: Final[Mapping[DataType, Any]] = {
+    DataType.BOOL: pa.bool_(),
+    DataType.INT8: pa.int8(),
+    DataType.INT16: pa.int16(),
+    DataType.INT32: pa.int32(),
+    DataType.INT64: pa.int64(),
+    DataType.FLOAT: pa.float32(),
+    DataType.DOUBLE: pa.float64(),
+    DataType.VARCHAR: pa.string(),
+    DataType.JSON: pa.string(),
+}
+
+
+@dataclass(frozen=True)
+class Backup:
+    """What a file says of itself: model version, fingerprint of the key of its pseudonyms, described fields (name → Milvus' type), number
+    of rows, SHA-256 of all of it.
+    """
+
+    model_version: str
+    key: str
+    fields: Mapping[str, str]
+    rows: int
+    sha256: str
+
+
+def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lambda _: None) -> Backup:
+    """Writes a gallery to a file, which is there whole or not at all, with rights 0600.
+
+    What is ingested or removed meanwhile may be in it or not; every row that is there is whole.
+
+    Raises:
+        SetupError: It cannot be written.
+        StoreError: Milvus cannot serve.
+    """
+    fields = store.fields
+    schema = pa.schema([*((name, _arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), (_META, pa.string())])
+    partial = out.with_name(out.name + ".partial")
+    version, kinds = store.collection.removeprefix(PREFIX), {name: kind.name for name, (kind, _) in fields.items()}
+    digest, count = _digest_of(version, kinds), 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
+        ):
+            rows = store.rows(["*"])
+            while page := [_as_columns(row, fields) for row in islice(rows, _PAGE)]:
+                table = pa.Table.from_pylist(page, schema)
+                writer.write_table(table)
+                _add(digest, table.to_pylist())
+                count += len(page)
+                advance(len(page))
+            about = Backup(version, store.pseudonyms.fingerprint, kinds, count, digest.hexdigest())
+            writer.add_key_value_metadata(_told(about))
+        _sync(partial)
+        partial.replace(out)
+    except OSError as error:
+        raise SetupError(
+            f"{out}: cannot be written", got=error.strerror or str(error), next_step="make room, or give another file"
+        ) from error
+    return about
+
+
+def read_backup(path: Path) -> Backup:
+    """Reads all of a file, and checks it against what it says of itself.
+
+    Raises:
+        UsageError: Cut off, changed, or no such file.
+    """
+    with _readable(path) as file:
+        about = _about(path, file)
+        if not _fits(file.schema_arrow, about.fields):
+            raise _damaged(path, f"columns {', '.join(about.fields)}", " ".join(str(file.schema_arrow).split())[:200])
+        digest, count = _digest_of(about.model_version, about.fields), 0
+        try:
+            for page in _pages(file):
+                _add(digest, page)
+                count += len(page)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(path, "pages whose checksums fit", str(error)) from error
+    if (count, digest.hexdigest()) != (about.rows, about.sha256):
+        raise _damaged(path, f"{about.rows} rows with digest {about.sha256[:12]}…", f"{count} with {digest.hexdigest()[:12]}…")
+    return about
+
+
+def import_gallery(
+    settings: MilvusSettings,
+    pseudonyms: Pseudonyms,
+    path: Path,
+    checked: Backup,
+    *,
+    merge: bool = False,
+    model_version: str | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Stores the rows of a file in the gallery of their own model version.
+
+    Safe to repeat: rows are stored by their keys. What the file does not hold stays as it is.
+
+    Args:
+        checked: What `read_backup` found in it.
+        merge: Into a gallery that holds cases already; rows of the same key are replaced.
+        model_version: Refuse a file of another one.
+
+    Raises:
+        UsageError: Another model version, pseudonyms of another key, a gallery that is not empty, or one that lacks a field of the file.
+        StoreError: Milvus cannot serve.
+    """
+    if model_version is not None and collection_of(checked.model_version) != collection_of(model_version):
+        raise UsageError(
+            f"{path}: holds embeddings of another model version",
+            expected=model_version,
+            got=checked.model_version,
+            next_step="give the file of that version; `cxr reindex` makes one version's gallery from another's",
+        )
+    if checked.key != pseudonyms.fingerprint:
+        raise UsageError(
+            f"{path}: holds pseudonyms of another key",
+            expected=f"the key with fingerprint {checked.key}",
+            got=f"one with {pseudonyms.fingerprint}",
+            next_step="give the key of the hospital that exported it, by --pseudonym-key",
+        )
+    with Store(settings, checked.model_version, pseudonyms, create=True) as store, _readable(path) as file:
+        if store.count() and not merge:
+            raise UsageError(
+                f"{store.collection}: holds {store.count()} cases already",
+                expected="no gallery of that version, or an empty one",
+                next_step="give --merge to replace those of the same key, and to go on after an interruption",
+            )
+        here = store.fields
+        for page in _pages(file):
+            store.put([_as_row(row, checked.fields, here, store, path) for row in page])
+            advance(len(page))
+        store.publish()
+
+
+def _arrow_type(kind: DataType, dim: int | None) -> Any:
+    if kind is DataType.FLOAT_VECTOR:
+        return pa.list_(pa.float32(), dim)
+    if kind in _ARROW:
+        return _ARROW[kind]
+    raise UsageError(f"a field of type {kind.name} cannot be exported", expected="numbers, flags, text, JSON and float vectors")
+
+
+def _fits(schema: Any, fields: Mapping[str, str]) -> bool:
+    """Whether the file's columns are those that it says were described, of the types that these become."""
+    if schema.names != [*fields, _META] or not pa.types.is_string(schema.field(_META).type):
+        return False
+    kinds = {kind.name: arrow for kind, arrow in _ARROW.items()}
+    vectors = [name for name, kind in fields.items() if kind == DataType.FLOAT_VECTOR.name]
+    return all(pa.types.is_fixed_size_list(schema.field(name).type) for name in vectors) and all(
+        schema.field(name).type == kinds.get(kind) for name, kind in fields.items() if name not in vectors
+    )
+
+
+def _as_columns(row: Mapping[str, Any], fields: Mapping[str, tuple[DataType, int | None]]) -> dict[str, Any]:
+    """A row as Milvus has it → as the file has it."""
+    columns = {name: _text(row.get(name)) if kind is DataType.JSON else row.get(name) for name, (kind, _) in fields.items()}
+    beside = {name: value for name, value in row.items() if name not in fields}
+    return {**columns, _META: _text(beside) if beside else None}
+
+
+def _as_row(
+    columns: Mapping[str, Any], there: Mapping[str, str], here: Mapping[str, tuple[DataType, int | None]], store: Store, path: Path
+) -> dict[str, Any]:
+    """And back, for a collection that may describe as fields what the file has in `$meta`, and the other way round."""
+    is_json = {name for name, kind in there.items() if kind == DataType.JSON.name}
+    known = {name: json.loads(columns[name]) if name in is_json else columns[name] for name in there if columns[name] is not None}
+    known |= json.loads(columns[_META] or "{}")
+    if store.takes_any_field:
+        return known
+    unknown = sorted(known.keys() - here.keys())
+    if unknown:
+        raise UsageError(
+            f"{path}: holds fields that {store.collection} lacks",
+            expected=", ".join(here),
+            got=", ".join(unknown),
+            next_step="import it with the version of this system that exported it, or ingest again",
+        )
+    return {name: known.get(name) for name in here}
+
+
+def _pages(file: pq.ParquetFile) -> Iterator[list[dict[str, Any]]]:
+    for batch in file.iter_batches(_PAGE):
+        yield batch.to_pylist()
+
+
+def _digest_of(model_version: str, fields: Mapping[str, str]) -> Any:
+    """Of a file without rows."""
+    return hashlib.sha256(json.dumps([LAYOUT, model_version, fields], sort_keys=True).encode() + b"\n")
+
+
+def _add(digest: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+
+
+def _told(about: Backup) -> dict[str, str]:
+    told = (LAYOUT, about.model_version, about.key, json.dumps(about.fields), str(about.rows), about.sha256)
+    return {f"{_NAMESPACE}{name}": value for name, value in zip(_TOLD, told, strict=True)}
+
+
+def _about(path: Path, file: pq.ParquetFile) -> Backup:
+    told = file.metadata.metadata or {}
+    layout, version, key, fields, rows, sha256 = (told.get(f"{_NAMESPACE}{name}".encode(), b"") for name in _TOLD)
+    if layout.decode("utf-8", "replace") != LAYOUT:
+        raise UsageError(f"{path}: not a gallery of this system", expected="a file of `cxr gallery export`", next_step="give another file")
+    try:
+        return Backup(version.decode(), key.decode(), dict(json.loads(fields)), int(rows), sha256.decode())
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, "what a file of `cxr gallery export` says of itself", str(error)) from error
+
+
+def _readable(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(path, "a file of `cxr gallery export`", " ".join(str(error).split())[:200]) from error
+
+
+def _damaged(path: Path, expected: str, got: str) -> UsageError:
+    return UsageError(f"{path}: is not whole", expected=expected, got=got, next_step="take another copy; nothing was stored")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

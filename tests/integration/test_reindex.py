@@ -1,0 +1,378 @@
+"""`cxr reindex` between the two model versions that there are: the five networks' gallery, and the small one's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_retrieval.archive.audit import entries, verify
+from cxr_retrieval.archive.embedding import ingest
+from cxr_retrieval.archive.reindex import Pictures, reindex
+from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
+from cxr_retrieval.errors import InferenceError, StoreError, UsageError
+from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
+from cxr_retrieval.gallery.store import Store, drop_gallery, remove_cases
+from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.phantoms import Phantom
+from cxr_retrieval.serving.choices import Segmentation
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
+from cxr_retrieval.settings import MilvusSettings, ThumbnailKind, TritonSettings
+from tests_support import ENVIRONMENT, cxr_command, run_cxr
+
+COPIES = 12
+
+
+@pytest.fixture(scope="module")
+def student_server(repository: Path) -> Iterator[Endpoints]:
+    with embedded_triton(ServerOptions(repository, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def student(student_server: Endpoints) -> Iterator[TritonClient]:
+    with TritonClient(TritonSettings(student_server.grpc)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSettings]:
+    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
+        yield MilvusSettings(uri)
+
+
+@pytest.fixture
+def films(phantoms: list[Phantom], tmp_path: Path) -> list[ManifestRow]:
+    """108 films of nine phantoms, two of each patient, each a little different."""
+    lines = ["image_id,path,label,patient_id,source,age"]
+    for number, phantom in enumerate(phantoms):
+        for copy in range(COPIES):
+            pixels = phantom.pixels.copy()
+            pixels[:4, : 3 * copy + 4] = 255
+            name = f"{number}-{copy}"
+            Image.fromarray(pixels).save(tmp_path / f"{name}.png", compress_level=1)
+            lines.append(f"{name},{name}.png,{phantom.label},p{number}-{copy // 2},north,{40 + copy}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return list(read_manifest(tmp_path / "manifest.csv").rows)
+
+
+@pytest.fixture
+def gallery(
+    films: list[ManifestRow], reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms
+) -> Iterator[Store]:
+    """Of the five networks, with all films in it; none of the small one's."""
+    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
+        ingest(films, reader, triton, store, lambda _: None)
+        yield store
+    for name in list_galleries(milvus):
+        drop_gallery(milvus, name)
+
+
+def rows(store: Store) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in store.rows(["*"])}
+
+
+def facts(store: Store) -> dict[str, dict[str, Any]]:
+    return {key: {name: value for name, value in row.items() if name != "embedding"} for key, row in rows(store).items()}
+
+
+def arguments(milvus: MilvusSettings, server: Endpoints, log: Path) -> list[str | Path]:
+    return ["reindex", "--triton", server.grpc, "--milvus", milvus.uri, "--audit", log]
+
+
+def the_gallery(milvus: MilvusSettings) -> list[str]:
+    return [name for name, aliases in list_galleries(milvus).items() if ALIAS in aliases]
+
+
+def test_the_other_versions_gallery_is_filled_compared_and_switched_to(
+    gallery: Store,
+    films: list[ManifestRow],
+    student_server: Endpoints,
+    student: TritonClient,
+    server: Endpoints,
+    milvus: MilvusSettings,
+    reader: FilmReader,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    done = run_cxr(*arguments(milvus, student_server, log), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["cases"], result["embedded"], result["missing"], result["answers"]) == (len(films), len(films), [], True)
+    compared = result["comparison"]
+    assert (compared["queries"], compared["gallery"]) == (len(films), len(films))
+    for side in ("former", "latter"):
+        assert 0 <= compared[side]["recall_at"]["1"] <= compared[side]["recall_at"]["10"] <= 1
+    assert 0 < compared["kept"]["neighbours"] <= 1
+    assert the_gallery(milvus) == [gallery.collection], "not without --switch"
+
+    with Store(milvus, student.model_version, pseudonyms) as new:
+        assert facts(new) == facts(gallery)
+        squares = np.stack([reader.read(row.path).square for row in films[:8]])[:, None]
+        expected = student.embed(squares)
+        stored = new.embeddings([pseudonyms.image(row.image_id) for row in films[:8]])
+        for row, vector in zip(films, expected, strict=False):
+            assert stored[pseudonyms.image(row.image_id)] == pytest.approx(vector, abs=5e-3)
+    again = run_cxr(
+        *arguments(milvus, student_server, log), "--switch", "--compare", tmp_path / "manifest.csv", "--former-triton", server.grpc
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{len(films)} kept; the gallery from now on" in again.stdout
+    assert "recall@10" in again.stdout
+    assert "neighbours kept" in again.stdout
+    assert the_gallery(milvus) == [f"cxr_{student.model_version}"]
+    back = run_cxr("gallery", "use", gallery.collection.removeprefix("cxr_"), "--milvus", milvus.uri, "--audit", log)
+    assert back.returncode == 0, back.stderr
+    assert f"cxr gallery use {student.model_version}" in back.stdout
+    assert the_gallery(milvus) == [gallery.collection]
+    for one, version in ((server, gallery.collection), (student_server, f"cxr_{student.model_version}")):
+        asked = run_cxr("query", films[0].path, "--json", "--triton", one.grpc, "--milvus", milvus.uri)
+        assert f"cxr_{json.loads(asked.stdout)['model_version']}" == version, asked.stderr
+    assert [(line["action"], line["state"]) for line in entries(log)] == [
+        (action, state) for action in ("reindex", "reindex", "gallery use") for state in ("begun", "done")
+    ]
+    assert verify(log).flaw is None
+
+
+def test_killed_in_the_middle_it_goes_on(
+    gallery: Store,
+    films: list[ManifestRow],
+    student_server: Endpoints,
+    student: TritonClient,
+    milvus: MilvusSettings,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    process = subprocess.Popen(
+        cxr_command(*arguments(milvus, student_server, log)), env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    name = f"cxr_{student.model_version}"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if name in list_galleries(milvus):
+            with Store(milvus, student.model_version, pseudonyms, fill=True) as new:
+                if new.count():
+                    break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Store(milvus, student.model_version, pseudonyms, fill=True) as new:
+        assert 0 < new.count() < len(films), "in the middle"
+    with pytest.raises(StoreError, match="is not filled yet"):
+        Store(milvus, student.model_version, pseudonyms)
+    asked = run_cxr("query", films[0].path, "--triton", student_server.grpc, "--milvus", milvus.uri)
+    assert (asked.returncode, asked.stdout) == (2, ""), "nobody is answered from half a gallery"
+    used = run_cxr("gallery", "use", student.model_version, "--milvus", milvus.uri, "--audit", log)
+    assert "is not filled yet" in used.stderr
+    done = run_cxr(*arguments(milvus, student_server, log), "--json", "--sample", "0")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kept"] > 0
+    assert result["kept"] + result["embedded"] == len(films)
+    with Store(milvus, student.model_version, pseudonyms) as new:
+        assert facts(new) == facts(gallery)
+    assert verify(log).flaw is None
+
+
+def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
+    gallery: Store,
+    films: list[ManifestRow],
+    student: TritonClient,
+    triton: TritonClient,
+    milvus: MilvusSettings,
+    reader: FilmReader,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
+) -> None:
+    """Queries, an ingest, a correction and a removal, all in the former gallery while the new one is filled."""
+    late = tmp_path / "late.csv"
+    picture = np.asarray(Image.open(films[0].path)).copy()
+    picture[-4:] = 255
+    Image.fromarray(picture).save(tmp_path / "late.png")
+    corrected = films[3].image_id
+    late.write_text(
+        f"image_id,path,label,patient_id,source\nlate,late.png,control,new,north\n{corrected},{corrected}.png,covid19,p0-1,north\n"
+    )
+    known = rows(gallery)
+    probes = np.array([row["embedding"] for row in known.values()], np.float32)[:20]
+    begun, ended = threading.Event(), threading.Event()
+
+    def ask() -> int:
+        asked = 0
+        with Store(milvus, triton.model_version, pseudonyms) as store:
+            while not ended.is_set():
+                for hits in store.search_many(probes, 3):
+                    assert hits[0].similarity == pytest.approx(1, abs=1e-3), "its own vector, as this version made it"
+                asked += len(probes)
+        return asked
+
+    def change() -> None:
+        begun.wait()
+        with Store(milvus, triton.model_version, pseudonyms) as store:
+            ingest(read_manifest(late).rows, reader, triton, store, lambda _: None)
+        remove_cases(milvus, pseudonyms, f'key in ["{pseudonyms.image(films[-1].image_id)}", "{pseudonyms.image(films[5].image_id)}"]')
+
+    with ThreadPoolExecutor(3) as pool, Store(milvus, student.model_version, pseudonyms, fill=True) as new:
+        asking, changing = [pool.submit(ask) for _ in range(2)], pool.submit(change)
+        try:
+            with pytest.raises(StoreError, match="is not filled yet"):
+                Store(milvus, student.model_version, pseudonyms)
+            first = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student, advance=lambda _: begun.set())
+            changing.result()
+            second = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student)
+        finally:
+            ended.set()
+        assert all(one.result() > 0 for one in asking)
+        assert facts(new) == facts(gallery)
+        assert pseudonyms.image("late") in facts(new)
+        assert facts(new)[pseudonyms.image(corrected)]["label"] == "covid19"
+        assert pseudonyms.image(films[-1].image_id) not in facts(new)
+        assert new.filling
+        new.filled()
+        assert not new.filling
+        assert (first.problems, second.problems, second.cases) == ((), (), len(films) - 1)
+        third = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student)
+        assert (third.embedded, third.corrected, third.kept) == (0, 0, len(films) - 1)
+
+
+def test_what_was_read_before_it_left_does_not_stay(
+    gallery: Store,
+    films: list[ManifestRow],
+    student: TritonClient,
+    milvus: MilvusSettings,
+    reader: FilmReader,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
+) -> None:
+    """Consent withdrawn between the reading of a row and its writing."""
+    gone = pseudonyms.image(films[0].image_id)
+
+    class RemovedMeanwhile(Pictures):
+        def find(self, keys: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
+            found = super().find(keys)
+            if gone in found:
+                remove_cases(milvus, pseudonyms, f'key == "{gone}"')
+            return found
+
+    with Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new:
+        report = reindex(gallery, new, RemovedMeanwhile(gallery, tmp_path), reader, student)
+        assert (report.removed, report.cases) == (1, len(films) - 1)
+        assert gone not in facts(new)
+
+
+def test_cases_without_their_picture_are_named_and_the_switch_is_refused(
+    gallery: Store,
+    films: list[ManifestRow],
+    student_server: Endpoints,
+    student: TritonClient,
+    milvus: MilvusSettings,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    films[0].path.unlink()
+    films[1].path.write_bytes(films[20].path.read_bytes())
+    lost, other = pseudonyms.image(films[0].image_id), pseudonyms.image(films[1].image_id)
+    refused = run_cxr(*arguments(milvus, student_server, log), "--switch", "--json")
+    assert refused.returncode == 1
+    result = json.loads(refused.stdout)
+    assert (result["answers"], result["switched"], result["embedded"]) == (False, False, len(films) - 2)
+    assert {one["key"] for one in result["missing"]} == {lost, other}
+    assert "another picture than when it was ingested" in refused.stderr
+    assert "the new gallery does not answer yet" in refused.stderr
+    assert the_gallery(milvus) == [gallery.collection]
+    taken = run_cxr(*arguments(milvus, student_server, log), "--switch", "--allow-missing", "--sample", "0")
+    assert taken.returncode == 1, "they are still missing"
+    assert "2 missing; the gallery from now on" in taken.stdout
+    assert the_gallery(milvus) == [f"cxr_{student.model_version}"]
+    assert {key for line in entries(log) if line["state"] == "done" for key in line["missing"]} == {lost, other}
+
+
+def test_a_gallery_is_not_filled_from_itself(gallery: Store, server: Endpoints, milvus: MilvusSettings, tmp_path: Path) -> None:
+    refused = run_cxr(*arguments(milvus, server, tmp_path / "audit.jsonl"))
+    assert refused.returncode == 2
+    assert "cannot be filled from itself" in refused.stderr
+    assert not [name for name, aliases in list_galleries(milvus).items() if any("filling" in alias for alias in aliases)]
+
+
+def test_the_former_versions_server_must_be_of_that_version(
+    gallery: Store, student_server: Endpoints, milvus: MilvusSettings, tmp_path: Path
+) -> None:
+    refused = run_cxr(
+        *arguments(milvus, student_server, tmp_path / "audit.jsonl"),
+        "--compare",
+        tmp_path / "manifest.csv",
+        "--former-triton",
+        student_server.grpc,
+    )
+    assert refused.returncode == 2
+    assert "this is not the server of the former version" in refused.stderr
+
+
+def test_weights_that_change_under_a_client_are_refused(repository: Path, triton: TritonClient) -> None:
+    """A server restarted with others, on the same port, between two requests: its vectors do not reach the former's gallery."""
+    picture = np.zeros((1, 1, 256, 256), np.uint8)
+    options = ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)
+    with embedded_triton(options) as first, TritonClient(TritonSettings(first.grpc, timeout_s=30)) as client:
+        port = int(first.grpc.rsplit(":")[-1])
+        client.embed(picture)
+        first.process.kill()
+        first.process.wait()
+        other = ServerOptions(repository, segmentation=Segmentation.student, grpc_port=port, http_port=0, metrics_port=0)
+        with embedded_triton(other), pytest.raises(InferenceError, match="serves other weights than before"):
+            client.embed(picture)
+
+
+def test_nothing_is_compared_with_nothing(gallery: Store, student: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms) -> None:
+    from cxr_retrieval.archive.reindex import compare_on_gallery
+
+    with (
+        Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new,
+        pytest.raises(Exception, match="nothing to compare"),
+    ):
+        compare_on_gallery(gallery, new, sample=10, k=10)
+
+
+def test_same_version_is_an_error_of_the_library_too(gallery: Store, triton: TritonClient, reader: FilmReader, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be filled from itself"):
+        reindex(gallery, gallery, Pictures(gallery, tmp_path), reader, triton)
+
+
+def test_cases_whose_files_are_gone_are_embedded_from_their_thumbnails(
+    films: list[ManifestRow],
+    reader: FilmReader,
+    triton: TritonClient,
+    student: TritonClient,
+    student_server: Endpoints,
+    milvus: MilvusSettings,
+    pseudonyms: Pseudonyms,
+    tmp_path: Path,
+) -> None:
+    few = films[:12]
+    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
+        ingest(few, reader, triton, store, lambda _: None, thumbnails=ThumbnailKind.full)
+    squares = np.stack([reader.read(row.path).square for row in few])[:, None]
+    for row in few:
+        row.path.unlink()
+    done = run_cxr(*arguments(milvus, student_server, tmp_path / "audit.jsonl"), "--json", "--sample", "0")
+    assert done.returncode == 0, done.stderr
+    with Store(milvus, student.model_version, pseudonyms) as new:
+        held = new.embeddings([pseudonyms.image(row.image_id) for row in few])
+        expected = student.embed(squares)
+        assert all(held[pseudonyms.image(row.image_id)] @ vector > 0.999 for row, vector in zip(few, expected, strict=True))
+    for name in list_galleries(milvus):
+        drop_gallery(milvus, name)
