@@ -55,7 +55,7 @@ def test_every_hostile_file_has_its_line(server: Endpoints, phantoms: list[Phant
         assert status[f"good-{number}.png"]["status"] == "answered"
     copy = next(line for line in lines if "ntgen-Th" in line["input"])
     for pair in ((copy, status["good-0.png"]), [status[name] for name in same]):
-        assert {line["status"] for line in pair} == {"answered"}
+        assert len({line["status"] for line in pair} - {"failed"}) == 1
         assert len({line.get("same_as", line["input"]) for line in pair}) == 1
     assert sum("same_as" in line for line in lines) == summary["copies"] >= len(same)
     for path in special:
