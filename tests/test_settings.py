@@ -80,8 +80,8 @@ def test_certificates_for_a_milvus_without_tls_are_refused(certificates: Certifi
     [
         (lambda: TritonSettings(token=f"{SECRET}\nx"), "header 'authorization'"),
         (lambda: TritonSettings(token=f"{SECRET}ü"), "header 'authorization'"),
-        (lambda: TritonSettings(headers=(("X-Key", SECRET),)), "header 'X-Key'"),
-        (lambda: TritonSettings(headers=(("x key", SECRET),)), "header 'x key'"),
+        (lambda: TritonSettings(headers=(("X-Key", SECRET),)), "a header for Triton's proxy has no name"),
+        (lambda: TritonSettings(headers=((f"x-key {SECRET}", ""),)), "a header for Triton's proxy has no name"),
         (lambda: TritonSettings(headers=(("key-bin", SECRET),)), "header 'key-bin'"),
         (lambda: TritonSettings(headers=(("x-key", ""),)), "header 'x-key'"),
         (lambda: TritonSettings(f"user:{SECRET}@triton:8001"), r"malformed.*got \*\*\*@triton:8001"),

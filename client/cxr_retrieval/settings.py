@@ -115,9 +115,10 @@ class TritonSettings:
                 "the Triton timeout is out of range", expected="more than 0 s", got=f"{self.timeout_s:g}", next_step="correct --timeout"
             )
         for name, value in self.metadata.items():
-            if not re.fullmatch(r"[a-z0-9_.-]+", name) or name.endswith("-bin") or not re.fullmatch(r"[ -~]+", value):
+            named = re.fullmatch(r"[a-z0-9_.-]+", name) is not None  # else it may be a secret that slipped into the wrong place
+            if not named or name.endswith("-bin") or not re.fullmatch(r"[ -~]+", value):
                 raise SetupError(
-                    f"the header {name!r} for Triton's proxy cannot be sent",
+                    f"the header {name!r} for Triton's proxy cannot be sent" if named else "a header for Triton's proxy has no name",
                     expected="a name in lower case, and a value of printable ASCII",
                     next_step="correct --triton-token-file or --triton-header-file",
                 )

@@ -68,19 +68,21 @@ def locked(certificates: Certificates, tiny: Path, phantom_manifest: Path, tmp_p
     )
     environment = ENVIRONMENT | {"CXR_SERVE_TOKEN": TOKEN}
     served = Served(tmp_path_factory.mktemp("locked"), "--host", "0.0.0.0", *map(str, own), environment=environment)
-    assert "locked   clients need TLS, a client certificate, a token (the gallery)\n" in served.said
-    triton, milvus = served.servers[1], served.servers[3].replace("http:", "https:")
-    shown = [
-        word
-        for server in ("triton", "milvus")
-        for option, name in (("ca", "ours.pem"), ("cert", "client.pem"), ("key", "client.key"))
-        for word in (f"--{server}-{option}", str(path(name)))
-    ]
-    running = Locked(served, ("--triton", triton, "--milvus", milvus, *shown, "--timeout", "20"))
-    done = running.run("ingest", "--manifest", phantom_manifest, "--audit", phantom_manifest.with_name("audit.jsonl"))
-    assert done.returncode == 0, done.stderr
-    yield running
-    served.stop()
+    try:
+        assert "locked   clients need TLS, a client certificate, a token (the gallery)\n" in served.said
+        triton, milvus = served.servers[1], served.servers[3].replace("http:", "https:")
+        shown = [
+            word
+            for server in ("triton", "milvus")
+            for option, name in (("ca", "ours.pem"), ("cert", "client.pem"), ("key", "client.key"))
+            for word in (f"--{server}-{option}", str(path(name)))
+        ]
+        running = Locked(served, ("--triton", triton, "--milvus", milvus, *shown, "--timeout", "20"))
+        done = running.run("ingest", "--manifest", phantom_manifest, "--audit", phantom_manifest.with_name("audit.jsonl"))
+        assert done.returncode == 0, done.stderr
+        yield running
+    finally:
+        served.stop()
 
 
 @pytest.fixture(scope="module")
