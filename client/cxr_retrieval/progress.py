@@ -28,8 +28,8 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:.1f}/s")
 
 
-def progress_bar(*, quiet: bool = False) -> Progress:
-    """A bar with count, rate, time spent and time left; a quiet one shows nothing."""
+def progress_bar() -> Progress:
+    """A bar with count, rate, time spent and time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +38,6 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=quiet,
     )
 
 

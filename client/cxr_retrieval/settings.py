@@ -1,4 +1,4 @@
-"""How to reach Triton and Milvus, where the key of pseudonyms is, what is kept of a film, how a run is seen: frozen, checked when made.
+"""How to reach Triton and Milvus, where the key of pseudonyms is, what is kept of a film, and how a run is seen: frozen, checked when made.
 
 Every value is also a command-line option and a CXR_ variable. Secrets are values here, never options: they come from a file or the
 environment, and stay out of `repr`.

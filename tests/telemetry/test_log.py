@@ -31,7 +31,7 @@ def test_a_run_is_told_in_lines_that_name_nobody(events: tuple[Event, ...], name
     assert name not in stream.getvalue()
     found = lines(stream)
     assert [line["event"] for line in found] == [
-        "begun",
+        "expected",
         "failed",
         "unanswered",
         "retried",

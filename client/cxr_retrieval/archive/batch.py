@@ -66,6 +66,7 @@ def run_batch(
         found: Told, in that thread, how many inputs have been looked at so far, and whether these are all.
         noted: Told which films are answered or have failed, just before that is recorded. A film that could not be read has no
             pseudonym: it is `input-<its number in the journal>`.
+        watch: Told everything.
 
     Returns:
         Whether all inputs were found, and none is pending.
@@ -74,15 +75,16 @@ def run_batch(
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
     sink = _Answers(journal, triton.model_version, options, advance, watch, noted)
+    settled = sum(journal.counts().values()) - journal.counts()[PENDING]
 
-    def looked(count: int, all_found: bool) -> None:
-        if all_found:
-            watch(Expected(sink.settled + journal.counts()[PENDING]))
-        found(count, all_found)
+    def told(looked_at: int, all_found: bool) -> None:
+        """Also expects what is new."""
+        found(looked_at, all_found)
+        watch(Expected(sum(journal.counts().values()) - settled))
 
     probe = options.store.probe if options.store else lambda: None
     with ThreadPoolExecutor(1, "cxr-search") as pool:
-        search = pool.submit(_add, journal, inputs, looked, stop)
+        search = pool.submit(_add, journal, _watched(inputs, watch), told, stop)
         try:
             works = _asked(journal, search, stop)
             pipeline.run(works, reader, triton, sink, probe_store=probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
@@ -92,6 +94,15 @@ def run_batch(
         finally:
             sink.flush()
     return search.result() and not journal.counts()[PENDING]
+
+
+def _watched(inputs: Iterable[Input | Unusable], watch: Watch) -> Iterator[Input | Unusable]:
+    """Those that are no film fail here; they never come to the pipeline."""
+    for found in inputs:
+        if isinstance(found, Unusable):
+            watch(Failed(found.error))
+            watch(Settled({FAILED: 1}))
+        yield found
 
 
 def _add(journal: Journal, inputs: Iterable[Input | Unusable], found: Callable[[int, bool], None], stop: threading.Event) -> bool:
@@ -130,7 +141,6 @@ class _Answers:
         self._journal, self._model_version, self._options = journal, model_version, options
         self._advance, self._watch, self._noted = advance, watch, noted
         self._failures: list[Answer] = []
-        self.settled = 0
         self._flushed = time.monotonic()
 
     def keep(self, seen: Sequence[Seen[Asked]]) -> list[Answer]:
@@ -153,7 +163,6 @@ class _Answers:
         answers = [*result, *self._failures]
         self._noted({answer.film or f"input-{answer.asked.id}": answer.state for answer in answers})
         self._journal.record(answers)
-        self.settled += len(answers)
         self._advance(len(answers))
         self._watch(Settled(Counter(answer.state for answer in answers)))
         self._failures = []

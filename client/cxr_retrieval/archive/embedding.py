@@ -46,6 +46,7 @@ class Problem:
 
     image_id: str
     error: CxrError
+    pseudonym: str | None = None
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,14 @@ class _Gallery:
             other_facts = [entry for entry in same if held[entry.key].facts != entry.facts]
             patiently(lambda other_facts=other_facts, held=held: self._correct(other_facts, held))
             self.corrected += len(other_facts)
-            self.unchanged += len(same) - len(other_facts) + copies
+            unchanged = len(same) - len(other_facts) + copies
+            self.unchanged += unchanged
             self._advance(len(same) + len(failed) + copies)
-            self._watch(Settled({"corrected": len(other_facts), "unchanged": len(same) - len(other_facts) + copies}))
+            self._watch(Settled({"corrected": len(other_facts), "unchanged": unchanged}))
             settled = {entry.key for entry in same}
             yield from (replace(case, held=held.get(case.entry.key)) for case in cases if case.entry.key not in settled)
         self.all_drawn = True
+        self._watch(Expected(self.drawn))
 
     def _without_copies(self, cases: Sequence[_NewCase]) -> tuple[list[_NewCase], int]:
         """Films that no manifest lists are called after their bytes: of equal ones only the first is a case, with its path."""
@@ -259,7 +262,7 @@ class _Gallery:
                 file = self._store.pseudonyms.digest(one.film.file)  # of the bytes embedded, should the file have changed
                 kept.append((replace(one.work.entry, file=file), pixels, one))
             except InputError as error:
-                problems.append(Problem(one.work.name, error))
+                problems.append(Problem(one.work.name, error, one.work.entry.key))
         keys = {entry.key for entry, _, _ in kept}
         self._noted(dict.fromkeys(sorted(keys - self._stored_now), "stored"))
         self._stored_now = keys  # should Milvus be away, they come again
@@ -285,14 +288,14 @@ class _Gallery:
         self._advance(stored + len(problems))
 
     def failed(self, work: _NewCase, error: CxrError) -> None:
-        self._take_problems([Problem(work.name, error)])
+        self._take_problems([Problem(work.name, error, work.entry.key)])
         self._advance(1)
 
     def _take_problems(self, problems: Sequence[Problem]) -> None:
         self.problems += problems
         self._watch(Settled({"failed": len(problems)}))
         for problem in problems:
-            self._watch(Failed(problem.error))
+            self._watch(Failed(problem.error, pseudonym=problem.pseudonym))
 
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:

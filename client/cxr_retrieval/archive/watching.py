@@ -133,10 +133,11 @@ class Settled:
 
 @dataclass(frozen=True)
 class Failed:
-    """A film cannot be used; `number` is its place in the journal, where there is one."""
+    """A film cannot be used; `number` is its place in the journal, `pseudonym` its image's, where there is one."""
 
     error: CxrError
     number: int | None = None
+    pseudonym: str | None = None
 
 
 @dataclass(frozen=True)

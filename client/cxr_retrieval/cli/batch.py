@@ -82,14 +82,14 @@ def batch(
             journal.retry_failed()
         before = journal.counts()
         about = {"model_version": client.model_version, "journal": journal.id}
-        with audited(audit.expanduser(), "batch", about) as operation, seen.bar("answering", None) as bar:
+        with audited(audit.expanduser(), "batch", about) as operation, seen.bar("answering") as bar:
 
             def found(looked_at: int, all_found: bool) -> None:
                 if all_found:
                     seen.tell(f"{looked_at} inputs found")
-                    bar.expect(bar.done + journal.counts()["pending"], "answering")
+                    bar.describe("answering", to_go=journal.counts()["pending"])
                 else:
-                    bar.expect(None, f"answering; {looked_at} inputs found so far")
+                    bar.describe(f"answering; {looked_at} inputs found so far")
 
             complete = run_batch(
                 journal,
@@ -99,10 +99,10 @@ def batch(
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,
-                watch=seen.watch,
                 inputs=find_inputs(paths, reader, split=split, left_out=attention, stop=stop),
                 found=found,
                 noted=operation.note,
+                watch=seen.watch,
                 patience_s=patience,
             )
             operation.outcome.update(before=before, after=journal.counts())

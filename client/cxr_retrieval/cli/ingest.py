@@ -83,7 +83,7 @@ def ingest(
                     reader,
                     client,
                     store,
-                    bar.advance,
+                    advance=bar.advance,
                     thumbnails=thumbnails,
                     stop=stop,
                     tell=seen.tell,

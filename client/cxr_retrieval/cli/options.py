@@ -30,12 +30,12 @@ from cxr_retrieval.settings import (
 _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
 _PSEUDONYMS: Final = "Pseudonyms"
-_SEEN: Final = "Seen from outside"
 INPUTS: Final = (
     "Radiographs; folders, ZIPs or DICOMDIRs that hold them; quoted patterns such as 'archive/**/*.dcm'; manifests (.csv); "
     "or - for a list of names on stdin."
 )
 """What a PATH may be, where films in bulk are asked for."""
+_SEEN: Final = "Seen from outside"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, TypeVar
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.text import Text
 
 from cxr_retrieval import __version__
@@ -28,20 +28,22 @@ _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_E
 
 
 class Bar:
-    """One line of progress."""
+    """How far it is; `shown` None: nowhere."""
 
-    def __init__(self, shown: Progress, task: TaskID) -> None:
-        self._shown, self._task = shown, task
-        self.done = 0
+    def __init__(self, shown: Progress | None, description: str, total: int | None) -> None:
+        self._shown = shown
+        self._task = None if shown is None else shown.add_task(description, total=total)
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
-        self.done += count
-        self._shown.update(self._task, advance=count)
+        """So many more are dealt with."""
+        if self._shown is not None and self._task is not None:
+            self._shown.update(self._task, advance=count)
 
-    def expect(self, total: int | None, description: str) -> None:
-        """So many there are to be, as far as that is known."""
-        self._shown.update(self._task, total=total, description=description)
+    def describe(self, description: str, to_go: int | None = None) -> None:
+        """Says something else, and, once that is known, how many are to go."""
+        if self._shown is not None and self._task is not None:
+            total = None if to_go is None else self._shown.tasks[self._task].completed + to_go
+            self._shown.update(self._task, description=description, total=total)
 
 
 class Watched:
@@ -73,12 +75,15 @@ class Watched:
             self._console.print(Text(words), soft_wrap=True)
 
     @contextmanager
-    def bar(self, description: str, total: int | None) -> Generator[Bar]:
-        """Progress for people; without a total it pulses."""
-        with progress_bar(quiet=not self.speaks) as shown:
+    def bar(self, description: str, total: int | None = None) -> Generator[Bar]:
+        """Progress for people; shows nothing to whoever reads JSON. `total` None: not known yet."""
+        if not self.speaks:
+            yield Bar(None, description, total)
+            return
+        with progress_bar() as shown:
             before, self._console = self._console, shown.console
             try:
-                yield Bar(shown, shown.add_task(description, total=total))
+                yield Bar(shown, description, total)
             finally:
                 self._console = before
 

@@ -503,10 +503,10 @@ def _answer(question: _Question, shelf: ZipShelf) -> _Answer:
 
 
 def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents:
+    started = time.monotonic()
     path, member = question.path, question.member
     if question.kind == "contents":
         return contents_of(path, question.start, shelf)
-    started = time.monotonic()
     data = _bytes(path) if member is None else shelf.zip(path).read(member)
     if question.kind == "identity":
         return Identity(hashlib.sha256(data).hexdigest(), read_patient_id(data))

@@ -59,7 +59,7 @@ class JsonLog:
                 self._look = look
             case Expected(films):
                 self._expected = films
-                self.say("begun", files=films)
+                self.say("expected", files=films)
             case Answered(trace, films, took):
                 self.say("answered", trace_id=trace.trace_id, span_id=trace.span_id, films=films, seconds=round(took.seconds, 4))
             case Unanswered(trace, error):
@@ -68,8 +68,10 @@ class JsonLog:
                 self.say("retried", logging.WARNING, service=service, reason=reason, **({"trace_id": trace.trace_id} if trace else {}))
             case Dissolved(trace):
                 self.say("dissolved", logging.WARNING, trace_id=trace.trace_id)
-            case Failed(error, number):
-                self.say("failed", logging.WARNING, **({} if number is None else {"input": number}), **described(error))
+            case Failed(error, number, pseudonym):
+                known_by = {"input": number, "pseudonym": pseudonym}
+                known = {name: value for name, value in known_by.items() if value is not None}
+                self.say("failed", logging.WARNING, **known, **described(error))
             case Away(service, error):
                 self.say("waiting", logging.WARNING, service=service, **described(error))
             case Back(service, seconds):
