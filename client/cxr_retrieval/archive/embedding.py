@@ -293,7 +293,7 @@ def _refuse_no_film(seen: Seen[_NewCase]) -> None:
     reason = assessed(seen.film, seen.outputs).reason
     if reason is not None:
         raise ImageError(
-            f"{seen.work.path.name}: refused",
+            f"{seen.work.name}: refused",
             expected="an upright frontal chest radiograph",
             got=reason,
             next_step="take the row out of the manifest; if it is one, ingest it with --no-gate",
