@@ -141,6 +141,7 @@ def world(films: int, commands: Sequence[str] = COMMANDS, *, instant: bool = Fal
                 f"127.0.0.1:{port}",
                 "--milvus",
                 f"http://127.0.0.1:{milvus_port}",
+                "--no-gate",
             )
             assert filling.process.wait(240) == 0, (filling.folder / "client.err").read_text()
         for command in commands:
@@ -239,7 +240,15 @@ def _moment(world: World, plan: Plan, dice: random.Random, to_triton: Proxy) -> 
 
 
 def _arguments(world: World, command: str, results: Path, triton: int, milvus: int) -> list[str | Path]:
-    servers: list[str | Path] = ["--triton", f"127.0.0.1:{triton}", "--timeout", str(TIMEOUT_S), "--patience", "60"]
+    servers: list[str | Path] = [
+        "--triton",
+        f"127.0.0.1:{triton}",
+        "--timeout",
+        str(TIMEOUT_S),
+        "--patience",
+        "60",
+        "--no-gate",
+    ]  # any networks
     store: list[str | Path] = ["--milvus", f"http://127.0.0.1:{milvus}"]
     if command == "ingest":
         return ["ingest", "--manifest", world.manifest, *servers, *store]

@@ -198,7 +198,7 @@ def many_files(folder: Path, count: int, *, gallery: bool) -> dict[str, Any]:
         stack.enter_context(triton)
         stack.enter_context(milvus)
         store = ["--milvus", f"http://127.0.0.1:{milvus_port}"] if gallery else ["--embed-only"]
-        servers = ["--triton", f"127.0.0.1:{port}", *store]
+        servers = ["--triton", f"127.0.0.1:{port}", "--no-gate", *store]  # these networks find no lungs
         if gallery:
             cases = write_manifest(folder / "cases.csv", make_archive(folder / "cases", 30, variants=1))
             filling = Client.start(folder / "filling", "", "ingest", "--manifest", cases, *servers)
