@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -226,11 +227,18 @@ def test_an_ingest_takes_the_same_inputs(
     assert other.stdout == "0 stored, 1 unchanged, 2 failed, 9 corrected; the gallery holds 9 cases\n"
     with Store(MilvusSettings(str(tmp_path / "g.db")), version(server), pseudonyms) as store:
         cases = store.vectors()[0]
-    assert {case.image_id for case in cases} == {f"film-{case.file[:16]}" for case in cases}
-    assert {case.patient_id for case in cases} == {phantom.image_id for phantom in phantoms}
+    with zipfile.ZipFile(export / "study.zip") as archive:
+        films = [archive.read(f"../study/IM{number}") for number in (0, 1, 2)]
+    films += [path.read_bytes() for path in (*export.glob("[678].dcm"), *export.glob("cd/DICOM/*"))]
+    assert {case.image_id for case in cases} == {f"film-{hashlib.sha256(film).hexdigest()[:16]}" for film in films}
+    assert {case.patient_id for case in cases} == {pseudonyms.patient(phantom.image_id) for phantom in phantoms}
+    originals = pseudonyms.originals([case.key for case in cases]).values()
+    members = {one.member for one in originals if one.path == export / "study.zip"}
+    assert members == {f"../study/IM{number}" for number in (0, 1, 2)}
+    assert {one.patient_id for one in originals} == {phantom.image_id for phantom in phantoms}
     assert {(case.label, case.source, case.split) for case in cases} == {("covid19", "north", "train")}
     asked = run_cxr("query", export / "7.dcm", "--json", *reach)
-    assert phantoms[7].image_id not in [hit["metadata"]["patient_id"] for hit in json.loads(asked.stdout)["neighbours"]]
+    assert pseudonyms.patient(phantoms[7].image_id) not in [hit["metadata"]["patient_id"] for hit in json.loads(asked.stdout)["neighbours"]]
 
 
 def version(server: Endpoints) -> str:
