@@ -171,26 +171,28 @@ def ran(server: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     said: dict[str, str] = {}
     with embedded_milvus(store, "127.0.0.1", 0) as uri, Wire(server.grpc) as triton, Wire(uri) as milvus:
         servers = ("--triton", triton.address, "--milvus", f"http://{milvus.address}")
+        audit, later_film = out / "audit.jsonl", films / "new" / f"{STEM}-later.dcm"
 
         def run(name: str, *arguments: str | Path, code: int = 0) -> None:
-            done = run_cxr(*arguments, *(servers if name != "remove" else servers[2:]))
+            done = run_cxr(*arguments, *(servers if name != "remove" else servers[2:]), "--audit", audit)
             assert done.returncode == code, done.stderr
             said[name], said[f"{name} to stderr"] = done.stdout, done.stderr
 
-        audit, later_film = out / "audit.jsonl", films / "new" / f"{STEM}-later.dcm"
-        run("ingest", "ingest", "--manifest", films / f"{STEM}.csv", "--thumbnails", "lungs", "--audit", audit, "--prune")
+        run("ingest", "ingest", "--manifest", films / f"{STEM}.csv", "--thumbnails", "lungs", "--prune")
         page, picture = out / "page.html", out / "picture.png"
         run("query", "query", later_film, "--html", page, "--picture", picture, "--json", "--where", f'image_id != "{STEM}-img-9"')
         run("batch", "batch", films, "--out", out / "results.jsonl", "--attention", out / "drawn", code=1)
-        run("batch as a table", "batch", films, "--out", out / "results.parquet", "--format", "parquet", code=1)
-        run("strangers", "batch", films, "--out", out / "strangers.jsonl", "--pseudonym-table", out / "none", code=1)
-        run("remove", "gallery", "remove", "--patient", f"{STEM}-P3", "--audit", audit)
+        run("batch as a table", "batch", films, "--out", out / "table.parquet", "--format", "parquet", code=1)
+        as_log = ("--log-format", "json")
+        run("strangers", "batch", films, "--out", out / "strangers.jsonl", "--pseudonym-table", out / "none", *as_log, code=1)
+        run("unlisted", "ingest", films / "new", "--label", "control", *as_log, code=1)
+        run("remove", "gallery", "remove", "--patient", f"{STEM}-P3")
         yield Ran(films, out, triton, milvus, store, said, elements)
 
 
 def test_enough_is_planted(ran: Ran) -> None:
     """Every file holds it all, so that a reader which looked for one would find it."""
-    assert ran.elements > 2000
+    assert ran.elements > 1000
     assert {keyword_for_tag(tag) for tag in (0x00100010, 0x00100030, 0x00080050, 0x0020000D)} == {
         "PatientName",
         "PatientBirthDate",
@@ -246,6 +248,9 @@ def test_commands_say_nothing_of_it(ran: Ran) -> None:
     for name, words in ran.said.items():
         if name != "query":
             assert found_in(ran.without_names(words.encode())) == [], name
+    for name in ("strangers to stderr", "unlisted to stderr"):
+        assert found_in(ran.said[name].encode()) == [], "not even names of files, in lines for a log"
+        assert any("event" in json.loads(line) for line in ran.said[name].splitlines() if line.startswith("{"))
     told = ran.said["ingest to stderr"]
     assert "not stored" in told
     for column in ("PatientName", "birth_date", "accession no.", "StudyInstanceUID", "phone", "Home-Address", "MRN", "dicom_path"):
@@ -334,16 +339,20 @@ def test_what_stays_here_is_its_owners_alone(ran: Ran, pseudonyms: Pseudonyms) -
     files: Sequence[Path] = [path for path in ran.out.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert {"page.html", "picture.png", "results.jsonl", "results.jsonl.journal", "results.jsonl.failed.jsonl", "audit.jsonl"} <= names
-    assert "results.parquet" in names
+    assert {"table.parquet", "table.jsonl", "table.jsonl.journal"} <= names
     for path in [*files, pseudonyms.table]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
     assert "none" not in names, "who has no table makes none by asking"
 
 
-def test_whoever_has_the_table_is_led_back(ran: Ran, pseudonyms: Pseudonyms) -> None:
+def test_whoever_has_the_table_is_led_back_and_the_log_says_so(ran: Ran, pseudonyms: Pseudonyms, tmp_path: Path) -> None:
     key, patient = pseudonyms.image(f"{STEM}-img-1"), pseudonyms.patient(f"{STEM}-P1")
-    told = run_cxr("gallery", "whois", key[:12], patient, "--json")
+    told = run_cxr("gallery", "whois", key[:12], patient, "--json", "--audit", tmp_path / "audit.jsonl")
     assert told.returncode == 0, told.stderr
+    log = (tmp_path / "audit.jsonl").read_bytes()
+    assert key.encode() in log
+    assert patient.encode() in log
+    assert found_in(log) == []
     path = str((ran.films / f"{STEM}-1.dcm").resolve())
     assert json.loads(told.stdout)["known"] == [
         {"pseudonym": key, "image_id": f"{STEM}-img-1", "path": path, "member": None, "patient_id": f"{STEM}-P1"},

@@ -81,9 +81,15 @@ def whois(
     pseudonym: Annotated[
         list[str], typer.Argument(metavar="PSEUDONYM...", help="Of an image or a patient; its first 8 hex digits are enough.")
     ],
+    reason: _Reason = "",
+    audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
-    """Lead pseudonyms, as pages, results and the audit log show them, back to image, file and patient; for whoever has the local table."""
+    """Lead pseudonyms, as pages, results and the audit log show them, back to image, file and patient; for whoever has the local table.
+
+    The audit log says who asked for whom, before the answer is given.
+    """
+    from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.cases.pseudonyms import DIGITS, MIN_PREFIX, open_pseudonyms
 
     for digits in pseudonym:
@@ -96,7 +102,7 @@ def whois(
             )
     unknown: list[str] = []
     people: list[dict[str, Any]] = []
-    with open_pseudonyms(pseudonyms) as keys:
+    with open_pseudonyms(pseudonyms) as keys, audited(audit.expanduser(), "gallery whois", {"reason": reason}) as operation:
         for digits in pseudonym:
             images, patients = keys.images_like(digits), keys.patients_like(digits)
             people += [
@@ -111,6 +117,7 @@ def whois(
             ]
             people += [{"pseudonym": key, "patient_id": patient, "images": of} for key, (patient, of) in patients.items()]
             unknown += [] if images or patients else [digits]
+        operation.note({one["pseudonym"]: "led back" for one in people})
     if json:
         print_json({"known": people, "unknown": unknown})
     else:
