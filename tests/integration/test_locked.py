@@ -78,7 +78,7 @@ def locked(certificates: Certificates, tiny: Path, phantom_manifest: Path, tmp_p
             for word in (f"--{server}-{option}", str(path(name)))
         ]
         running = Locked(served, ("--triton", triton, "--milvus", milvus, *shown, "--timeout", "20"))
-        done = running.run("ingest", "--manifest", phantom_manifest, "--audit", phantom_manifest.with_name("audit.jsonl"))
+        done = running.run("ingest", "--no-gate", "--manifest", phantom_manifest, "--audit", phantom_manifest.with_name("audit.jsonl"))
         assert done.returncode == 0, done.stderr
         yield running
     finally:
@@ -111,12 +111,12 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def test_query_and_batch_through_tls_with_certificate_and_token(locked: Locked, films: Path, tmp_path: Path) -> None:
     """And while the batch runs, no process of client or server shows a secret on its command line, or hands it on."""
-    answered = locked.run("query", films / "0-0.png", "--json")
+    answered = locked.run("query", films / "0-0.png", "--json", "--no-gate")
     assert answered.returncode == 0, answered.stderr
     assert len(json.loads(answered.stdout)["neighbours"]) == 9
     out = tmp_path / "results.jsonl"
     batch = subprocess.Popen(
-        cxr_command("batch", films, "--out", out, *locked.options),
+        cxr_command("batch", films, "--no-gate", "--out", out, *locked.options),
         env=locked.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -202,7 +202,7 @@ def test_perf_analyzer_goes_through_tls_and_is_not_told_secrets(locked: Locked, 
     assert "planted" not in refused.stderr
 
 
-def test_the_ten_lines_of_the_document_work(tiny: Path, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_the_ten_lines_of_the_document_work(phantom_manifest: Path, tmp_path: Path) -> None:
     """As they stand there, but for address and ports."""
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
     lines = text.split("```sh\n")[1].split("```")[0].splitlines()
@@ -225,7 +225,7 @@ def test_the_ten_lines_of_the_document_work(tiny: Path, phantom_manifest: Path, 
     shell(lines[:at], ("10.0.0.5", LOCAL))
     words = [LOCAL if word == "10.0.0.5" else word for word in lines[at].removesuffix(" &").split()[2:]]
     options = [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words]
-    served = Served(tmp_path, "--repository", str(tiny), "--precision", "fp32", *options)
+    served = Served(tmp_path, *options)
     try:
         triton, milvus = served.servers[1], served.servers[3].removeprefix("http://")
         said = shell(lines[at + 1 :], ("10.0.0.5:8001", triton), ("10.0.0.5:19530", milvus))
@@ -300,7 +300,7 @@ def test_a_token_that_ends_in_the_middle_of_a_batch_fails_no_film(plain: Endpoin
     out, headers = tmp_path / "results.jsonl", tmp_path / "headers"
     headers.write_text(f"X-Api-Key: {API_KEY}\n")
     with proxy(plain.grpc, None) as (door, url):
-        command = ("batch", films, "--embed-only", "--out", out, "--triton", url, "--triton-header-file", headers)
+        command = ("batch", films, "--no-gate", "--embed-only", "--out", out, "--triton", url, "--triton-header-file", headers)
         environment = ENVIRONMENT | {"CXR_TRITON_TOKEN": BEARER}
         door.until = 5
         ended = run_cxr(*command, environment=environment)
