@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.contract import EMBEDDING_SIZE, IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
 from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
 from cxr_retrieval.gallery.store import Case, Store, drop_gallery, make_entry
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import run_cxr
 
 pytestmark = pytest.mark.server
@@ -42,7 +43,7 @@ def places(milvus_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def fill(
-    settings: MilvusSettings, version: str, folder: Path, pseudonyms: Pseudonyms, count: int = COUNT
+    settings: MilvusSettings, pseudonyms: Pseudonyms, version: str, folder: Path, count: int = COUNT
 ) -> tuple[list[Case], NDArray[np.float32]]:
     """Cases with facts of every kind, and some without."""
     lines = ["image_id,path,label,patient_id,source,split,age,sex,went_icu,clinical_notes,crp,ward"]
@@ -63,27 +64,27 @@ def fill(
         return store.vectors()
 
 
-def saved(settings: MilvusSettings, version: str, out: Path, pseudonyms: Pseudonyms) -> Backup:
+def saved(settings: MilvusSettings, pseudonyms: Pseudonyms, version: str, out: Path) -> Backup:
     with Store(settings, version, pseudonyms) as store:
         return export_gallery(store, out)
 
 
 @pytest.fixture
-def small(places: dict[str, MilvusSettings], tmp_path: Path, pseudonyms: Pseudonyms) -> Path:
+def small(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, tmp_path: Path) -> Path:
     """Seven cases in a file."""
-    fill(places["lite"], "small", tmp_path, pseudonyms, 7)
-    saved(places["lite"], "small", tmp_path / "small.parquet", pseudonyms)
+    fill(places["lite"], pseudonyms, "small", tmp_path, 7)
+    saved(places["lite"], pseudonyms, "small", tmp_path / "small.parquet")
     return tmp_path / "small.parquet"
 
 
 @pytest.mark.parametrize(("source", "target"), [("lite", "other lite"), ("server", "server"), ("lite", "server"), ("server", "other lite")])
 def test_what_comes_back_is_what_went(
-    source: str, target: str, places: dict[str, MilvusSettings], tmp_path: Path, pseudonyms: Pseudonyms
+    source: str, target: str, places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, tmp_path: Path
 ) -> None:
     version = f"from_{source}_to_{target}".replace(" ", "_")
-    cases, vectors = fill(places[source], version, tmp_path, pseudonyms)
+    cases, vectors = fill(places[source], pseudonyms, version, tmp_path)
     file = tmp_path / "gallery.parquet"
-    about = saved(places[source], version, file, pseudonyms)
+    about = saved(places[source], pseudonyms, version, file)
     assert (about.model_version, about.rows) == (version, COUNT)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
@@ -170,24 +171,22 @@ def test_a_flipped_bit_is_found_or_changes_nothing(places: dict[str, MilvusSetti
 
 
 def test_another_version_another_key_and_a_gallery_with_cases_are_refused(
-    places: dict[str, MilvusSettings],
-    small: Path,
-    tmp_path: Path,
-    pseudonyms: Pseudonyms,
+    places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path
 ) -> None:
     about = read_backup(small)
+    stranger = Pseudonyms(b"another key of thirty-two characters", small.with_name("table"))
+    with pytest.raises(UsageError, match="its pseudonyms were made under another key"):
+        import_gallery(places["other lite"], stranger, small, about)
+    assert "cxr_small" not in list_galleries(places["other lite"])
     with pytest.raises(UsageError, match="embeddings of another model version; expected 68cb5ef269ee; got small"):
         import_gallery(places["other lite"], pseudonyms, small, about, model_version="68cb5ef269ee")
-    other = Pseudonyms(b"another hospital's", tmp_path / "other.db")
-    with pytest.raises(UsageError, match="holds pseudonyms of another key"):
-        import_gallery(places["other lite"], other, small, about)
     with pytest.raises(UsageError, match="holds 7 cases already"):
         import_gallery(places["lite"], pseudonyms, small, about)
     with Store(places["lite"], "small", pseudonyms) as store:
         assert store.count() == 7
 
 
-def test_fields_that_the_gallery_lacks_are_refused(places: dict[str, MilvusSettings], small: Path, pseudonyms: Pseudonyms) -> None:
+def test_fields_that_the_gallery_lacks_are_refused(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path) -> None:
     about = read_backup(small)
     more = replace(about, fields={**about.fields, "doses": "DOUBLE"})
     table = pq.read_table(small)
@@ -196,7 +195,7 @@ def test_fields_that_the_gallery_lacks_are_refused(places: dict[str, MilvusSetti
         import_gallery(places["lite"], pseudonyms, small, more, merge=True)
 
 
-def test_a_full_disk_leaves_the_former_file(places: dict[str, MilvusSettings], small: Path, pseudonyms: Pseudonyms) -> None:
+def test_a_full_disk_leaves_the_former_file(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path) -> None:
     before = small.read_bytes()
     small.with_name(small.name + ".partial").mkdir()
     with Store(places["lite"], "small", pseudonyms) as store, pytest.raises(SetupError, match="cannot be written"):
@@ -204,7 +203,24 @@ def test_a_full_disk_leaves_the_former_file(places: dict[str, MilvusSettings], s
     assert small.read_bytes() == before
 
 
-def test_the_commands(places: dict[str, MilvusSettings], small: Path, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
+def test_thumbnails_go_along_if_asked_for(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path) -> None:
+    with Store(places["lite"], "small", pseudonyms) as store:
+        cases, _ = store.vectors()
+        squares = np.random.default_rng(3).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8)
+        kept = [Thumbnail(case.key, ThumbnailKind.full, case.pixels, square) for case, square in zip(cases, squares, strict=False)]
+        store.keep_thumbnails(kept)
+        export_gallery(store, small, thumbnails=True)
+    import_gallery(places["other lite"], pseudonyms, small, read_backup(small), merge=True)
+    with Store(places["other lite"], "small", pseudonyms) as store:
+        found = store.thumbnails([case.key for case in cases])
+    assert found.keys() == {one.key for one in kept}
+    for one in kept:
+        assert np.array_equal(found[one.key].square, one.square)
+        assert (found[one.key].kind, found[one.key].pixels) == (one.kind, one.pixels)
+    drop_gallery(places["other lite"], "cxr_small")  # so that no other test finds it there
+
+
+def test_the_commands(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path, tmp_path: Path) -> None:
     log = tmp_path / "audit.jsonl"
     lite = places["lite"].uri
 

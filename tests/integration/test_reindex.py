@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from PIL import Image
 
 from cxr_retrieval.archive.audit import entries, verify
 from cxr_retrieval.archive.embedding import ingest
-from cxr_retrieval.archive.reindex import Pictures, reindex
+from cxr_retrieval.archive.reindex import compare_on_gallery, reindex
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import InferenceError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
 from cxr_retrieval.gallery.store import Store, drop_gallery, remove_cases
+from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.phantoms import Phantom
@@ -231,9 +232,9 @@ def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
         try:
             with pytest.raises(StoreError, match="is not filled yet"):
                 Store(milvus, student.model_version, pseudonyms)
-            first = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student, advance=lambda _: begun.set())
+            first = reindex(gallery, new, reader, student, advance=lambda _: begun.set())
             changing.result()
-            second = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student)
+            second = reindex(gallery, new, reader, student)
         finally:
             ended.set()
         assert all(one.result() > 0 for one in asking)
@@ -245,33 +246,62 @@ def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
         new.filled()
         assert not new.filling
         assert (first.problems, second.problems, second.cases) == ((), (), len(films) - 1)
-        third = reindex(gallery, new, Pictures(gallery, tmp_path), reader, student)
+        third = reindex(gallery, new, reader, student)
         assert (third.embedded, third.corrected, third.kept) == (0, 0, len(films) - 1)
 
 
-def test_what_was_read_before_it_left_does_not_stay(
+def test_what_leaves_meanwhile_neither_stays_nor_is_missing(
     gallery: Store,
     films: list[ManifestRow],
     student: TritonClient,
     milvus: MilvusSettings,
     reader: FilmReader,
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     pseudonyms: Pseudonyms,
 ) -> None:
-    """Consent withdrawn between the reading of a row and its writing."""
-    gone = pseudonyms.image(films[0].image_id)
-
-    class RemovedMeanwhile(Pictures):
-        def find(self, keys: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-            found = super().find(keys)
-            if gone in found:
-                remove_cases(milvus, pseudonyms, f'key == "{gone}"')
-            return found
-
+    """Consent withdrawn between the reading of a row and its writing, and, of another case, between row and picture."""
+    unread, unwritten = pseudonyms.image(films[0].image_id), pseudonyms.image(films[1].image_id)
     with Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new:
-        report = reindex(gallery, new, RemovedMeanwhile(gallery, tmp_path), reader, student)
-        assert (report.removed, report.cases) == (1, len(films) - 1)
-        assert gone not in facts(new)
+        look, put = gallery.thumbnails, new.put
+
+        def before_the_picture(keys: Sequence[str]) -> dict[str, Thumbnail]:
+            if unread in keys:
+                remove_cases(milvus, pseudonyms, f'key == "{unread}"')
+            return look(keys)
+
+        def before_the_writing(rows: Sequence[Mapping[str, Any]]) -> None:
+            if unwritten in [row["key"] for row in rows]:
+                remove_cases(milvus, pseudonyms, f'key == "{unwritten}"')
+            put(rows)
+
+        monkeypatch.setattr(gallery, "thumbnails", before_the_picture)
+        monkeypatch.setattr(new, "put", before_the_writing)
+        report = reindex(gallery, new, reader, student)
+        assert (report.removed, report.cases, report.problems) == (1, len(films) - 2, ())
+        assert facts(new) == facts(gallery)
+
+
+def test_stored_pictures_need_no_files(
+    gallery: Store,
+    films: list[ManifestRow],
+    student: TritonClient,
+    triton: TritonClient,
+    milvus: MilvusSettings,
+    reader: FilmReader,
+    pseudonyms: Pseudonyms,
+) -> None:
+    """Whole ones; of one that shows the lungs alone the file is needed."""
+    expected = student.embed(np.stack([reader.read(row.path).square for row in films[:5]])[:, None])
+    ingest(films[:4], reader, triton, gallery, lambda _: None, thumbnails=ThumbnailKind.full)
+    ingest(films[4:5], reader, triton, gallery, lambda _: None, thumbnails=ThumbnailKind.lungs)
+    for row in films[:5]:
+        row.path.unlink()
+    with Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new:
+        report = reindex(gallery, new, reader, student)
+        assert [problem.image_id for problem in report.problems] == [pseudonyms.image(films[4].image_id)]
+        stored = new.embeddings([pseudonyms.image(row.image_id) for row in films[:4]])
+        for row, vector in zip(films[:4], expected, strict=False):
+            assert stored[pseudonyms.image(row.image_id)] == pytest.approx(vector, abs=5e-3)
 
 
 def test_cases_without_their_picture_are_named_and_the_switch_is_refused(
@@ -338,8 +368,6 @@ def test_weights_that_change_under_a_client_are_refused(repository: Path, triton
 
 
 def test_nothing_is_compared_with_nothing(gallery: Store, student: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms) -> None:
-    from cxr_retrieval.archive.reindex import compare_on_gallery
-
     with (
         Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new,
         pytest.raises(Exception, match="nothing to compare"),
@@ -347,32 +375,6 @@ def test_nothing_is_compared_with_nothing(gallery: Store, student: TritonClient,
         compare_on_gallery(gallery, new, sample=10, k=10)
 
 
-def test_same_version_is_an_error_of_the_library_too(gallery: Store, triton: TritonClient, reader: FilmReader, tmp_path: Path) -> None:
+def test_same_version_is_an_error_of_the_library_too(gallery: Store, triton: TritonClient, reader: FilmReader) -> None:
     with pytest.raises(UsageError, match="cannot be filled from itself"):
-        reindex(gallery, gallery, Pictures(gallery, tmp_path), reader, triton)
-
-
-def test_cases_whose_files_are_gone_are_embedded_from_their_thumbnails(
-    films: list[ManifestRow],
-    reader: FilmReader,
-    triton: TritonClient,
-    student: TritonClient,
-    student_server: Endpoints,
-    milvus: MilvusSettings,
-    pseudonyms: Pseudonyms,
-    tmp_path: Path,
-) -> None:
-    few = films[:12]
-    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
-        ingest(few, reader, triton, store, lambda _: None, thumbnails=ThumbnailKind.full)
-    squares = np.stack([reader.read(row.path).square for row in few])[:, None]
-    for row in few:
-        row.path.unlink()
-    done = run_cxr(*arguments(milvus, student_server, tmp_path / "audit.jsonl"), "--json", "--sample", "0")
-    assert done.returncode == 0, done.stderr
-    with Store(milvus, student.model_version, pseudonyms) as new:
-        held = new.embeddings([pseudonyms.image(row.image_id) for row in few])
-        expected = student.embed(squares)
-        assert all(held[pseudonyms.image(row.image_id)] @ vector > 0.999 for row, vector in zip(few, expected, strict=True))
-    for name in list_galleries(milvus):
-        drop_gallery(milvus, name)
+        reindex(gallery, gallery, reader, triton)

@@ -174,20 +174,15 @@ def audited(log: Path, action: str, about: Mapping[str, Any]) -> Generator[Opera
 
 
 def film_pseudonym(film: Path) -> str | None:
-    """What a queried film is called in the log: the beginning of the SHA-256 of its bytes; None if it cannot be read."""
+    """What a film will be called (`Film.film_id`), before it is decoded: the log must have it first. None if it cannot be read."""
     with suppress(OSError):
         if film.is_file():
             with film.open("rb") as file:
                 digest = hashlib.sha256()
                 while block := file.read(1 << 20):
                     digest.update(block)
-            return pseudonym_of(digest.hexdigest())
+            return f"film-{digest.hexdigest()[:16]}"
     return None
-
-
-def pseudonym_of(file: str) -> str:
-    """As `film_pseudonym`, from the SHA-256 (hex) of a film's bytes."""
-    return f"film-{file[:16]}"
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ from cxr_retrieval.errors import (
 from cxr_retrieval.inference.in_flight import InFlight
 from cxr_retrieval.inference.trace import Trace
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
-from cxr_retrieval.radiograph.decoding import Film, FilmReader
+from cxr_retrieval.radiograph.decoding import Film
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 
@@ -89,6 +89,14 @@ class Work(Protocol):
     @property
     def member(self) -> str | None:
         """Of a ZIP, else None."""
+        ...
+
+
+class Reader(Protocol):
+    """What makes films of files: a FilmReader, or who knows some of them already."""
+
+    def submit(self, path: Path, member: str | None = None) -> Future[Film]:
+        """As `FilmReader.submit`."""
         ...
 
 
@@ -156,7 +164,7 @@ class _Ready(Generic[W]):
 
 def run(
     works: Iterable[W],
-    reader: FilmReader,
+    reader: Reader,
     triton: TritonClient,
     sink: Sink[W, R],
     *,
@@ -192,7 +200,7 @@ class _Conductor(Generic[W, R]):
     def __init__(
         self,
         works: Iterable[W],
-        reader: FilmReader,
+        reader: Reader,
         triton: TritonClient,
         sink: Sink[W, R],
         probe_store: Callable[[], None],

@@ -8,32 +8,35 @@ row, and the row is carried over whole, whatever fields it has.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.embedding import Advance, Problem, Tell, embed_rows
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Seen
-from cxr_retrieval.archive.watching import Watch, unwatched
+from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING, EMBEDDING_SIZE
+from cxr_retrieval.contract import EMBEDDING, EMBEDDING_SIZE, IMAGE_SIZE
 from cxr_retrieval.errors import CxrError, ImageError, InputError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet, comparable_patients
 from cxr_retrieval.evaluation.versions import compare
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.store import Held, Store
+from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.decoding import Film, FilmReader
+from cxr_retrieval.radiograph.letterbox import Letterbox
 from cxr_retrieval.settings import ThumbnailKind
 
 _AT_ONCE: Final = 500
@@ -42,13 +45,6 @@ _FETCHED: Final = 64
 """Rows that are fetched whole at once, to be embedded."""
 
 Row = Mapping[str, Any]
-T = TypeVar("T")
-
-
-class _Patiently(Protocol):
-    """Calls again what finds Milvus away."""
-
-    def __call__(self, call: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -81,44 +77,40 @@ class ReindexReport:
 
 @dataclass(frozen=True)
 class _Again:
-    """A case to be embedded anew, and where its picture is."""
+    """A case to be embedded anew, and where its picture is: its file, or the key under which a `_Pictures` has it."""
 
     row: Row
     path: Path
     member: str | None
 
 
-class Pictures:
-    """Where the pictures of a gallery's cases are: the files that the local table names, or else its `full` thumbnails.
+class _Pictures:
+    """A reader that knows the pictures of some cases already: those stored whole as thumbnails."""
 
-    Args:
-        folder: Thumbnails are written out there, each until it has been embedded.
-    """
+    def __init__(self, reader: FilmReader) -> None:
+        self._reader = reader
+        self._films: dict[Path, Film] = {}
 
-    def __init__(self, gallery: Store, folder: Path) -> None:
-        self._gallery, self._folder = gallery, folder
+    def know(self, thumbnail: Thumbnail) -> Path:
+        """Keeps a picture until it is read; returns by what."""
+        square = np.ascontiguousarray(thumbnail.square)
+        pixels = hashlib.sha256(square.tobytes()).hexdigest()
+        path = Path(thumbnail.key)
+        self._films[path] = Film(square, Letterbox(1.0, 0, 0, IMAGE_SIZE, IMAGE_SIZE), "thumbnail", (), None, pixels, pixels, 0.0)
+        return path
 
-    def find(self, keys: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-        """Key → its file, and the member if that is a ZIP; keys that are not known are left out."""
-        found = {key: (original.path, original.member) for key, original in self._gallery.pseudonyms.originals(keys).items()}
-        without = [key for key in keys if key not in found or not found[key][0].exists()]
-        for key, thumbnail in self._gallery.thumbnails(without).items():
-            if thumbnail.kind is ThumbnailKind.full:
-                path = self._folder / f"{key}.png"
-                Image.fromarray(thumbnail.square).save(path, compress_level=1)
-                found[key] = (path, None)
-        return found
-
-    def used(self, path: Path) -> None:
-        """One that was written out is not needed any more."""
-        if path.parent == self._folder:
-            path.unlink(missing_ok=True)
+    def submit(self, path: Path, member: str | None = None) -> Future[Film]:
+        """As `FilmReader.submit`; a known picture at once."""
+        if path not in self._films:
+            return self._reader.submit(path, member)
+        known: Future[Film] = Future()
+        known.set_result(self._films.pop(path))
+        return known
 
 
 def reindex(
     former: Store,
     new: Store,
-    pictures: Pictures,
     reader: FilmReader,
     triton: TritonClient,
     *,
@@ -130,6 +122,8 @@ def reindex(
     patience_s: float = pipeline.PATIENCE_S,
 ) -> ReindexReport:
     """Fills the new gallery with the cases of the former; safe to interrupt and to repeat.
+
+    A picture comes from its thumbnail, where one of kind `full` is stored, else from the file that the local table leads to.
 
     Args:
         former: Whose rows are carried over; may be queried and filled meanwhile.
@@ -151,27 +145,16 @@ def reindex(
             next_step="start one with the new weights, and give it by --triton",
         )
     stop = stop or threading.Event()
-    sink = _NewGallery(former, new, pictures, advance)
-
     patience = Patience(stop, patience_s, tell, watch)
-
-    def patiently(call: Callable[[], T]) -> T:
-        return patience.until("milvus", call, probe=sink.probe)
-
-    begun(former.count())
-    while not stop.is_set() and (todo := patiently(sink.missing)):
-        pipeline.run(
-            sink.works(todo, patiently),
-            reader,
-            triton,
-            sink,
-            probe_store=sink.probe,
-            stop=stop,
-            tell=tell,
-            watch=watch,
-            patience_s=patience_s,
-        )
-    removed = 0 if stop.is_set() else patiently(sink.remove_what_has_gone)
+    pictures = _Pictures(reader)
+    sink = _NewGallery(former, new, pictures, patience, advance)
+    total = former.count()
+    begun(total)
+    watch(Expected(total))
+    while not stop.is_set() and (todo := patience.until("milvus", sink.missing, probe=sink.probe)):
+        works = sink.works(todo)
+        pipeline.run(works, pictures, triton, sink, probe_store=sink.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
+    removed = 0 if stop.is_set() else patience.until("milvus", sink.remove_what_has_gone, probe=sink.probe)
     return ReindexReport(
         former.count(), sink.embedded, sink.corrected, sink.kept_before, removed, tuple(sink.problems.values()), stop.is_set()
     )
@@ -182,8 +165,9 @@ class _NewGallery:
 
     outputs = (EMBEDDING,)
 
-    def __init__(self, former: Store, new: Store, pictures: Pictures, advance: Advance) -> None:
-        self._former, self._new, self._pictures, self._advance = former, new, pictures, advance
+    def __init__(self, former: Store, new: Store, pictures: _Pictures, patience: Patience, advance: Advance) -> None:
+        self._former, self._new, self._pictures, self._patience, self._advance = former, new, pictures, patience, advance
+        self._watch = patience.watch
         self._written: set[str] = set()
         self._looked_first = True
         self.embedded = self.corrected = self.kept_before = 0
@@ -220,29 +204,39 @@ class _NewGallery:
         self._put([(rows[key], np.array(ours[key]["embedding"], np.float32)) for key in sorted(same)])
         self.corrected += len(same)
 
-    def works(self, keys: Sequence[str], patiently: _Patiently) -> Iterator[_Again]:
-        """Rows as they are by now, with their files; those that have none are problems."""
+    def works(self, keys: Sequence[str]) -> Iterator[_Again]:
+        """Rows as they are by now, with their pictures; those that have none are problems."""
         for start in range(0, len(keys), _FETCHED):
             some = keys[start : start + _FETCHED]
-            rows = patiently(lambda some=some: self._former.rows_of(some))
-            files = patiently(lambda rows=rows: self._pictures.find(list(rows)))
+            rows, thumbnails = self._patience.until("milvus", lambda some=some: self._fetched(some), probe=self.probe)
+            originals = self._former.pseudonyms.originals(rows.keys() - thumbnails.keys())
             for key, row in rows.items():
-                if key in files:
-                    yield _Again(row, *files[key])
+                if key in thumbnails:
+                    yield _Again(row, self._pictures.know(thumbnails[key]), None)
+                elif key in originals:
+                    yield _Again(row, originals[key].path, originals[key].member)
                 else:
                     unknown = ImageError(
                         f"{key}: no picture of it is known here",
-                        expected="its file, or a stored thumbnail",
+                        expected="its file, by the local table of pseudonyms, or a thumbnail of kind full",
                         next_step="reindex where it was ingested, or ingest it again",
                     )
-                    self.problems[key] = Problem(key, unknown)
-                    self._advance(1)
+                    self.failed_key(key, unknown)
+
+    def _fetched(self, keys: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Thumbnail]]:
+        """Rows, and the thumbnails that show what these say they do."""
+        rows, thumbnails = self._former.rows_of(keys), self._former.thumbnails(keys)
+        usable = {
+            key: one
+            for key, one in thumbnails.items()
+            if key in rows and one.kind is ThumbnailKind.full and one.pixels == rows[key]["pixels"]
+        }
+        return rows, usable
 
     def keep(self, seen: Sequence[Seen[_Again]]) -> list[Problem]:
         problems: list[Problem] = []
         rows: list[tuple[Row, NDArray[np.float32]]] = []
         for one in seen:
-            self._pictures.used(one.work.path)
             if self._former.pseudonyms.digest(one.film.pixels) == one.work.row["pixels"]:
                 rows.append((one.work.row, np.asarray(one.outputs[EMBEDDING.name], np.float32)))
             else:
@@ -252,14 +246,22 @@ class _NewGallery:
                 problems.append(Problem(str(one.work.row["key"]), other))
         self._put(rows)
         self.embedded += len(rows)
+        self._watch(Settled({"embedded": len(rows)}))
         self._advance(len(seen))
         return problems
 
     def kept(self, result: list[Problem]) -> None:
         self.problems |= {problem.image_id: problem for problem in result}
+        for problem in result:
+            self._watch(Failed(problem.error, pseudonym=problem.image_id))
 
     def failed(self, work: _Again, error: CxrError) -> None:
-        self.problems[str(work.row["key"])] = Problem(str(work.row["key"]), error)
+        self.failed_key(str(work.row["key"]), error)
+
+    def failed_key(self, key: str, error: CxrError) -> None:
+        """This case cannot be embedded again."""
+        self.problems[key] = Problem(key, error)
+        self._watch(Failed(error, pseudonym=key))
         self._advance(1)
 
     def _put(self, rows: Sequence[tuple[Row, NDArray[np.float32]]]) -> None:
@@ -267,7 +269,7 @@ class _NewGallery:
         self._new.put([{**row, "embedding": vector.tolist()} for row, vector in rows])
 
     def remove_what_has_gone(self) -> int:
-        """A case that left the former gallery must not stay here because it was read before that.
+        """A case that left the former gallery must not stay here because it was read before that; nor is it missing here.
 
         While the gallery is being filled it holds the former's cases and no others; afterwards, others may have been ingested into it.
         """
@@ -277,6 +279,8 @@ class _NewGallery:
             there = self._former.held(some)
             gone += [key for key in some if key not in there]
         self._new.remove(gone)
+        there = self._former.held(list(self.problems))
+        self.problems = {key: problem for key, problem in self.problems.items() if key in there}
         return len(gone)
 
 
@@ -332,31 +336,30 @@ def compare_on_manifest(
             next_step="correct --former-triton, or --from",
         )
     latter = embed_rows(rows, reader, triton, new, advance)
-    problems = list(latter.problems)
     if former_triton is None:
         known = {str(row["pixels"]): np.array(row["embedding"], np.float32) for row in former.rows(["pixels", "embedding"])}
-        vectors = {row.image_id: known[pixels] for row, pixels in zip(latter.rows, latter.pixels, strict=True) if pixels in known}
+        vectors = [known.get(pixels) for pixels in latter.pixels]
     else:
         asked = embed_rows(rows, reader, former_triton, former, lambda _: None)
-        vectors = {row.image_id: vector for row, vector in zip(asked.rows, asked.embeddings, strict=True)}
-    both = [number for number, row in enumerate(latter.rows) if row.image_id in vectors]
-    unknown = InputError("the former gallery does not hold it", next_step="give the former version's server by --former-triton")
-    problems += [Problem(row.image_id, unknown) for row in latter.rows if row.image_id not in vectors]
+        found = {row.image_id: vector for row, vector in zip(asked.rows, asked.embeddings, strict=True)}
+        vectors = [found.get(row.image_id) for row in latter.rows]
+    both = [number for number, vector in enumerate(vectors) if vector is not None]
+    left_out = InputError("the former gallery does not hold it", next_step="give the former version's server by --former-triton")
+    problems = [Problem(row.image_id, left_out) for row, vector in zip(latter.rows, vectors, strict=True) if vector is None]
     queries = _Twice(
         [_as_stored(latter.rows[number], former.pseudonyms) for number in both],
         [latter.pixels[number] for number in both],
-        np.array([vectors[latter.rows[number].image_id] for number in both], np.float32).reshape(-1, EMBEDDING_SIZE),
+        np.array([vectors[number] for number in both], np.float32).reshape(-1, EMBEDDING_SIZE),
         latter.embeddings[both].reshape(-1, EMBEDDING_SIZE),
     )
     gallery = _in_both(former, new)
     patients = comparable_patients(gallery.rows, queries.rows)
-    return _compared(gallery.sets(patients[0]), queries.sets(patients[1]), k), tuple(problems)
+    return _compared(gallery.sets(patients[0]), queries.sets(patients[1]), k), (*latter.problems, *problems)
 
 
 def _as_stored(row: ManifestRow, pseudonyms: Pseudonyms) -> ManifestRow:
-    """With pseudonyms in the place of ids, as the galleries' rows have them."""
-    patient = None if row.patient_id is None else pseudonyms.patient(row.patient_id)
-    return replace(row, image_id=pseudonyms.image(row.image_id), patient_id=patient)
+    """With the patient's pseudonym, as the gallery has it."""
+    return row if row.patient_id is None else replace(row, patient_id=pseudonyms.patient(row.patient_id))
 
 
 def _compared(gallery: tuple[LabelledSet, LabelledSet], queries: tuple[LabelledSet, LabelledSet], k: int) -> dict[str, Any]:

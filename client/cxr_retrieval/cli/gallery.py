@@ -1,4 +1,4 @@
-"""`cxr gallery`: cases and whole galleries out of Milvus, into files and back, which the audit log says; who a pseudonym is."""
+"""`cxr gallery`: cases and whole galleries out of Milvus, into files and back; each time the audit log says so. Who a pseudonym is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from cxr_retrieval.cli.console import print_json, progress
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 
-app = typer.Typer(
-    help="Take cases, or a whole gallery, out of Milvus; back one up; choose one; ask who a pseudonym is.", no_args_is_help=True
-)
+app = typer.Typer(help="Take cases, or a gallery, out of Milvus; back one up, choose one; ask who a pseudonym is.", no_args_is_help=True)
 
 _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no patient.")]
 
@@ -141,6 +139,7 @@ def export_(
     model_version: Annotated[
         str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")
     ] = None,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Also the pictures that are kept of its cases.")] = False,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
@@ -153,12 +152,12 @@ def export_(
 
     version = model_version or the_version(milvus)
     with (
+        audited(audit.expanduser(), "gallery export", {"model_version": version, "thumbnails": thumbnails}) as operation,
         open_pseudonyms(pseudonyms) as keys,
-        audited(audit.expanduser(), "gallery export", {"model_version": version}) as operation,
         Store(milvus, version, keys) as store,
     ):
         with progress("exporting", store.count()) as advance:
-            about = export_gallery(store, out, advance)
+            about = export_gallery(store, out, advance, thumbnails=thumbnails)
         operation.outcome.update(cases=about.rows, sha256=about.sha256)
     if json:
         print_json({"model_version": about.model_version, "cases": about.rows, "sha256": about.sha256, "file": str(out)})
@@ -187,8 +186,8 @@ def import_(
     about = read_backup(file)
     told = {"model_version": about.model_version, "sha256": about.sha256}
     with (
-        open_pseudonyms(pseudonyms) as keys,
         audited(audit.expanduser(), "gallery import", told) as operation,
+        open_pseudonyms(pseudonyms) as keys,
         progress("importing", about.rows) as advance,
     ):
         import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance)

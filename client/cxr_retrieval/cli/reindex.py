@@ -5,17 +5,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, progress, results, talk, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, results, until_interrupted
+from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError
-from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ def reindex(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
+    seen: Watched,
     former: Annotated[
         str | None,
         typer.Option("--from", metavar="VERSION", help="Version whose gallery is carried over.", show_default="what alias cxr points to"),
@@ -54,6 +53,7 @@ def reindex(
     """
     from cxr_retrieval.archive import reindex as library
     from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version, use_gallery
@@ -66,34 +66,33 @@ def reindex(
     problems: tuple[Problem, ...] = ()
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())
-        client = opened.enter_context(TritonClient(triton))
+        wait = Patience(stop, patience, seen.tell, seen.watch)
+        client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
         other = opened.enter_context(TritonClient(replace(triton, url=former_triton))) if former_triton else None
         keys = opened.enter_context(open_pseudonyms(pseudonyms))
-        written_out = Path(opened.enter_context(TemporaryDirectory(prefix="cxr-reindex-")))
-        version = former or the_version(milvus)
+        version = former or first_contact(wait, "milvus", lambda: the_version(milvus))
         about = {"model_version": client.model_version, "from": version}
         operation = opened.enter_context(audited(audit.expanduser(), "reindex", about))
         with (
             Store(milvus, version, keys) as old,
             Store(milvus, client.model_version, keys, fill=True, beside=old) as new,
         ):
-            with progress_bar() as bar:
-                task = bar.add_task("embedding anew", total=None)
+            with seen.bar("embedding anew", None) as bar:
                 report = library.reindex(
                     old,
                     new,
-                    library.Pictures(old, written_out),
                     reader,
                     client,
-                    begun=lambda total: bar.update(task, total=total),
-                    advance=lambda count: bar.update(task, advance=count),
+                    begun=lambda total: bar.describe("embedding anew", total),
+                    advance=bar.advance,
                     stop=stop,
-                    tell=lambda words: bar.console.print(Text(words), soft_wrap=True),
+                    tell=seen.tell,
+                    watch=seen.watch,
                     patience_s=patience,
                 )
             if not report.interrupted and rows:
-                with progress("comparing", len(rows)) as advance:
-                    compared, problems = library.compare_on_manifest(rows, old, new, reader, client, other, advance, k=top_k)
+                with seen.bar("comparing", len(rows)) as bar:
+                    compared, problems = library.compare_on_manifest(rows, old, new, reader, client, other, bar.advance, k=top_k)
             elif not report.interrupted and sample:
                 compared = library.compare_on_gallery(old, new, sample=sample, k=top_k)
             ready = report.is_whole or (allow_missing and not report.interrupted)
@@ -110,13 +109,14 @@ def reindex(
             "comparison": compared,
         }
         operation.outcome.update({**result, "missing": [problem.image_id for problem in report.problems]})
-    print_problems([*report.problems, *problems])
+    if seen.speaks:
+        print_problems([*report.problems, *problems])
     if json:
         print_json(result)
     else:
         _print(result)
     if report.interrupted:
-        talk().print("interrupted. Next: give the same command again, it goes on from here", soft_wrap=True)
+        seen.tell("interrupted. Next: give the same command again, it goes on from here")
         raise typer.Exit(INTERRUPTED)
     if report.problems:
         raise InputError(

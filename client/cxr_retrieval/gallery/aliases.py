@@ -29,8 +29,12 @@ def collection_of(model_version: str) -> str:
 
 def galleries(client: Any, timeout_s: float) -> dict[str, list[str]]:
     """Collection → its aliases, in order of name."""
-    names = sorted(name for name in client.list_collections(timeout=timeout_s) if name.startswith(PREFIX))
-    return {name: aliases_of(client, name, timeout_s) for name in names}
+    return {name: aliases_of(client, name, timeout_s) for name in gallery_names(client, timeout_s)}
+
+
+def gallery_names(client: Any, timeout_s: float) -> list[str]:
+    """The galleries' collections, in order of name."""
+    return sorted(name for name in client.list_collections(timeout=timeout_s) if name.startswith(PREFIX))
 
 
 def aliases_of(client: Any, collection: str, timeout_s: float) -> list[str]:

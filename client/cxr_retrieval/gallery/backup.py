@@ -1,8 +1,9 @@
 """A gallery as one Parquet file, and back: every row with every field that the collection describes, whatever these are.
 
 A column for each described field (vectors as lists of a fixed size, JSON as text), and `$meta` for what a server without nullable fields
-keeps beside them. The file says which model version its embeddings come from, how many rows it has, and the SHA-256 of all of that with
-all rows in order; where that does not fit, it is refused before the first row is stored. Rows pass in pages: memory stays flat.
+keeps beside them; thumbnails, if asked for, in two columns more. The file says which model version its embeddings come from, under which
+key its pseudonyms were made, how many rows it has, and the SHA-256 of all of that with all rows in order; where that does not fit, it is
+refused before the first row is stored. Rows pass in pages: memory stays flat.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pymilvus import DataType
 
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
+from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.store import Store
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
 LAYOUT: Final = "1"
 """Of the file; another one is refused."""
-_PAGE: Final = 1000
-"""Rows held at once: 64 numbers each, and pages of notes at worst."""
+_PAGE: Final = 500
+"""Rows held at once: 64 numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
 _META: Final = "$meta"
+_THUMBNAIL: Final = "$thumbnail"
+_KIND: Final = "$thumbnail_kind"
+_BESIDE: Final = ((_META, pa.string()), (_KIND, pa.string()), (_THUMBNAIL, pa.binary()))
+"""Columns that are no fields; a picture is its 256×256 bytes."""
 _NAMESPACE: Final = "cxr."
 """Of our keys in the file's metadata."""
-_TOLD: Final = ("layout", "model_version", "key", "fields", "rows", "sha256")
+_TOLD: Final = ("layout", "model_version", "key_fingerprint", "fields", "rows", "sha256")
 _ARROW: Final[Mapping[DataType, Any]] = {
     DataType.BOOL: pa.bool_(),
     DataType.INT8: pa.int8(),
@@ -49,31 +57,41 @@ _ARROW: Final[Mapping[DataType, Any]] = {
 
 @dataclass(frozen=True)
 class Backup:
-    """What a file says of itself: model version, fingerprint of the key of its pseudonyms, described fields (name → Milvus' type), number
-    of rows, SHA-256 of all of it.
+    """What a file says of itself.
+
+    Attributes:
+        model_version: Its embeddings come from it.
+        key_fingerprint: Of the key of its pseudonyms (`Pseudonyms.fingerprint`).
+        fields: That its collection described: name → Milvus' type.
+        rows: How many.
+        sha256: Of all of this and of all rows in order.
     """
 
     model_version: str
-    key: str
+    key_fingerprint: str
     fields: Mapping[str, str]
     rows: int
     sha256: str
 
 
-def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lambda _: None) -> Backup:
+def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lambda _: None, *, thumbnails: bool = False) -> Backup:
     """Writes a gallery to a file, which is there whole or not at all, with rights 0600.
 
     What is ingested or removed meanwhile may be in it or not; every row that is there is whole.
+
+    Args:
+        thumbnails: Also the pictures that are kept of its cases.
 
     Raises:
         SetupError: It cannot be written.
         StoreError: Milvus cannot serve.
     """
     fields = store.fields
-    schema = pa.schema([*((name, _arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), (_META, pa.string())])
+    schema = pa.schema([*((name, _arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), *_BESIDE])
     partial = out.with_name(out.name + ".partial")
     version, kinds = store.collection.removeprefix(PREFIX), {name: kind.name for name, (kind, _) in fields.items()}
-    digest, count = _digest_of(version, kinds), 0
+    fingerprint = store.pseudonyms.fingerprint
+    digest, count = _digest_of(version, fingerprint, kinds), 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -82,12 +100,14 @@ def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lam
         ):
             rows = store.rows(["*"])
             while page := [_as_columns(row, fields) for row in islice(rows, _PAGE)]:
+                if thumbnails:
+                    _add_thumbnails(page, store.thumbnails([row["key"] for row in page]))
                 table = pa.Table.from_pylist(page, schema)
                 writer.write_table(table)
                 _add(digest, table.to_pylist())
                 count += len(page)
                 advance(len(page))
-            about = Backup(version, store.pseudonyms.fingerprint, kinds, count, digest.hexdigest())
+            about = Backup(version, fingerprint, kinds, count, digest.hexdigest())
             writer.add_key_value_metadata(_told(about))
         _sync(partial)
         partial.replace(out)
@@ -108,10 +128,12 @@ def read_backup(path: Path) -> Backup:
         about = _about(path, file)
         if not _fits(file.schema_arrow, about.fields):
             raise _damaged(path, f"columns {', '.join(about.fields)}", " ".join(str(file.schema_arrow).split())[:200])
-        digest, count = _digest_of(about.model_version, about.fields), 0
+        digest, count = _digest_of(about.model_version, about.key_fingerprint, about.fields), 0
         try:
             for page in _pages(file):
                 _add(digest, page)
+                if any(row[_THUMBNAIL] is not None and len(row[_THUMBNAIL]) != IMAGE_SIZE**2 for row in page):
+                    raise _damaged(path, f"thumbnails of {IMAGE_SIZE}×{IMAGE_SIZE} bytes", "others")
                 count += len(page)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(path, "pages whose checksums fit", str(error)) from error
@@ -140,7 +162,7 @@ def import_gallery(
         model_version: Refuse a file of another one.
 
     Raises:
-        UsageError: Another model version, pseudonyms of another key, a gallery that is not empty, or one that lacks a field of the file.
+        UsageError: Another model version, another key, a gallery that is not empty, or one that lacks a field of the file.
         StoreError: Milvus cannot serve.
     """
     if model_version is not None and collection_of(checked.model_version) != collection_of(model_version):
@@ -150,12 +172,12 @@ def import_gallery(
             got=checked.model_version,
             next_step="give the file of that version; `cxr reindex` makes one version's gallery from another's",
         )
-    if checked.key != pseudonyms.fingerprint:
+    if checked.key_fingerprint != pseudonyms.fingerprint:
         raise UsageError(
-            f"{path}: holds pseudonyms of another key",
-            expected=f"the key with fingerprint {checked.key}",
+            f"{path}: its pseudonyms were made under another key",
+            expected=f"the key with the fingerprint {checked.key_fingerprint}",
             got=f"one with {pseudonyms.fingerprint}",
-            next_step="give the key of the hospital that exported it, by --pseudonym-key",
+            next_step="give that key (--pseudonym-key, CXR_PSEUDONYM_KEY)",
         )
     with Store(settings, checked.model_version, pseudonyms, create=True) as store, _readable(path) as file:
         if store.count() and not merge:
@@ -167,6 +189,7 @@ def import_gallery(
         here = store.fields
         for page in _pages(file):
             store.put([_as_row(row, checked.fields, here, store, path) for row in page])
+            store.keep_thumbnails([_thumbnail(row) for row in page if row[_THUMBNAIL] is not None])
             advance(len(page))
         store.publish()
 
@@ -181,7 +204,7 @@ def _arrow_type(kind: DataType, dim: int | None) -> Any:
 
 def _fits(schema: Any, fields: Mapping[str, str]) -> bool:
     """Whether the file's columns are those that it says were described, of the types that these become."""
-    if schema.names != [*fields, _META] or not pa.types.is_string(schema.field(_META).type):
+    if schema.names != [*fields, *(name for name, _ in _BESIDE)] or any(schema.field(name).type != kind for name, kind in _BESIDE):
         return False
     kinds = {kind.name: arrow for kind, arrow in _ARROW.items()}
     vectors = [name for name, kind in fields.items() if kind == DataType.FLOAT_VECTOR.name]
@@ -217,33 +240,48 @@ def _as_row(
     return {name: known.get(name) for name in here}
 
 
+def _add_thumbnails(page: Sequence[dict[str, Any]], thumbnails: Mapping[str, Thumbnail]) -> None:
+    for row in page:
+        if one := thumbnails.get(row["key"]):
+            row |= {_KIND: one.kind.value, _THUMBNAIL: np.ascontiguousarray(one.square).tobytes()}
+
+
+def _thumbnail(row: Mapping[str, Any]) -> Thumbnail:
+    square = np.frombuffer(row[_THUMBNAIL], np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE)
+    return Thumbnail(row["key"], ThumbnailKind(row[_KIND]), row["pixels"], square)
+
+
 def _pages(file: pq.ParquetFile) -> Iterator[list[dict[str, Any]]]:
     for batch in file.iter_batches(_PAGE):
         yield batch.to_pylist()
 
 
-def _digest_of(model_version: str, fields: Mapping[str, str]) -> Any:
+def _digest_of(model_version: str, key_fingerprint: str, fields: Mapping[str, str]) -> Any:
     """Of a file without rows."""
-    return hashlib.sha256(json.dumps([LAYOUT, model_version, fields], sort_keys=True).encode() + b"\n")
+    return hashlib.sha256(json.dumps([LAYOUT, model_version, key_fingerprint, fields], sort_keys=True).encode() + b"\n")
 
 
 def _add(digest: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":"), default=_digest_of_bytes).encode() + b"\n")
+
+
+def _digest_of_bytes(value: bytes) -> str:
+    return hashlib.sha256(value).hexdigest()
 
 
 def _told(about: Backup) -> dict[str, str]:
-    told = (LAYOUT, about.model_version, about.key, json.dumps(about.fields), str(about.rows), about.sha256)
+    told = (LAYOUT, about.model_version, about.key_fingerprint, json.dumps(about.fields), str(about.rows), about.sha256)
     return {f"{_NAMESPACE}{name}": value for name, value in zip(_TOLD, told, strict=True)}
 
 
 def _about(path: Path, file: pq.ParquetFile) -> Backup:
     told = file.metadata.metadata or {}
-    layout, version, key, fields, rows, sha256 = (told.get(f"{_NAMESPACE}{name}".encode(), b"") for name in _TOLD)
+    layout, version, fingerprint, fields, rows, sha256 = (told.get(f"{_NAMESPACE}{name}".encode(), b"") for name in _TOLD)
     if layout.decode("utf-8", "replace") != LAYOUT:
         raise UsageError(f"{path}: not a gallery of this system", expected="a file of `cxr gallery export`", next_step="give another file")
     try:
-        return Backup(version.decode(), key.decode(), dict(json.loads(fields)), int(rows), sha256.decode())
+        return Backup(version.decode(), fingerprint.decode(), dict(json.loads(fields)), int(rows), sha256.decode())
     except (ValueError, TypeError) as error:
         raise _damaged(path, "what a file of `cxr gallery export` says of itself", str(error)) from error
 

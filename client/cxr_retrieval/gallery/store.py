@@ -27,7 +27,17 @@ from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
-from cxr_retrieval.gallery.aliases import ALIAS, PREFIX, aliases_of, collection_of, filling, galleries, is_filling, point, the_gallery
+from cxr_retrieval.gallery.aliases import (
+    ALIAS,
+    aliases_of,
+    collection_of,
+    filling,
+    galleries,
+    gallery_names,
+    is_filling,
+    point,
+    the_gallery,
+)
 from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients, with_pseudonyms
 from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, one_blas_thread, silent, translated
 from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
@@ -192,8 +202,8 @@ class Store:
         beside: An open gallery whose connection this one shares, since a Milvus Lite folder takes one; closed by the other.
 
     Raises:
-        StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, vectors of another size, or another
-            key.
+        StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, of vectors of another size, or of
+            another key.
     """
 
     def __init__(
@@ -385,9 +395,10 @@ class Store:
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Takes cases out."""
+        """Takes cases out, and their thumbnails where no other model version's gallery holds them."""
         with translated(self._settings):
             _delete(self._client, self.collection, keys, self._settings.timeout_s)
+            _remove_orphans(self._client, self._settings, keys)
 
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
         """As `search_many`, for one embedding `[64]`."""
@@ -549,7 +560,7 @@ def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *
     asked = _as_stored(where, pseudonyms)
     found: dict[str, list[str]] = {}
     with connected(settings, where) as client:
-        for name in _galleries(client, settings):
+        for name in gallery_names(client, settings.timeout_s):
             about = client.describe_collection(name, timeout=settings.timeout_s)
             _refuse_in_clear(about)
             _refuse_another_key(about, pseudonyms)  # whose cases this key does not find
@@ -574,7 +585,7 @@ def drop_gallery(settings: MilvusSettings, collection: str) -> int:
         StoreError: Not reachable.
     """
     with connected(settings) as client:
-        names = _galleries(client, settings)
+        names = gallery_names(client, settings.timeout_s)
         if collection not in names:
             raise UsageError(
                 f"no gallery {collection}", expected=", ".join(names) or "a gallery; there is none", next_step="correct the name"
@@ -620,10 +631,6 @@ def _as_stored(where: str, pseudonyms: Pseudonyms) -> str:
     return with_pseudonyms(where, {"image_id": pseudonyms.image, "patient_id": pseudonyms.patient})
 
 
-def _galleries(client: Any, settings: MilvusSettings) -> list[str]:
-    return sorted(name for name in client.list_collections(timeout=settings.timeout_s) if name.startswith(PREFIX))
-
-
 def _refuse_in_clear(about: Mapping[str, Any]) -> None:
     """`about` is what Milvus says of a collection."""
     in_clear = sorted(_IN_CLEAR & {field["name"] for field in about["fields"]})
@@ -652,7 +659,7 @@ def _remove_orphans(client: Any, settings: MilvusSettings, keys: Sequence[str]) 
     orphans = set(keys)
     if not orphans or not client.has_collection(THUMBNAILS, timeout=settings.timeout_s):
         return
-    for name in _galleries(client, settings):
+    for name in gallery_names(client, settings.timeout_s):
         if FINGERPRINT in client.describe_collection(name, timeout=settings.timeout_s).get("properties", {}):  # others have none
             client.load_collection(name, timeout=settings.timeout_s)
             for start in range(0, len(keys), UPSERT_ROWS):
