@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cxr_retrieval.archive.embedding import Problem
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.cli.console import print_problems
 from cxr_retrieval.cli.query import print_result
 from cxr_retrieval.errors import ImageError
@@ -168,7 +169,7 @@ def test_groups_print_the_pip_line_when_their_extra_is_missing(group: str, tmp_p
         (("audit", "verify", "none.jsonl"), "none.jsonl: cannot be read", 2),
         (("gallery", "import", "none.parquet", "--audit", "a.log"), "none.parquet: is not whole", 2),
         (("gallery", "use", "v", "--milvus", "http://127.0.0.1:1", "--audit", "a.log"), "no Milvus answers", 2),
-        (("reindex", "--triton", "127.0.0.1:1", "--audit", "a.log"), "no Triton server answers at 127.0.0.1:1", 2),
+        (("reindex", "--triton", "127.0.0.1:1", "--audit", "a.log", "--patience", "0"), "no Triton server answers at 127.0.0.1:1", 2),
         (("serve", "--host", "somewhere"), "the address somewhere is not one", 2),
         (("query",), "Missing argument", 2),
         (("gallery", "remove"), "which cases?; expected one of --image, --patient", 2),
@@ -176,7 +177,9 @@ def test_groups_print_the_pip_line_when_their_extra_is_missing(group: str, tmp_p
         (("gallery", "remove", "--image", "a", "--milvus", "http://127.0.0.1:1", "--audit", "a.log"), "no Milvus answers", 2),
     ],
 )
-def test_one_clear_error_and_the_right_exit_code(arguments: tuple[str, ...], words: str, code: int, tmp_path: Path) -> None:
+def test_one_clear_error_and_the_right_exit_code(
+    arguments: tuple[str, ...], words: str, code: int, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
     result = run_cxr(*arguments, cwd=tmp_path)
     assert result.returncode == code
     assert words in result.stderr

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chaos.world import milvus_service
 from cxr_retrieval.archive.audit import entries, verify
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.reindex import compare_on_gallery, reindex
@@ -29,7 +30,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.phantoms import Phantom
 from cxr_retrieval.serving.choices import Segmentation
-from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind, TritonSettings
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
 
@@ -50,8 +51,11 @@ def student(student_server: Endpoints) -> Iterator[TritonClient]:
 
 @pytest.fixture(scope="module")
 def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSettings]:
-    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
-        yield MilvusSettings(uri)
+    """In a process of its own: with what training imports, faiss, with which Milvus Lite searches, is patched in this one."""
+    folder = tmp_path_factory.mktemp("milvus")
+    service, port = milvus_service(folder, folder / "gallery.db")
+    with service:
+        yield MilvusSettings(f"http://127.0.0.1:{port}")
 
 
 @pytest.fixture
