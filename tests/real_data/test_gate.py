@@ -47,8 +47,8 @@ def pixels_of(row: ManifestRow) -> Picture:
 
 def test_two_hundred_hostile_pictures_of_real_films(val: Sequence[ManifestRow], triton: TritonClient) -> None:
     """Of twenty-five kinds, nine of them made of val films: at least 99 % are refused."""
-    chosen = np.random.default_rng(41).choice(len(val), 72, replace=False)
-    pictures = hostile_pictures([pixels_of(val[i]) for i in chosen], each=8, seed=4202)
+    chosen = np.random.default_rng(43).choice(len(val), 72, replace=False)
+    pictures = hostile_pictures([pixels_of(val[i]) for i in chosen], each=8, seed=90125)
     assert len(pictures) == 200
     found = judged((pixels for _, pixels in pictures), triton)
     through = Counter(kind for (kind, _), ood in zip(pictures, found, strict=True) if not ood.refused)

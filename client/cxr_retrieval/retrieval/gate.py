@@ -166,10 +166,10 @@ def judge(
     kind = KINDS[int(probabilities.argmax())]
     if far is not None and max(scores[:2]) <= 0.5:
         reason = f"no case in the gallery is like it: the nearest has similarity {far:.2f} (usually above {gate.least_similarity:.2f})"
-    elif share < _HARDLY_ANY:
-        reason = f"hardly any lung was found: it covers {share:.0%} of the picture"
+    elif kind in _LOOKS:
+        reason = _LOOKS[kind]
     else:
-        reason = _LOOKS.get(kind, _NONE)
+        reason = f"hardly any lung was found: it covers {share:.0%} of the picture" if share < _HARDLY_ANY else _NONE
     return Ood(score, refused=enforced, reason=reason)
 
 
