@@ -24,13 +24,13 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 KEPT = Path(tempfile.mkdtemp(prefix="cxr-tests-"))
-"""What else would lie in the user's home: this test process' own pseudonym key, with its table."""
+"""What else would lie in the user's home: this test process' own pseudonym key with its table, and its audit log."""
 atexit.register(shutil.rmtree, KEPT, ignore_errors=True)
 KEY_FILE = KEPT / "pseudonym.key"
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
-    "CXR_AUDIT": str(Path(tempfile.gettempdir()) / f"cxr-tests-audit-{os.getuid()}.jsonl"),
+    "CXR_AUDIT": str(KEPT / "audit.jsonl"),
     "NO_COLOR": "1",
     "TERM": "dumb",
     "CXR_PSEUDONYM_KEY_FILE": str(KEY_FILE),

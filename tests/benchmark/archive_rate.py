@@ -56,7 +56,8 @@ def measure_archive(segmentation: str, count: int) -> dict[str, Any]:
         for turn in range(ROUNDS):
             found["perf_analyzer"].append(load_generator(squares, f"127.0.0.1:{port}"))
             for name, how in ways.items():
-                arguments = ["batch", folder / "archive", "--out", folder / f"{name}-{turn}.jsonl", "--triton", f"127.0.0.1:{port}", *how]
+                out = folder / f"{name}-{turn}.jsonl"
+                arguments = ["batch", folder / "archive", "--no-gate", "--out", out, "--triton", f"127.0.0.1:{port}", *how]
                 run = batch(folder / f"client-{name}-{turn}", arguments, count, {"triton": triton, "milvus": milvus})
                 found[name].append(run.pop("rate"))
                 costs[name] = run

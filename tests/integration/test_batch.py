@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from pymilvus import MilvusClient
 
+from chaos.instant import instant_repository
 from cxr_retrieval.archive.audit import entries, film_pseudonym, verify
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
@@ -51,6 +52,26 @@ def gallery(server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="module")
+def instant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks that answer at once, and find lungs where there are none: for what becomes of inputs, whatever is said of them."""
+    return instant_repository(tmp_path_factory.mktemp("instant"))
+
+
+@pytest.fixture(scope="module")
+def quick(instant: Path) -> Iterator[Endpoints]:
+    with embedded_triton(ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
+        yield endpoints
+
+
+@pytest.fixture(scope="module")
+def quick_gallery(quick: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
+        done = run_cxr("ingest", "--no-gate", "--manifest", phantom_manifest, "--triton", quick.grpc, "--milvus", uri)
+        assert done.returncode == 0, done.stderr
+        yield uri
+
+
+@pytest.fixture(scope="module")
 def archive(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """360 films: nine phantoms, each 40 times and each a little different."""
     folder = tmp_path_factory.mktemp("archive")
@@ -67,7 +88,7 @@ def results(out: Path) -> list[dict[str, object]]:
 
 
 def arguments(archive: Path, out: Path, triton: str, milvus: str) -> list[str | Path]:
-    return ["batch", archive, "--out", out, "--triton", triton, "--milvus", milvus, "--timeout", "20"]
+    return ["batch", archive, "--no-gate", "--out", out, "--triton", triton, "--milvus", milvus, "--timeout", "20"]
 
 
 def test_answers_are_those_of_query(
@@ -81,7 +102,8 @@ def test_answers_are_those_of_query(
     (some / "page.png").write_text("no picture")
     out = tmp_path / "results.jsonl"
     log = tmp_path / "audit.jsonl"
-    done = run_cxr(*arguments(some, out, server.grpc, gallery), "--attention", tmp_path / "drawn", "--audit", log)
+    reach = ("--triton", server.grpc, "--milvus", gallery)
+    done = run_cxr("batch", some, "--out", out, *reach, "--attention", tmp_path / "drawn", "--audit", log)
     assert done.returncode == 1, done.stderr
     assert "11 inputs: 10 answered, 1 failed, 1 of them copies of another" in done.stdout
     found = {Path(str(line["input"])).name: line for line in results(out)}
@@ -109,12 +131,12 @@ def test_answers_are_those_of_query(
                 assert drawn.mode == "RGB"
 
 
-def test_a_client_killed_again_and_again_answers_each_film_once(archive: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
+def test_a_client_killed_again_and_again_answers_each_film_once(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     kills = 0
     while kills < 4:
         process = subprocess.Popen(
-            cxr_command(*arguments(archive, out, server.grpc, gallery)),
+            cxr_command(*arguments(archive, out, quick.grpc, quick_gallery)),
             env=ENVIRONMENT,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -127,7 +149,7 @@ def test_a_client_killed_again_and_again_answers_each_film_once(archive: Path, s
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-    done = run_cxr(*arguments(archive, out, server.grpc, gallery))
+    done = run_cxr(*arguments(archive, out, quick.grpc, quick_gallery))
     assert done.returncode == 0, done.stderr
     count = Counter(str(line["input"]) for line in results(out))
     assert len(count) == 9 * COPIES
@@ -261,7 +283,7 @@ def test_an_ingest_that_lacks_something_says_so_at_once(arguments: tuple[str, ..
     assert said in done.stderr
 
 
-def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:
+def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmReader, quick: Endpoints, tmp_path: Path) -> None:
     """The second half of the inputs is found only after films of the first half were answered; a search that fails is an error at the end."""
     some = sorted(str(path) for path in archive.glob("*-?.png"))
     answered, looked = threading.Event(), list[tuple[int, bool]]()
@@ -273,8 +295,8 @@ def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmRea
         assert answered.wait(120)
         yield from find_inputs(some, reader)
 
-    options = BatchOptions(None, 10, "", include_own=False, attention=None)
-    with Journal(tmp_path / "results.jsonl", {}) as journal:
+    options = BatchOptions(None, 10, "", include_own=False, attention=None, gate=False)
+    with TritonClient(TritonSettings(quick.grpc)) as triton, Journal(tmp_path / "results.jsonl", {}) as journal:
         complete = run_batch(
             journal,
             reader,
@@ -295,14 +317,18 @@ def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmRea
         yield from find_inputs(some[:1], reader)
         raise UsageError("stdin holds no list of names")
 
-    with Journal(tmp_path / "broken.jsonl", {}) as journal, pytest.raises(UsageError, match="stdin holds no list"):
+    with (
+        TritonClient(TritonSettings(quick.grpc)) as triton,
+        Journal(tmp_path / "broken.jsonl", {}) as journal,
+        pytest.raises(UsageError, match="stdin holds no list"),
+    ):
         run_batch(journal, reader, triton, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, inputs=broken())
 
 
-def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(archive: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     process = subprocess.Popen(
-        cxr_command(*arguments(archive, out, server.grpc, gallery)),
+        cxr_command(*arguments(archive, out, quick.grpc, quick_gallery)),
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -330,11 +356,11 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     ],
 )
 def test_a_triton_that_goes_away_is_waited_for(
-    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, repository: Path, gallery: str, tmp_path: Path, pseudonyms: Pseudonyms
+    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, instant: Path, quick_gallery: str, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Nothing fails for it: the same journal ends with every film answered, by the server that came back on the same port."""
     told: list[str] = []
-    options = ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)
+    options = ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)
     with ExitStack() as stack:
         first = ExitStack()
         stack.enter_context(first)
@@ -342,7 +368,7 @@ def test_a_triton_that_goes_away_is_waited_for(
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
-        store = stack.enter_context(Store(MilvusSettings(gallery), client.model_version, pseudonyms))
+        store = stack.enter_context(Store(MilvusSettings(quick_gallery), client.model_version, pseudonyms))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         some = sorted(str(path) for path in archive.glob("*-?.png"))
         list(journal.add(find_inputs(some, reader)))
@@ -354,7 +380,7 @@ def test_a_triton_that_goes_away_is_waited_for(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, 10, "", include_own=False, attention=None),
+                BatchOptions(store, 10, "", include_own=False, attention=None, gate=False),
                 stop=threading.Event(),
                 advance=lambda count: answered.release(),
                 tell=told.append,
@@ -365,7 +391,7 @@ def test_a_triton_that_goes_away_is_waited_for(
                 time.sleep(0.05)
             end(server.process, signal.SIGKILL)
             first.close()
-            stack.enter_context(embedded_triton(ServerOptions(repository, grpc_port=port, http_port=0, metrics_port=0)))
+            stack.enter_context(embedded_triton(ServerOptions(instant, grpc_port=port, http_port=0, metrics_port=0)))
             running.result()
         assert journal.counts() == {"pending": 0, "answered": len(some), "refused": 0, "failed": 0}
     assert "Triton is away" in told[0]
@@ -373,7 +399,7 @@ def test_a_triton_that_goes_away_is_waited_for(
 
 
 def test_an_ingest_waits_for_triton_and_stores_each_case_once(
-    archive: Path, repository: Path, tmp_path: Path, pseudonyms: Pseudonyms
+    archive: Path, instant: Path, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     some = sorted(archive.glob("*-?.png"))
     manifest = tmp_path / "manifest.csv"
@@ -381,7 +407,7 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(
     told: list[str] = []
     with ExitStack() as stack:
         first = stack.enter_context(ExitStack())
-        server = first.enter_context(embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)))
+        server = first.enter_context(embedded_triton(ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)))
         port = int(server.grpc.rsplit(":")[-1])
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
@@ -389,17 +415,17 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(
         begun = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             rows = read_manifest(manifest).rows
-            running = pool.submit(ingest, rows, reader, client, store, lambda _: begun.set(), tell=told.append)
+            running = pool.submit(ingest, rows, reader, client, store, lambda _: begun.set(), tell=told.append, gate=False)
             begun.wait()
             end(server.process, signal.SIGKILL)
             while not told and not running.done():
                 time.sleep(0.05)
             first.close()
-            stack.enter_context(embedded_triton(ServerOptions(repository, grpc_port=port, http_port=0, metrics_port=0)))
+            stack.enter_context(embedded_triton(ServerOptions(instant, grpc_port=port, http_port=0, metrics_port=0)))
             report = running.result()
         assert (report.stored, report.problems, report.pending) == (len(some), (), 0)
         assert store.count() == len(some)
-        again = ingest(rows, reader, client, store, lambda _: None)
+        again = ingest(rows, reader, client, store, lambda _: None, gate=False)
         assert (again.stored, again.unchanged) == (0, len(some))
     assert "Triton is back" in told[-1]
 
@@ -420,21 +446,21 @@ def test_an_ingest_has_a_milvus_that_was_started_anew_load_its_gallery(
         assert ingest(rows, reader, triton, store, lambda _: None).stored == len(rows)
 
 
-def test_patience_ends(archive: Path, repository: Path, tmp_path: Path) -> None:
+def test_patience_ends(archive: Path, instant: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        server = stack.enter_context(embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)))
+        server = stack.enter_context(embedded_triton(ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)))
         reader = stack.enter_context(FilmReader())
         client = stack.enter_context(TritonClient(TritonSettings(server.grpc, timeout_s=5)))
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         list(journal.add(find_inputs([str(archive)], reader)))
         end(server.process, signal.SIGKILL)
-        options = BatchOptions(None, 10, "", include_own=False, attention=None)
+        options = BatchOptions(None, 10, "", include_own=False, attention=None, gate=False)
         with pytest.raises(ServerDownError, match="no Triton server answers"):
             run_batch(journal, reader, client, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, patience_s=2)
         assert journal.counts()["failed"] == 0
 
 
-def test_a_full_disk_is_said_and_costs_nothing(archive: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_costs_nothing(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the disk: writing fails in the middle of a line."""
     out = tmp_path / "results.jsonl"
     limited = [
@@ -442,12 +468,12 @@ def test_a_full_disk_is_said_and_costs_nothing(archive: Path, server: Endpoints,
         "-c",
         'ulimit -f 400; trap "" XFSZ; exec "$@"',
         "batch",
-        *cxr_command(*arguments(archive, out, server.grpc, gallery)),
+        *cxr_command(*arguments(archive, out, quick.grpc, quick_gallery)),
     ]
     full = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr
     assert "cannot be written or read" in full.stderr
     assert "Traceback" not in full.stderr
-    done = run_cxr(*arguments(archive, out, server.grpc, gallery))
+    done = run_cxr(*arguments(archive, out, quick.grpc, quick_gallery))
     assert done.returncode == 0, done.stderr
     assert len({line["input"] for line in results(out)}) == len(results(out)) == 9 * COPIES

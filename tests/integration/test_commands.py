@@ -38,7 +38,7 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     asked = run_cxr("query", tmp_path / "film.dcm", "--top-k", "4", "--json", "--html", page, "--picture", picture, *served.servers)
     assert asked.returncode == 0, asked.stderr
     answer = json.loads(asked.stdout)
-    assert answer["image_id"] == "film.dcm"
+    assert answer["image_id"] == f"film-{hashlib.sha256((tmp_path / 'film.dcm').read_bytes()).hexdigest()[:16]}"
     assert len(answer["neighbours"]) == 4
     assert page.stat().st_size > 100_000
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -162,8 +162,8 @@ def test_sigterm_leaves_nothing_behind(served: Served) -> None:
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"{served.process.pid}" == parent_of(pid)]
 
 
-def test_ctrl_c_ends_serve_with_success(tmp_path: Path) -> None:
-    running = Served(tmp_path)
+def test_ctrl_c_ends_serve_with_success(tiny: Path, tmp_path: Path) -> None:
+    running = Served(tmp_path, "--repository", str(tiny), "--precision", "fp32")
     assert len(leftovers(running.process.pid)) > 1, "a folder and shared memory"
     assert running.stop(signal.SIGINT) == 0
     assert leftovers(running.process.pid) == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chaos.instant import instant_repository
 from chaos.world import milvus_service
 from cxr_retrieval.archive.audit import entries, verify
 from cxr_retrieval.archive.embedding import ingest
@@ -58,28 +60,54 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSettings]
         yield MilvusSettings(f"http://127.0.0.1:{port}")
 
 
-@pytest.fixture
-def films(phantoms: list[Phantom], tmp_path: Path) -> list[ManifestRow]:
-    """108 films of nine phantoms, two of each patient, each a little different."""
+@pytest.fixture(scope="module")
+def drawn(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """108 films of nine phantoms, two of each patient, each a little different; and their manifest."""
+    folder = tmp_path_factory.mktemp("drawn")
     lines = ["image_id,path,label,patient_id,source,age"]
     for number, phantom in enumerate(phantoms):
         for copy in range(COPIES):
             pixels = phantom.pixels.copy()
             pixels[:4, : 3 * copy + 4] = 255
             name = f"{number}-{copy}"
-            Image.fromarray(pixels).save(tmp_path / f"{name}.png", compress_level=1)
+            Image.fromarray(pixels).save(folder / f"{name}.png", compress_level=1)
             lines.append(f"{name},{name}.png,{phantom.label},p{number}-{copy // 2},north,{40 + copy}")
-    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(
+    drawn: Path, reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms
+) -> list[dict[str, Any]]:
+    """All films' rows by the five networks."""
+    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
+        ingest(read_manifest(drawn / "manifest.csv").rows, reader, triton, store, lambda _: None)
+        found = list(store.rows(["*"]))
+    drop_gallery(milvus, store.collection)
+    return found
+
+
+@pytest.fixture
+def films(drawn: Path, tmp_path: Path) -> list[ManifestRow]:
+    """The test's own copies."""
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
     return list(read_manifest(tmp_path / "manifest.csv").rows)
 
 
 @pytest.fixture
 def gallery(
-    films: list[ManifestRow], reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms
+    films: list[ManifestRow],
+    embedded: list[dict[str, Any]],
+    reader: FilmReader,
+    triton: TritonClient,
+    milvus: MilvusSettings,
+    pseudonyms: Pseudonyms,
 ) -> Iterator[Store]:
     """Of the five networks, with all films in it; none of the small one's."""
     with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
-        ingest(films, reader, triton, store, lambda _: None)
+        store.put(embedded)
+        assert ingest(films, reader, triton, store, lambda _: None).unchanged == len(films), "and the local table has their new paths"
         yield store
     for name in list_galleries(milvus):
         drop_gallery(milvus, name)
@@ -357,16 +385,16 @@ def test_the_former_versions_server_must_be_of_that_version(
     assert "this is not the server of the former version" in refused.stderr
 
 
-def test_weights_that_change_under_a_client_are_refused(repository: Path, triton: TritonClient) -> None:
+def test_weights_that_change_under_a_client_are_refused(tiny: Path, tmp_path: Path) -> None:
     """A server restarted with others, on the same port, between two requests: its vectors do not reach the former's gallery."""
     picture = np.zeros((1, 1, 256, 256), np.uint8)
-    options = ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)
+    options = ServerOptions(tiny, grpc_port=0, http_port=0, metrics_port=0)
     with embedded_triton(options) as first, TritonClient(TritonSettings(first.grpc, timeout_s=30)) as client:
         port = int(first.grpc.rsplit(":")[-1])
         client.embed(picture)
         first.process.kill()
         first.process.wait()
-        other = ServerOptions(repository, segmentation=Segmentation.student, grpc_port=port, http_port=0, metrics_port=0)
+        other = ServerOptions(instant_repository(tmp_path), grpc_port=port, http_port=0, metrics_port=0)
         with embedded_triton(other), pytest.raises(InferenceError, match="serves other weights than before"):
             client.embed(picture)
 
