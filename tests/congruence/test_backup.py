@@ -28,7 +28,7 @@ from tests_support import run_cxr
 
 pytestmark = pytest.mark.server
 
-COUNT = 2311
+COUNT = 1117
 """Rows: more than a page, and no multiple of one."""
 
 

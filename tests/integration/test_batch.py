@@ -28,6 +28,7 @@ from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import Input, Unusable, find_inputs
 from cxr_retrieval.archive.journal import Journal
+from cxr_retrieval.archive.watching import Answered
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import ServerDownError, StoreDownError, UsageError
@@ -372,7 +373,7 @@ def test_a_triton_that_goes_away_is_waited_for(
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         some = sorted(str(path) for path in archive.glob("*-?.png"))
         list(journal.add(find_inputs(some, reader)))
-        answered = threading.Semaphore(0)
+        answered = threading.Event()
 
         with ThreadPoolExecutor(1) as pool:  # not the other way round: a server dies with the thread that started it
             running = pool.submit(
@@ -382,10 +383,11 @@ def test_a_triton_that_goes_away_is_waited_for(
                 client,
                 BatchOptions(store, 10, "", include_own=False, attention=None, gate=False),
                 stop=threading.Event(),
-                advance=lambda count: answered.release(),
+                advance=lambda _: None,
                 tell=told.append,
+                watch=lambda event: answered.set() if isinstance(event, Answered) else None,
             )
-            answered.acquire()
+            answered.wait()
             harm(server.process)
             while not told and not running.done():
                 time.sleep(0.05)
@@ -415,7 +417,17 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(
         begun = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             rows = read_manifest(manifest).rows
-            running = pool.submit(ingest, rows, reader, client, store, lambda _: begun.set(), tell=told.append, gate=False)
+            running = pool.submit(
+                ingest,
+                rows,
+                reader,
+                client,
+                store,
+                lambda _: None,
+                tell=told.append,
+                watch=lambda event: begun.set() if isinstance(event, Answered) else None,
+                gate=False,
+            )
             begun.wait()
             end(server.process, signal.SIGKILL)
             while not told and not running.done():

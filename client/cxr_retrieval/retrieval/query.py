@@ -26,7 +26,7 @@ MIN_LUNG_SHARE: Final = 0.05
 """Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
 MIN_LUNG_AGREEMENT: Final = 0.9
 """Mean Dice coefficient of the five networks with their ensemble (LUNG_AGREEMENT)."""
-OWN_EXPECTED: Final = 8
+OWN_EXPECTED: Final = 2
 """Hits asked for beyond `top_k`, so that a patient's own films seldom need a second search."""
 
 
