@@ -387,7 +387,7 @@ def test_the_former_versions_server_must_be_of_that_version(
 
 def test_weights_that_change_under_a_client_are_refused(tiny: Path, tmp_path: Path) -> None:
     """A server restarted with others, on the same port, between two requests: its vectors do not reach the former's gallery."""
-    picture = np.zeros((1, 1, 256, 256), np.uint8)
+    picture = np.arange(256, dtype=np.uint8)[:, None].repeat(256, 1)[None, None]
     options = ServerOptions(tiny, grpc_port=0, http_port=0, metrics_port=0)
     with embedded_triton(options) as first, TritonClient(TritonSettings(first.grpc, timeout_s=30)) as client:
         port = int(first.grpc.rsplit(":")[-1])
