@@ -132,7 +132,9 @@ def test_answers_are_those_of_query(
                 assert drawn.mode == "RGB"
 
 
-def test_a_client_killed_again_and_again_answers_each_film_once(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
+def test_a_client_killed_again_and_again_answers_each_film_once(
+    archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path
+) -> None:
     out = tmp_path / "results.jsonl"
     kills = 0
     while kills < 4:
@@ -357,7 +359,12 @@ def end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     ],
 )
 def test_a_triton_that_goes_away_is_waited_for(
-    harm: Callable[[subprocess.Popen[bytes]], None], archive: Path, instant: Path, quick_gallery: str, tmp_path: Path, pseudonyms: Pseudonyms
+    harm: Callable[[subprocess.Popen[bytes]], None],
+    archive: Path,
+    instant: Path,
+    quick_gallery: str,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
 ) -> None:
     """Nothing fails for it: the same journal ends with every film answered, by the server that came back on the same port."""
     told: list[str] = []
@@ -400,9 +407,7 @@ def test_a_triton_that_goes_away_is_waited_for(
     assert "Triton is back" in told[-1]
 
 
-def test_an_ingest_waits_for_triton_and_stores_each_case_once(
-    archive: Path, instant: Path, tmp_path: Path, pseudonyms: Pseudonyms
-) -> None:
+def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, instant: Path, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
     some = sorted(archive.glob("*-?.png"))
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("image_id,path,label\n" + "".join(f"{path.stem},{path},control\n" for path in some))

@@ -77,9 +77,7 @@ def drawn(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def embedded(
-    drawn: Path, reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms
-) -> list[dict[str, Any]]:
+def embedded(drawn: Path, reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
     """All films' rows by the five networks."""
     with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
         ingest(read_manifest(drawn / "manifest.csv").rows, reader, triton, store, lambda _: None)

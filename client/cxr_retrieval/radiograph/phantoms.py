@@ -24,6 +24,8 @@ PhantomLabel = Literal["control", "non_covid_pneumonia", "covid19"]
 PHANTOM_LABELS: Final[tuple[PhantomLabel, ...]] = ("control", "non_covid_pneumonia", "covid19")
 SITES: Final = ("north", "south")
 _SIZE: Final = 512
+_AIR: Final = 0.74
+"""Thickness of tissue that a full depth of air takes the place of."""
 
 Field = NDArray[np.float64]
 
@@ -42,8 +44,9 @@ class Phantom:
 
 
 def make_phantom(seed: int, label: PhantomLabel) -> Phantom:
-    """One phantom. Control: clear lungs; non_covid_pneumonia: one focal consolidation; covid19: bilateral, peripheral,
-    mostly basal ground-glass (the patterns of Jacobi et al. 2020).
+    """One phantom. Control: clear lungs; non_covid_pneumonia: one consolidation, whose air is gone, so that heart and diaphragm lose
+    their edge beside it; covid19: bilateral, peripheral, mostly basal ground-glass, half to three quarters of whose air is gone (the
+    patterns of Jacobi et al. 2020).
     """
     random = np.random.default_rng([seed, PHANTOM_LABELS.index(label)])
     site = SITES[int(random.integers(len(SITES)))]
@@ -55,7 +58,7 @@ def make_phantom(seed: int, label: PhantomLabel) -> Phantom:
 
     right, left, depth = _lungs(x, y, random)
     lungs = right | left
-    thickness = _trunk(x, y, random) - 0.74 * depth + _middle(x, y, random) + _ribs(x, y, lungs, random) + _vessels(x, y, depth, random)
+    thickness = _trunk(x, y, random) - _AIR * depth + _middle(x, y, random) + _ribs(x, y, lungs, random) + _vessels(x, y, depth, random)
     opacity, lesion = _opacity(x, y, right, left, depth, label, random)
     thickness += opacity
     film = 1 / (1 + np.exp(-(thickness - random.normal(0.62, 0.02)) * random.normal(4.1, 0.25)))
@@ -227,31 +230,30 @@ def _vessels(x: Field, y: Field, depth: Field, random: np.random.Generator) -> F
 def _opacity(
     x: Field, y: Field, right: NDArray[np.bool_], left: NDArray[np.bool_], depth: Field, label: PhantomLabel, random: np.random.Generator
 ) -> tuple[Field, NDArray[np.bool_]]:
-    """Added tissue and the exact lesion mask."""
-    lungs = right | left
-    total = np.zeros_like(x)
+    """Added tissue and the exact lesion mask: a share of the air, which fluid takes the place of."""
+    filled = np.zeros_like(x)
     texture = _noise(x.shape, 11, random)
     if label == "non_covid_pneumonia":
         lung = (right, left)[int(random.integers(2))]
         rows, columns = np.nonzero(lung & (y > -0.15) & (depth > 0.5))
         pick = int(random.integers(len(rows)))
         cx, cy = x[rows[pick], columns[pick]], y[rows[pick], columns[pick]]
-        radius = random.uniform(0.16, 0.26)
-        blob = 1.1 - np.hypot((x - cx) / radius, (y - cy) / (radius * random.uniform(0.8, 1.1))) + 0.22 * texture
-        total = random.uniform(0.36, 0.46) * np.clip(blob * 1.3, 0, 1) * (1 + 0.12 * _noise(x.shape, 5, random)) * lung
+        radius = random.uniform(0.34, 0.48)
+        blob = 1.1 - np.hypot((x - cx) / radius, (y - cy) / (radius * random.uniform(0.8, 1.1))) + 0.12 * texture
+        filled = random.uniform(0.95, 1.0) * np.clip(blob * 1.8, 0, 1) * (1 + 0.04 * _noise(x.shape, 5, random)) * lung
     elif label == "covid19":
-        grade = random.uniform(0.20, 0.31)
+        grade = random.uniform(0.5, 0.75)
         for lung in (right, left):
             edge = 1 - np.clip(_blur(lung.astype(float), 26) * 1.75 - 0.55, 0, 1)  # high near the pleura
-            for _ in range(int(random.integers(2, 5))):
-                rows, columns = np.nonzero(lung & (edge > 0.45) & (y > random.uniform(-0.5, 0.1)))
+            for _ in range(int(random.integers(6, 9))):
+                rows, columns = np.nonzero(lung & (edge > 0.35) & (y > random.uniform(-0.5, 0.1)))
                 pick = int(random.integers(len(rows)))
                 cx, cy = x[rows[pick], columns[pick]], y[rows[pick], columns[pick]]
-                patch = 1.1 - np.hypot((x - cx) / random.uniform(0.14, 0.24), (y - cy) / random.uniform(0.16, 0.30)) + 0.45 * texture
-                total = np.maximum(total, grade * np.clip(patch * 1.4, 0, 1) * (0.45 + 0.55 * edge) * lung)
-        total *= 1 + 0.35 * _noise(x.shape, 4, random)
-    total = _blur(np.clip(total, 0, None), 3.0)
-    return total, (total > 0.06) & lungs
+                patch = 1.1 - np.hypot((x - cx) / random.uniform(0.18, 0.30), (y - cy) / random.uniform(0.22, 0.40)) + 0.45 * texture
+                filled = np.maximum(filled, grade * np.clip(patch * 1.4, 0, 1) * (0.55 + 0.45 * edge) * lung)
+        filled *= 1 + 0.5 * _noise(x.shape, 3, random)
+    filled = _blur(np.clip(filled, 0, 1), 3.0)
+    return _AIR * depth * filled, (filled > 0.1) & (right | left)
 
 
 # ---------------------------------------------------------------------------------------------- film and facts
