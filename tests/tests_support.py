@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pydicom
 from pydicom.config import IGNORE
@@ -105,6 +108,14 @@ class Served:
             self.process.kill()
             raise
         return self.process.returncode
+
+
+def start_milvus(server: Any) -> None:
+    """Starts a `milvus.MilvusServer`, whose package leaves a socket open; of which some later test would be accused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        server.start()
+        gc.collect()
 
 
 def leftovers(pid: int) -> set[str]:

@@ -1,5 +1,5 @@
 """`python -m cxr_retrieval` is `cxr`."""
 
-from cxr_retrieval.cli.app import main
+from cxr_retrieval.cli.entry import main
 
 main()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import socket
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from tests_support import start_milvus
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,7 @@ def milvus_process() -> Iterator[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         server.listen_port = probe.getsockname()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # its package leaves a socket open
-        server.start()
-        gc.collect()
+    start_milvus(server)
     yield server
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)

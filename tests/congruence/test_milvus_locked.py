@@ -18,7 +18,7 @@ from cxr_retrieval.errors import StoreAccessError
 from cxr_retrieval.gallery.store import Store, make_entry
 from cxr_retrieval.serving.server import Endpoints
 from cxr_retrieval.settings import MilvusSettings
-from tests_support import ENVIRONMENT, free_ports, run_cxr
+from tests_support import ENVIRONMENT, free_ports, run_cxr, start_milvus
 
 pytestmark = pytest.mark.server
 
@@ -39,7 +39,7 @@ def uri(certificates: Certificates) -> Iterator[str]:
     config.set("server_key_path", str(certificates.path("server.key")))
     config.set("ca_pem_path", str(certificates.path("ours.pem")))
     server = MilvusServer(config)
-    server.start()
+    start_milvus(server)
     yield f"https://127.0.0.1:{port}"
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)

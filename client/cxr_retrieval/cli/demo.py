@@ -16,7 +16,7 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 _PER_CLASS = 12
-_QUERY_SEED, _QUERY_LABEL = 1000, "covid19"
+_QUERY_SEED, _QUERY_LABEL = 1001, "covid19"
 
 
 def demo(
