@@ -63,7 +63,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _as_at_a_terminal() -> None:
+def as_at_a_terminal() -> None:
     """A shell without job control starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -81,7 +81,7 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_as_at_a_terminal,
+            preexec_fn=as_at_a_terminal,
         )
         self.said: list[str] = []
         self.until("ready")

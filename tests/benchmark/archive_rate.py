@@ -102,7 +102,7 @@ def batch(folder: Path, arguments: Sequence[str | Path], count: int, servers: di
         "workers": lambda: client.family()[1:],
         **{name: server.processes for name, server in servers.items()},
     }
-    marks: list[tuple[float, int, dict[str, float]]] = []
+    marks: list[tuple[float, int, dict[str, dict[int, float]]]] = []
     wanted = [share * count for share in SHARES]
     while client.process.poll() is None:
         done = lines.read_bytes().count(b"\n") if lines.is_file() else 0
@@ -112,15 +112,16 @@ def batch(folder: Path, arguments: Sequence[str | Path], count: int, servers: di
     assert client.process.returncode == 0, (folder / "client.err").read_text()
     assert len(marks) == len(wanted), "the results came all at once; more films"
     (start, first, before), (end, last, after) = marks
-    costs = {name: round(1000 * (after[name] - before[name]) / (last - first), 2) for name in watched}
+    spent = {name: sum(seconds - before[name].get(pid, 0.0) for pid, seconds in after[name].items()) for name in watched}
+    costs = {name: round(1000 * seconds / (last - first), 2) for name, seconds in spent.items()}
     return {"rate": (last - first) / (end - start), **costs}
 
 
-def cpu_s(processes: Sequence[psutil.Process]) -> float:
-    """Seconds of CPU that these have used."""
-    total = 0.0
+def cpu_s(processes: Sequence[psutil.Process]) -> dict[int, float]:
+    """Seconds of CPU that each has used, by its id; of one that has ended nothing is known any more."""
+    used: dict[int, float] = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            total += times.user + times.system
-    return total
+            used[process.pid] = times.user + times.system
+    return used

@@ -77,9 +77,9 @@ def main() -> None:
     chosen = sys.argv[1:] or list(parts)
     report_file = DOCS / "performance.json"
     report: dict[str, Any] = json.loads(report_file.read_text()) if report_file.is_file() and sys.argv[1:] else {}
-    report["machine"] = machine()
     for name in chosen:
         started = time.monotonic()
+        report.setdefault("machines", {})[name] = machine()
         report[name] = parts[name]()
         report.setdefault("seconds", {})[name] = round(time.monotonic() - started)
     report_file.write_text(json.dumps(report, indent=2) + "\n")
@@ -391,7 +391,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         *((name, one["queries_per_second"]) for name, one in report["peer"]["ours"].items()),
     ]
     axes[0].barh([name for name, _ in rates][::-1], [rate for _, rate in rates][::-1], color=["#2a6f97"] * (len(rates) - 1) + ["#999999"])
-    axes[0].set(title="whole queries per second", xlabel=f"{report['machine']['cores']} cores, {report['machine']['cpu']}")
+    where = report["machines"]["peer"]
+    axes[0].set(title="whole queries per second", xlabel=f"{where['cores']} cores, {where['cpu']}")
     for name, rows in report["retrieval"].items():
         axes[1].plot([row["cases"] for row in rows], [row["p50_ms"] for row in rows], "-o", label=name)
     axes[1].set(title="search, p50 ms", xlabel="cases in the gallery", xscale="log", yscale="log")

@@ -13,9 +13,9 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,11 +44,18 @@ from tests_support import ENVIRONMENT, cxr_command, run_cxr, write_dicomdir
 COPIES = 40
 
 
+@contextmanager
+def filled(folder: Path, manifest: Path, server: Endpoints, *options: str) -> Generator[str]:
+    """A gallery of the manifest's cases as this server embeds them."""
+    with embedded_milvus(folder / "gallery.db", "127.0.0.1", 0) as uri:
+        done = run_cxr("ingest", *options, "--manifest", manifest, "--triton", server.grpc, "--milvus", uri)
+        assert done.returncode == 0, done.stderr
+        yield uri
+
+
 @pytest.fixture(scope="module")
 def gallery(server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
-        done = run_cxr("ingest", "--manifest", phantom_manifest, "--triton", server.grpc, "--milvus", uri)
-        assert done.returncode == 0, done.stderr
+    with filled(tmp_path_factory.mktemp("milvus"), phantom_manifest, server) as uri:
         yield uri
 
 
@@ -66,9 +73,7 @@ def quick(instant: Path) -> Iterator[Endpoints]:
 
 @pytest.fixture(scope="module")
 def quick_gallery(quick: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
-        done = run_cxr("ingest", "--no-gate", "--manifest", phantom_manifest, "--triton", quick.grpc, "--milvus", uri)
-        assert done.returncode == 0, done.stderr
+    with filled(tmp_path_factory.mktemp("milvus"), phantom_manifest, quick, "--no-gate") as uri:
         yield uri
 
 

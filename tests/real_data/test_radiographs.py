@@ -117,7 +117,7 @@ def drawn_mask(row: ManifestRow) -> NDArray[np.bool_]:
         return letterbox(np.asarray(image.convert("L")))[0] > 127
 
 
-SAMPLE_FIGURE = Figure(0.933, 0.891, 0.969)
+SAMPLE_FIGURE = Figure(0.940, 0.910, 0.965)
 """Of `test_retrieval_on_a_sample`, measured through the embedded server in int8 with the weights of version 2bbd38cfa579 (k = 10). To measure
 again, with other weights: run that test with `-rP`, and take what it prints. All 759 films against all 4,293 gave 0.933 [0.911, 0.952] on the same day."""
 
@@ -126,17 +126,17 @@ again, with other weights: run that test with `-rP`, and take what it prints. Al
 def test_retrieval_on_a_sample(
     manifest: Manifest, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
-    """240 cases, 150 queries of other patients, a third of them of each class: not below the measured figure's interval, and above what no learning reaches."""
-    gallery, queries = sample(manifest.select(split="train"), 80, 1), sample(manifest.select(split="val"), 50, 2)
+    """450 cases, 300 queries of other patients, a third of them of each class: not below the measured figure's interval, and above what no learning reaches."""
+    gallery, queries = sample(manifest.select(split="train"), 150, 1), sample(manifest.select(split="val"), 100, 2)
     with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
-        report = ingest(gallery, reader, triton, store, lambda count: None, gate=False)  # which is measured elsewhere
-        assert (report.stored, report.problems) == (240, ())
+        report = ingest(gallery, reader, triton, store, lambda count: None)
+        assert (report.stored, report.problems) == (450, ())
         overall = evaluate(
             *(labelled(rows, reader, triton, store) for rows in (gallery, queries)), k=10, model_version=triton.model_version
         )["overall"]
         answer = query(queries[0].path, reader, triton, store).as_json()
     print(triton.model_version, overall["balanced_accuracy"], overall["balanced_accuracy_ci"])
-    assert overall["n"] == 150
+    assert overall["n"] == 300
     assert overall["balanced_accuracy"] >= SAMPLE_FIGURE.low > HOG_FLOOR
     assert len(answer["neighbours"]) == 10
     assert {neighbour["metadata"]["source"] for neighbour in answer["neighbours"]} <= {row.source for row in gallery}

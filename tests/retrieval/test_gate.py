@@ -17,7 +17,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from cxr_retrieval.retrieval.gate import COEFFICIENTS, Gate, Ood, described, judge, shipped, too_far
-from hostile_pictures import SPOILT_FILMS, Picture, hostile_pictures, white_noise
+from hostile_pictures import SPOILT_FILMS, Picture, hostile_pictures
 
 Judged = Callable[[Sequence[Picture]], list[Ood]]
 
@@ -76,8 +76,14 @@ def test_the_reason_says_what_is_wrong(kind: str, words: str, judged: Judged, fi
     assert all(words in reason for reason in said), said
 
 
+def test_no_lung_is_named(judged: Judged) -> None:
+    (ood,) = judged([np.tile(np.arange(100, 200, dtype=np.uint8), (100, 1))])
+    assert ood.refused
+    assert ood.score > 0.5
+
+
 def test_overridden_it_still_says_what_it_found() -> None:
-    square, box = letterbox(white_noise(np.random.default_rng(0)))
+    square, box = letterbox(np.tile(np.arange(200, dtype=np.uint8), (200, 1)))
     none = np.zeros((256, 256), np.uint8)
     enforced, overridden = judge(square, box, none, 0.0), judge(square, box, none, 0.0, enforced=False)
     assert enforced.refused

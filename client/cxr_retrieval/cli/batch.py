@@ -11,9 +11,10 @@ import typer
 
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError, UsageError
+from cxr_retrieval.interruption import until_interrupted
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -52,25 +49,3 @@ def print_problems(problems: Sequence[Problem]) -> None:
     console = talk()
     for problem in problems:
         console.print(Text.assemble(("failed", "red"), f" {problem.image_id}: {problem.error}"), soft_wrap=True)
-
-
-@contextmanager
-def until_interrupted() -> Generator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM; a second one ends the process as usual."""
-    stop = threading.Event()
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    for number in former:
-        signal.signal(number, interrupt)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval.interruption import until_interrupted
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, TritonSettings
 
 if TYPE_CHECKING:

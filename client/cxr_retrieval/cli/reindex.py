@@ -11,9 +11,10 @@ import typer
 from rich.table import Table
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, results, until_interrupted
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems, results
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError
+from cxr_retrieval.interruption import until_interrupted
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:

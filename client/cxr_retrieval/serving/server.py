@@ -15,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any, Final
 
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
+from cxr_retrieval.interruption import uninterrupted
 from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
 from cxr_retrieval.serving.choices import Precision, Segmentation, resolve
 from cxr_retrieval.serving.repository import derive_embedded
@@ -114,53 +114,58 @@ def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
     options = options.on_free_ports()
     stack = ExitStack()
     try:
-        with _uninterrupted():
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
-            prefix = f"{work.name}-"
-            stack.callback(_remove_shared_memory, prefix)
-            threads = options.threads or len(os.sched_getaffinity(0))
-            derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
-            binary, environment = _install_backend(work)
-            log = stack.enter_context((work / "triton.log").open("wb"))
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    *("-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
-                    str(binary),
-                    f"--model-repository={work / 'models'}",
-                    f"--backend-directory={work / 'backends'}",
-                    f"--backend-config=python,shm-region-prefix-name={prefix}",
-                    f"--grpc-address={options.host}",
-                    f"--grpc-port={options.grpc_port}",
-                    f"--http-address={options.plain_host}",
-                    f"--http-port={options.http_port}",
-                    f"--metrics-address={options.plain_host}",
-                    f"--metrics-port={options.metrics_port}",
-                    *_encrypted(options.tls),
-                    "--exit-on-error=false",
-                    "--exit-timeout-secs=10",
-                    "--disable-auto-complete-config",
-                    "--log-verbose=0",
-                ],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            stack.callback(_stop, process)
-            endpoints = Endpoints(
-                _reached_at(options.host, options.grpc_port),
-                _reached_at(options.plain_host, options.http_port),
-                _reached_at(options.plain_host, options.metrics_port),
-                process,
-                work / "triton.log",
-            )
+        with uninterrupted():
+            endpoints = _started(options, stack)
         _wait_until_ready(endpoints, options.ready_timeout_s)
         yield endpoints
     finally:
-        with _uninterrupted():
+        with uninterrupted():  # half a clean-up, as half a start, would leave a server or its memory behind
             stack.close()
+
+
+def _started(options: ServerOptions, stack: ExitStack) -> Endpoints:
+    """Its process, with whatever must be cleaned up after it left to `stack`."""
+    work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
+    prefix = f"{work.name}-"
+    stack.callback(_remove_shared_memory, prefix)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
+    binary, environment = _install_backend(work)
+    log = stack.enter_context((work / "triton.log").open("wb"))
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *("-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
+            str(binary),
+            f"--model-repository={work / 'models'}",
+            f"--backend-directory={work / 'backends'}",
+            f"--backend-config=python,shm-region-prefix-name={prefix}",
+            f"--grpc-address={options.host}",
+            f"--grpc-port={options.grpc_port}",
+            f"--http-address={options.plain_host}",
+            f"--http-port={options.http_port}",
+            f"--metrics-address={options.plain_host}",
+            f"--metrics-port={options.metrics_port}",
+            *_encrypted(options.tls),
+            "--exit-on-error=false",
+            "--exit-timeout-secs=10",
+            "--disable-auto-complete-config",
+            "--log-verbose=0",
+        ],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    stack.callback(_stop, process)
+    return Endpoints(
+        _reached_at(options.host, options.grpc_port),
+        _reached_at(options.plain_host, options.http_port),
+        _reached_at(options.plain_host, options.metrics_port),
+        process,
+        work / "triton.log",
+    )
 
 
 def _reached_at(host: str, port: int) -> str:
@@ -339,23 +344,6 @@ def _failures(address: str) -> list[str]:
 
 def _log_end(log: Path) -> str:
     return " | ".join(log.read_text("utf-8", errors="replace").splitlines()[-6:])
-
-
-@contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Ctrl-C and SIGTERM wait until the block has ended: half a start, or half a clean-up, would leave a server or its memory behind."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal comes
-        yield
-        return
-    came: list[int] = []
-    former = {number: signal.signal(number, lambda got, _: came.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    if came:
-        signal.raise_signal(came[0])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
