@@ -5,6 +5,7 @@ CxrError
 │   ├── ImageError             a file that cannot be used as a radiograph
 │   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
+│       └── ClauseError            a filter, with the place in it that is wrong
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
     ├── InferenceError         Triton: another version, another form
     │   ├── AccessError            it does not trust us, or we do not trust it: certificates, tokens; no waiting mends it
@@ -34,6 +35,7 @@ class CxrError(Exception):
         expected: What would have been right.
         got: What was there instead.
         next_step: What the reader should do.
+        shown: Lines that point at it, printed under all of that.
 
     Attributes:
         may_pass: Whether the same may succeed later, so that whoever can wait should.
@@ -45,11 +47,12 @@ class CxrError(Exception):
     exit_code = 2
     may_pass = False
 
-    def __init__(self, what: str, *, expected: str = "", got: str = "", next_step: str = "") -> None:
+    def __init__(self, what: str, *, expected: str = "", got: str = "", next_step: str = "", shown: str = "") -> None:
         self.what = what
         self.expected = expected
         self.got = got
         self.next_step = next_step
+        self.shown = shown
         parts = [what.rstrip(".")]
         if expected:
             parts.append(f"expected {expected}")
@@ -58,6 +61,8 @@ class CxrError(Exception):
         message = "; ".join(parts) + "."
         if next_step:
             message += f" Next: {next_step.rstrip('.')}."
+        if shown:
+            message += f"\n{shown}"
         super().__init__(message)
         here = inspect.currentframe()
         maker = here.f_back if here else None
@@ -67,8 +72,8 @@ class CxrError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., CxrError], tuple[str], Mapping[str, object]]:
         """Pickled by its parts; from the message alone, it would come out of a worker process with another one."""
-        made_there = {"raised_at": self.raised_at, "literal": self.literal}
-        return partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step), (self.what,), made_there
+        again = partial(type(self), expected=self.expected, got=self.got, next_step=self.next_step, shown=self.shown)
+        return again, (self.what,), dict(vars(self))
 
 
 class InputError(CxrError):
@@ -91,6 +96,16 @@ class UsageError(InputError):
     """An argument, filter expression, training config or checkpoint that cannot be used."""
 
     exit_code = 2
+
+
+class ClauseError(UsageError):
+    """A filter, or words to look for, that cannot be meant.
+
+    Attributes:
+        span: The characters of it that are wrong, from the first, counted from 0, up to but without the second.
+    """
+
+    span: tuple[int, int] = (0, 0)
 
 
 class ServiceError(CxrError):

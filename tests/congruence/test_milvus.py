@@ -22,20 +22,27 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from clauses import trees
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import EMBEDDING_SIZE
-from cxr_retrieval.errors import InputError, StoreError, StoreFullError, UsageError
+from cxr_retrieval.errors import ClauseError, InputError, StoreError, StoreFullError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries, use_gallery
+from cxr_retrieval.gallery.clause import Arithmetic, Compare, Field, In, IsNull, Like, Node, Own, Value, Words, printed
+from cxr_retrieval.gallery.completion import Counted, Snapshot, Spread
+from cxr_retrieval.gallery.filters import Dialect, for_milvus
+from cxr_retrieval.gallery.matching import with_words
 from cxr_retrieval.gallery.store import (
     UPSERT_BYTES,
     UPSERT_ROWS,
+    Clause,
     Entry,
     Held,
     Store,
@@ -44,8 +51,10 @@ from cxr_retrieval.gallery.store import (
     list_collections,
     make_entry,
     remove_cases,
+    understood,
 )
 from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import KEY_FILE, dashboard_metrics
@@ -86,6 +95,25 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def entries(manifest: Manifest, pseudonyms: Pseudonyms) -> list[Entry]:
     return [make_entry(row, row.image_id, pseudonyms) for row in manifest.rows]
+
+
+_AGES = st.sampled_from([33, 50.0, 61, 75.5, 98])
+_TEXTS = st.sampled_from(["", "F", "M", "covid19", "first", "A1", "quoted \"word\" and 'mark'", "ünïcödé", "\\"])
+_NUMBERS = st.sampled_from([Field("age"), Field("spo2"), Own("extra", ("crp",))])
+_HELD = st.sampled_from([Field("sex"), Field("label"), Field("clinical_notes"), Own("extra", ("ward",)), Field("view")])
+_ORDERED = st.sampled_from(["==", "!=", "<", "<=", ">", ">="])
+POSSIBLE: st.SearchStrategy[Node] = st.one_of(
+    st.builds(Compare, _ORDERED, _NUMBERS, st.one_of(_AGES.map(Value), _NUMBERS)),
+    st.builds(Compare, _ORDERED, st.builds(Arithmetic, st.sampled_from("+-*/%"), _NUMBERS, _AGES.map(Value)), _AGES.map(Value)),
+    st.builds(Compare, _ORDERED, _HELD, _TEXTS.map(Value)),
+    st.builds(Compare, st.sampled_from(["==", "!="]), st.just(Field("went_icu")), st.booleans().map(Value)),
+    st.builds(In, _HELD, st.lists(_TEXTS, max_size=3).map(tuple), st.booleans()),
+    st.builds(In, _NUMBERS, st.lists(_AGES, max_size=3).map(tuple), st.booleans()),
+    st.builds(Like, _HELD, st.sampled_from(["%", "F%", "%i%", "_", "co_id%", "%\\%%", "a.*"])),
+    st.builds(IsNull, st.one_of(_NUMBERS, _HELD), st.booleans()),
+    st.builds(Words, st.just(Field("clinical_notes")), st.sampled_from([("first",), ("quoted", "unicode")]), st.booleans()),
+).filter(lambda node: not isinstance(node, Words) or not node.phrase or len(node.words) > 1)
+"""What can be asked of five cases, many answers to which differ."""
 
 
 def vectors(n: int, seed: int = 0) -> NDArray[np.float32]:
@@ -154,33 +182,172 @@ def test_unknown_facts_stay_unknown(store: Store) -> None:
     [
         ("age > 55", "ad"),
         ("age > 5.5e1", "ad"),
+        ("age in [61, 33.0]", "ab"),
+        ("60 <= age < 75.5", "a"),
+        ("age > 9223372036854775807", ""),
         ("temperature == 38.1", "a"),
         ('patient_id != "p1"', "bcde"),
+        ('not (patient_id == "p1")', "bcde"),
         ('patient_id not in ["p1", "p2"] and age > 1', "de"),
+        ("patient_id is null", "d"),
         ("went_icu == true", "ad"),
+        ("went_icu", "ad"),
+        ("not went_icu", "be"),
+        ("went_icu != true", "be"),
         ('sex == "F" and label == "covid19"', "ae"),
         ('image_id == "b"', "b"),
         ("image_id in ['a', \"c\"] and not (patient_id == 'p1')", "c"),
         ('image_id != "a" and patient_id in ["p1", "p2"]', "b"),
         ('source in ["south"]', "ce"),
         ('extra["crp"] > 2', "a"),
+        ('extra["crp"] in [1, 12.5]', "ab"),
+        ('extra["crp"] != 1', "a"),
+        ('extra["crp"] is null', "cde"),
+        ('exists extra["ward"]', "ac"),
+        ('extra["ward"] like "%2"', "a"),
+        ('extra["crp"] == true', ""),
+        ('extra["crp"] * 2 == 25', "a"),
         ('label like "non%"', "c"),
+        ('label like "%vid%"', "acde"),
         ('not (label == "covid19")', "bc"),
+        ('sex != "F"', "b"),
+        ('sex not in ["F"]', "b"),
+        ("not (age > 60)", "be"),
+        ("not (age > 60 and went_icu)", "be"),
+        ("age is null or sex is null", "cd"),
+        ("age + 1 > 60", "ad"),
+        ("age % 2 == 1", "ab"),
+        ("spo2 > age", "abe"),
+        ('array_contains(extra["ward"], "A1")', ""),
+        ('clinical_notes == "quoted \\"word\\" and \'mark\'"', "c"),
+        ('not (clinical_notes like "%r%")', "e"),
+        ('text_match(clinical_notes, "FIRST mark")', "ac"),
+        ('age > 55 and not text_match(clinical_notes, "second")', "a"),
+        ('age > 70 or phrase_match(clinical_notes, "quoted word")', "cd"),
     ],
 )
 def test_filters(store: Store, where: str, expected: str) -> None:
+    """The same cases of both, whatever they can be asked: what is unknown, too (`filters.py`)."""
     assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, where)) == list(expected)
 
 
-def test_known_difference_a_server_without_nullable_fields_lets_unknown_values_through_inequality(store: Store, kind: str) -> None:
-    """`sex != "F"`: SQL's null on Milvus Lite, and so, not run here, on servers from 2.5; absent dynamic fields match on 2.3.5."""
-    found = sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, 'sex != "F"'))
-    assert found == (["b"] if kind == "lite" else ["b", "d"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("first", "a"),
+        ("Unicode", "e"),
+        ("ÜNÏCÖDÉ", "e"),
+        ("word mark", "c"),
+        ('"and mark"', "c"),
+        ('"mark and"', ""),
+        ("wor", ""),
+        ("-first", "ce"),
+        ("-first -quoted", "e"),
+    ],
+)
+def test_words_of_notes(store: Store, text: str, expected: str) -> None:
+    """By the words that the gallery keeps, or here; cases without notes never meet them."""
+    clause = store.clause("", text)
+    assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, clause)) == list(expected)
+    assert (WORDS_FIELD in clause.asked) == ("key in" not in clause.asked) == store.fields.keys().__contains__(WORDS_FIELD)
+    both = store.clause("age > 55", text)
+    assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, both)) == sorted({*expected} & {*"ad"})
+
+
+def test_words_asked_as_servers_with_an_index_are(store: Store, kind: str) -> None:
+    """No server that has TEXT_MATCH can be had here; Milvus Lite has it, if slowly, and takes what such a server would be asked."""
+    if kind == "server":
+        pytest.skip("2.3.5 has no TEXT_MATCH")
+    indexed = Dialect(lite=False, nullable=True, words=True)
+    for text, expected in {"first": "a", "word mark": "c", '"and mark"': "c", '"mark and"': "", "-first": "ce", "unicode": "e"}.items():
+        condition = understood("", text, store.pseudonyms)
+        assert condition is not None
+        asked = printed(for_milvus(condition, indexed, lambda *_: pytest.fail("it can be asked all of it")))
+        assert "TEXT_MATCH(notes_words" in asked
+        assert sorted(hit.case.image_id for hit in store.search(vectors(5)[0], 5, Clause("", asked))) == list(expected)
+
+
+@settings_of_hypothesis(max_examples=50)
+@given(trees(POSSIBLE))
+def test_a_snapshot_tells_the_same_cases_apart_as_milvus(store: Store, node: Node) -> None:
+    """Two ways to evaluate any clause: what Milvus is asked, and what is matched here."""
+    where = printed(node)
+    found = sorted(hit.case.key for hit in store.search(vectors(5)[0], 5, where))
+    snapshot = Snapshot(list(map(with_words, store.rows(["*"]))), store.pseudonyms)
+    assert found == sorted(row["key"] for row in snapshot.meeting(where).rows)
+
+
+def test_values_are_counted(store: Store) -> None:
+    assert store.counts("label") == {"covid19": 3, "control": 1, "non_covid_pneumonia": 1}
+    assert store.counts("sex", "age > 40") == {"F": 2}
+    assert store.counts("went_icu") == {True: 2, False: 2}
+    assert store.counts("age", store.clause("", "first")) == {61.0: 1}
+    assert store.counts("view") == {}
+    for field in ("patient_id", "image_id", "extra", "pixels", "nonsense"):
+        with pytest.raises(UsageError, match=f"no values of {field} can be counted"):
+            store.counts(field)
+
+
+def test_a_snapshot_describes_what_the_gallery_holds(store: Store) -> None:
+    snapshot = Snapshot.take(store)
+    assert (len(snapshot), snapshot.whole) == (5, True)
+    fields = {one.name: (one.kind, one.known) for one in snapshot.fields()}
+    assert fields["age"] == ("number", 4)
+    assert fields["went_icu"] == ("flag", 4)
+    assert fields['extra["crp"]'] == ("number", 2)
+    assert fields['extra["ward"]'] == ("text", 2)
+    assert not fields.keys() & {"key", "image_id", "patient_id", "extra", WORDS_FIELD}
+    assert [one.name for one in snapshot.fields("S")] == ["source", "split", "sex", "survival", "spo2"]
+    assert [one.name for one in snapshot.fields("w")] == ["went_icu", "wbc", 'extra["ward"]']
+    label = snapshot.describe("label", limit=2)
+    assert label.values == (Counted("covid19", 3), Counted("control", 1))
+    assert (label.unknown, label.distinct, label.spread) == (0, 3, None)
+    assert snapshot.describe("label", "CO").values == (Counted("covid19", 3), Counted("control", 1))
+    age = snapshot.describe("age")
+    assert age.spread == Spread(33, 45.75, 55.5, 64.625, 75.5)
+    assert age.unknown == 1
+    assert snapshot.describe('extra["crp"]').values == (Counted(1, 1), Counted(12.5, 1))
+    some = snapshot.meeting("went_icu", "first")
+    assert (len(some), some.describe("sex").values) == (1, (Counted("F", 1),))
+    with pytest.raises(UsageError, match="no case has a field patient_id"):
+        snapshot.describe("patient_id")
+
+
+def test_a_gallery_without_words_of_notes_still_answers(tmp_path: Path, entries: list[Entry], pseudonyms: Pseudonyms) -> None:
+    """As galleries were made before there was --text: they are read, written, and carried over into one that has them."""
+    settings = MilvusSettings(str(tmp_path / "gallery.db"))
+    with Store(settings, "older", pseudonyms, create=True) as store:
+        about = store._client.describe_collection(store.collection)  # pyright: ignore[reportPrivateUsage]
+    client = MilvusClient(settings.uri)
+    client.drop_collection("cxr_older")
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    for field in about["fields"]:
+        if field["name"] != WORDS_FIELD:
+            primary = {"is_primary": True} if field["name"] == "key" else {}
+            schema.add_field(field["name"], field["type"], nullable=bool(field.get("nullable")), **primary, **field["params"])
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
+    client.create_collection("cxr_older", schema=schema, index_params=index, properties=about["properties"])
+    client.close()
+    release(settings)
+    with Store(settings, "older", pseudonyms, create=True) as older:
+        older.upsert(entries, digests(5), vectors(5))
+        clause = older.clause("age > 30", "first")
+        assert f'key in ["{entries[0].key}"]' == clause.asked
+        assert [hit.case.image_id for hit in older.search(vectors(5)[0], 5, clause)] == ["a"]
+        assert [hit.case.image_id for hit in older.search(vectors(5)[0], 5, older.clause("", "-first -quoted"))] == ["e"]
+        with Store(settings, "newer", pseudonyms, create=True, beside=older) as newer:
+            newer.put(list(older.rows(["*"])))
+            assert [hit.case.image_id for hit in newer.search(vectors(5)[0], 5, newer.clause("age > 30", "first"))] == ["a"]
+            older.put(list(newer.rows(["*"])))
+            assert WORDS_FIELD in newer.clause("", "first").asked
+        assert older.count() == 5
+    assert remove_cases(settings, pseudonyms, 'text_match(clinical_notes, "first")').keys() == {"cxr_newer", "cxr_older"}
 
 
 @pytest.mark.parametrize("where", ["age >", "agee > 5", 'patient == "p1"', "((age > 5)"])
 def test_bad_filters_are_the_users_error(store: Store, where: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ClauseError) as caught:
         store.search(vectors(1)[0], 3, where)
     assert where in str(caught.value)
     assert caught.value.exit_code == 2

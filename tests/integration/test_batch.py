@@ -303,7 +303,7 @@ def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmRea
         assert answered.wait(120)
         yield from find_inputs(some, reader)
 
-    options = BatchOptions(None, 10, "", include_own=False, attention=None, gate=False)
+    options = BatchOptions(None, 10, None, include_own=False, attention=None, gate=False)
     with TritonClient(TritonSettings(quick.grpc)) as triton, Journal(tmp_path / "results.jsonl", {}) as journal:
         complete = run_batch(
             journal,
@@ -393,7 +393,7 @@ def test_a_triton_that_goes_away_is_waited_for(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, 10, "", include_own=False, attention=None, gate=False),
+                BatchOptions(store, 10, None, include_own=False, attention=None, gate=False),
                 stop=threading.Event(),
                 advance=lambda _: None,
                 tell=told.append,
@@ -476,7 +476,7 @@ def test_patience_ends(archive: Path, instant: Path, tmp_path: Path) -> None:
         journal = stack.enter_context(Journal(tmp_path / "results.jsonl", {}))
         list(journal.add(find_inputs([str(archive)], reader)))
         end(server.process, signal.SIGKILL)
-        options = BatchOptions(None, 10, "", include_own=False, attention=None, gate=False)
+        options = BatchOptions(None, 10, None, include_own=False, attention=None, gate=False)
         with pytest.raises(ServerDownError, match="no Triton server answers"):
             run_batch(journal, reader, client, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, patience_s=2)
         assert journal.counts()["failed"] == 0

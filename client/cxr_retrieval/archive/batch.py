@@ -20,7 +20,7 @@ from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
-from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.gallery.store import Clause, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval import query
@@ -37,7 +37,7 @@ class BatchOptions:
 
     store: Store | None
     top_k: int
-    where: str
+    where: Clause | None
     include_own: bool
     attention: Path | None
     gate: bool = True

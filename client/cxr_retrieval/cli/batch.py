@@ -28,7 +28,8 @@ def batch(
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
     form: Annotated[Format, typer.Option("--format", help="A line of JSON for each input, or a table.")] = Format.jsonl,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
-    where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
+    where: options.Where = "",
+    text: options.Words = "",
     include_own: Annotated[
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
@@ -63,15 +64,16 @@ def batch(
 
         wait = Patience(stop, patience, seen.tell, seen.watch)
         client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
-        store = None
+        store = clause = None
         if not embed_only:
             keys = opened.enter_context(open_pseudonyms(pseudonyms))
-            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))
+            gallery = store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))
+            clause = first_contact(wait, "milvus", lambda: gallery.clause(where, text))
         decisive = {
             "model_version": client.model_version,
             "gallery": None if embed_only else milvus.uri,
             "top_k": top_k,
-            "where": where,
+            "where": clause.given if clause else "",
             "include_own": include_own,
             "gate": not no_gate,
             "attention": str(attention) if attention else None,
@@ -96,7 +98,7 @@ def batch(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, top_k, where, include_own, attention, gate=not no_gate),
+                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate),
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,

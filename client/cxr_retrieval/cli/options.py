@@ -45,6 +45,20 @@ Repository = Annotated[
 Patience = Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for a server that is away, from the start on.")]
 Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log of who did what to which cases, and when; see `cxr audit`.")]
 
+Where = Annotated[
+    str,
+    typer.Option(
+        "--where",
+        metavar="EXPR",
+        help="Only cases that meet this, such as 'age >= 60 and sex == \"F\" and spo2 < 92 and went_icu'; see docs/asking.md.",
+    ),
+]
+Words = Annotated[
+    str,
+    typer.Option(
+        "--text", metavar="WORDS", help="Only cases whose clinical notes hold all these words, a '\"phrase so\"', and no '-word'."
+    ),
+]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Take also what looks like no upright frontal chest film.")]
 
 AUDIT_DEFAULT = DEFAULT_AUDIT

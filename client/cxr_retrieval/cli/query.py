@@ -27,7 +27,8 @@ def query(
     pseudonyms: PseudonymSettings,
     image: Annotated[Path, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF.")],
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
-    where: Annotated[str, typer.Option(metavar="EXPR", help="Only cases that meet this, such as 'age > 60 and went_icu == true'.")] = "",
+    where: options.Where = "",
+    text: options.Words = "",
     json: options.Json = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one PNG.")] = None,
@@ -61,7 +62,16 @@ def query(
             audited(audit.expanduser(), "query", {"model_version": client.model_version, "film": film_pseudonym(image)}) as operation,
         ):
             result = answer(
-                image, reader, client, store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=not no_gate
+                image,
+                reader,
+                client,
+                store,
+                top_k=top_k,
+                where=where,
+                text=text,
+                patient=patient,
+                include_own=include_own,
+                gate=not no_gate,
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:

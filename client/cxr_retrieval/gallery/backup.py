@@ -28,6 +28,7 @@ from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
 LAYOUT: Final = "1"
@@ -229,7 +230,7 @@ def _as_row(
     known |= json.loads(columns[_META] or "{}")
     if store.takes_any_field:
         return known
-    unknown = sorted(known.keys() - here.keys())
+    unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD})  # which `put` makes where there is room for them
     if unknown:
         raise UsageError(
             f"{path}: holds fields that {store.collection} lacks",

@@ -1,81 +1,72 @@
-"""The filter language: Milvus' boolean expressions over the stored fields, checked before Milvus sees them.
+"""What becomes of a clause before Milvus sees it: no ids, one meaning of what is unknown, and nothing that this Milvus cannot do.
 
-A server with dynamic fields answers a misspelt name with silence, and an unclosed string with a parser's complaint.
+No two kinds of Milvus answer alike as they are: an unknown value meets `!=` on a server that keeps it as an absent field, and `not in`
+in Milvus Lite; patterns, sums and words can be asked of one and not of another. Here a clause gets one meaning, and each kind is asked in
+a form that has it there. What a kind cannot do is read and matched here (`matching.py`), and reaches it as a list of keys.
+
+The one meaning: a case whose value is unknown meets no condition on it, nor its opposite, but `is null`. Except that an unknown patient is
+another one: `patient_id != "P"` keeps such cases.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from cxr_retrieval.errors import UsageError
+from cxr_retrieval.gallery.clause import (
+    And,
+    Arithmetic,
+    Comparator,
+    Compare,
+    Contains,
+    Exists,
+    Field,
+    In,
+    IsNull,
+    Length,
+    Like,
+    Node,
+    Not,
+    Or,
+    Own,
+    Value,
+    Words,
+    all_of,
+    any_of,
+    items,
+)
+from cxr_retrieval.gallery.words import WORDS_FIELD, spaced
 
-_WORDS: Final = frozenset({"and", "or", "not", "in", "like", "true", "false", "null", "is", "exists"})
-_EXAMPLE: Final = "for example --where 'age > 60 and sex == \"F\"'"
-_TOKEN: Final = re.compile(
-    r"""(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
-      | (?P<quote>["'])
-      | (?P<number>(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))
-      | (?P<call>[A-Za-z_]\w*\s*(?=\())
-      | (?P<name>[A-Za-z_]\w*)
-    """,
-    re.VERBOSE,
-)
-_STRING: Final = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
-_ANOTHER_PATIENT: Final = re.compile(rf"\bpatient_id\s*(?:!=\s*{_STRING}|not\s+in\s*\[(?:[^\]\"']|{_STRING})*\])", re.IGNORECASE)
-_COMPARISON: Final = re.compile(
-    rf"\s*(?:(?P<sign>==|!=)\s*(?P<one>{_STRING})|(?P<out>not\s+)?in\s*\[(?P<several>(?:\s*{_STRING}\s*,?)*)\s*\]|is\s+(?:not\s+)?null\b)",
-    re.IGNORECASE,
-)
-"""What may follow the name of a field that holds pseudonyms."""
-_STORED_AS: Final = {"image_id": "key"}
+KEY: Final = Field("key")
+"""The primary key: pseudonyms of images."""
+_STORED_AS: Final = {"image_id": KEY.name}
+_PATIENT: Final = "patient_id"
+_NEVER_UNKNOWN: Final = frozenset({KEY.name, "label"})
 _PSEUDONYM: Final = re.compile("[0-9a-f]{32}")
-_ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+_OPPOSITE: Final[Mapping[Comparator, Comparator]] = {"==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
+_PREFIX: Final = re.compile(r"[^%_\\]*%")
+_SPELT_OUT: Final = 100
+"""Values of a list that become conditions, one each; more are matched here."""
 
 
-def check_filter(where: str, fields: Collection[str]) -> None:
-    """Refuses what cannot be meant.
+@dataclass(frozen=True)
+class Dialect:
+    """What the Milvus behind a gallery understands.
 
-    Args:
-        fields: Names that a clause may use.
-
-    Raises:
-        UsageError: A string is not closed, or a name is none of `fields`.
+    Attributes:
+        lite: It is Milvus Lite, in this process or behind `cxr serve`.
+        nullable: Unknown values are null. Otherwise, on servers before 2.5, they are dynamic fields that a row has not.
+        words: The gallery has WORDS_FIELD.
     """
-    for token in _tokens(where):
-        if token.lastgroup == "quote":
-            raise UsageError(
-                "the filter holds a string that is not closed",
-                expected=f"a second {token[0]}",
-                got=where[token.start() :],
-                next_step=_EXAMPLE,
-            )
-    names = {token[0].strip() for token in _tokens(where) if token.lastgroup == "name"}
-    unknown = sorted(name for name in names if name.lower() not in _WORDS and name not in fields)
-    if unknown:
-        raise UsageError(
-            f"the filter names an unknown field: {', '.join(unknown)}",
-            expected=", ".join(sorted(fields)),
-            got=where,
-            next_step='columns of your own are reached as extra["name"]',
-        )
+
+    lite: bool
+    nullable: bool
+    words: bool
 
 
-def keep_unknown_patients(where: str) -> str:
-    """Makes `patient_id != "P"` and `patient_id not in [...]` true of cases whose patient is unknown: null is unequal to nothing."""
-    parts: list[str] = []
-    end = 0
-    for clause in _ANOTHER_PATIENT.finditer(where):
-        if any(token.lastgroup == "string" and token.start() < clause.start() < token.end() for token in _tokens(where)):
-            continue  # it stands inside a string
-        parts += [where[end : clause.start()], f"(patient_id is null or {clause[0]})"]
-        end = clause.end()
-    return "".join([*parts, where[end:]])
-
-
-def with_pseudonyms(where: str, pseudonym_of: Mapping[str, Callable[[str], str]]) -> str:
+def with_pseudonyms(node: Node, pseudonym_of: Mapping[str, Callable[[str], str]]) -> Node:
     """Puts pseudonyms in the place of the ids that a clause compares with, so that no id reaches Milvus.
 
     `patient_id == "P"` becomes `patient_id in ["5f…"]`, and `image_id` the primary key, `key`. A string of 32 hex digits may be a pseudonym
@@ -83,42 +74,157 @@ def with_pseudonyms(where: str, pseudonym_of: Mapping[str, Callable[[str], str]]
 
     Args:
         pseudonym_of: Field, of those that hold pseudonyms → how an id becomes one.
-
-    Raises:
-        UsageError: A comparison that pseudonyms do not have, such as `like` or `>`.
     """
-    parts: list[str] = []
-    end = 0
-    for token in _tokens(where):
-        if token.lastgroup not in ("name", "call") or token[0].strip() not in pseudonym_of:
-            continue
-        field = token[0].strip()
-        compared = _COMPARISON.match(where, token.end())
-        if compared is None:
-            raise UsageError(
-                f"the filter does with {field} what cannot be done",
-                expected=f'{field} == "…", != "…", in ["…"], not in ["…"] or is null: Milvus holds a pseudonym of it',
-                got=where[token.start() :],
-                next_step="name the field first, and compare it with whole ids",
-            )
-        stored, rest = _STORED_AS.get(field, field), compared[0]
-        if compared["one"] or compared["several"] is not None:
-            ids = [_unquoted(text[0]) for text in re.finditer(_STRING, compared["one"] or compared["several"])]
-            keys = [pseudonym_of[field](text) for text in ids] + [text for text in ids if _PSEUDONYM.fullmatch(text)]
-            unequal = compared["sign"] == "!=" or compared["out"]
-            rest = f" {'not in' if unequal else 'in'} {json.dumps(keys)}"
-        parts += [where[end : token.start()], stored, rest]
-        end = compared.end()
-    return "".join([*parts, where[end:]])
+    match node:
+        case Not(inner):
+            return Not(with_pseudonyms(inner, pseudonym_of))
+        case And(nodes) | Or(nodes):
+            return type(node)(tuple(with_pseudonyms(part, pseudonym_of) for part in nodes))
+        case Compare(operator, Field(name), Value(str(text))) if name in pseudonym_of:
+            return In(_stored(name), _pseudonyms([text], pseudonym_of[name]), operator == "!=")
+        case In(Field(name), values, negated) if name in pseudonym_of:
+            return In(_stored(name), _pseudonyms([value for value in values if isinstance(value, str)], pseudonym_of[name]), negated)
+        case IsNull(Field(name), negated) if name in pseudonym_of:
+            return IsNull(_stored(name), negated)
+        case Exists(Field(name)) if name in pseudonym_of:
+            return Exists(_stored(name))
+        case _:
+            return node
 
 
-def _unquoted(literal: str) -> str:
-    def unescaped(escape: re.Match[str]) -> str:
-        return chr(int(escape[2], 16)) if escape[2] else _ESCAPES.get(escape[1], escape[1])
-
-    text = re.sub(r"\\(u([0-9a-fA-F]{4})|.)", unescaped, literal[1:-1], flags=re.DOTALL)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # \ud800\udc00 is one character
+def _stored(name: str) -> Field:
+    return Field(_STORED_AS.get(name, name))
 
 
-def _tokens(where: str) -> Iterator[re.Match[str]]:
-    return _TOKEN.finditer(where)
+def _pseudonyms(ids: Sequence[str], pseudonym: Callable[[str], str]) -> tuple[str, ...]:
+    return tuple([pseudonym(text) for text in ids] + [text for text in ids if _PSEUDONYM.fullmatch(text)])
+
+
+def settled(node: Node, *, unknown_patients: bool, negated: bool = False) -> Node:
+    """The same with no negation but of single conditions, and with none that an unknown value could meet.
+
+    Two truth values are enough for it, wherever it is asked: what needs a value says that it must be known.
+
+    Args:
+        unknown_patients: `patient_id != "P"` keeps cases whose patient is unknown. False: it leaves them out, like any other field.
+        negated: Of its opposite instead.
+    """
+    match node:
+        case Not(inner):
+            return settled(inner, unknown_patients=unknown_patients, negated=not negated)
+        case And(nodes) | Or(nodes):
+            parts = [settled(part, unknown_patients=unknown_patients, negated=negated) for part in nodes]
+            return all_of(parts) if isinstance(node, And) != negated else any_of(parts)
+        case IsNull(item, is_negated):
+            return IsNull(item, is_negated != negated)
+        case Exists(item):
+            return IsNull(item, not negated)
+        case Compare(operator, left, right):
+            operator = _OPPOSITE[operator] if negated else operator
+            if operator == "!=" and isinstance(left, Field) and isinstance(right, Value) and isinstance(right.value, bool):
+                return Compare("==", left, Value(not right.value))
+            condition = Compare(operator, left, right)
+            return _known(condition) if operator == "!=" else condition
+        case In(item, values, is_negated):
+            condition = In(item, values, is_negated != negated)
+            if condition.negated and item == Field(_PATIENT) and unknown_patients:
+                return any_of([IsNull(item), condition])
+            return _known(condition) if condition.negated else condition
+        case _:
+            return _known(Not(node)) if negated else node
+
+
+def _known(condition: Node) -> Node:
+    """Where all that it asks is known."""
+    asked = [item for item in dict.fromkeys(items(condition)) if not (isinstance(item, Field) and item.name in _NEVER_UNKNOWN)]
+    return all_of([*(IsNull(item, negated=True) for item in asked), condition])
+
+
+def for_milvus(node: Node, dialect: Dialect, keys_of: Callable[[Node | None, Node], Sequence[str]]) -> Node:
+    """What this Milvus can be asked in place of a settled clause.
+
+    Args:
+        keys_of: Keys of the cases that meet both a condition that Milvus can be asked (None: all cases), and one that it cannot.
+    """
+    if (native := _native(node, dialect)) is not None:
+        return native
+    if not isinstance(node, And | Or):
+        return In(KEY, tuple(keys_of(None, node)))
+    natives = [_native(part, dialect) for part in node.nodes]
+    possible = [native for native in natives if native is not None]
+    others = [part for part, native in zip(node.nodes, natives, strict=True) if native is None]
+    if isinstance(node, And):
+        return In(KEY, tuple(keys_of(all_of(possible) if possible else None, all_of(others))))
+    return any_of([*possible, In(KEY, tuple(keys_of(None, any_of(others))))])
+
+
+def _native(node: Node, dialect: Dialect) -> Node | None:
+    """As this Milvus understands it; None: it does not."""
+    match node:
+        case And(nodes) | Or(nodes):
+            parts = [part for part in (_native(one, dialect) for one in nodes) if part is not None]
+            return (all_of if isinstance(node, And) else any_of)(parts) if len(parts) == len(nodes) else None
+        case Not(inner):
+            native = _native(inner, dialect)
+            return None if native is None else Not(native)
+        case IsNull(item, negated):
+            if isinstance(item, Field) and dialect.nullable:
+                return node
+            return Exists(item) if negated else Not(Exists(item))
+        case Compare(_, left, right):
+            return node if _comparable(left, right, dialect) else None
+        case In(item, values, negated):
+            return _listed(item, values, negated)
+        case Like(_, pattern):
+            able = "\\" not in pattern if dialect.nullable else _PREFIX.fullmatch(pattern) is not None
+            return node if able else None
+        case Words(_, words, phrase) if dialect.words:
+            return _worded(words, phrase, dialect)
+        case Contains():
+            return node
+        case _:
+            return None
+
+
+def _comparable(left: object, right: object, dialect: Dialect) -> bool:
+    """Servers compare a field with a constant; Milvus Lite also fields with each other, and sums, but knows no remainder, and takes
+    true for 1 in the user's own columns.
+    """
+    sides = (left, right)
+    if dialect.lite:
+        is_flag = any(isinstance(side, Value) and isinstance(side.value, bool) for side in sides)
+        return not any(_has_remainder(side) or (is_flag and isinstance(side, Own)) for side in sides)
+    return any(isinstance(side, Value) for side in sides) and any(isinstance(side, Field | Own) for side in sides)
+
+
+def _has_remainder(operand: object) -> bool:
+    """Or asks how long a list is."""
+    match operand:
+        case Arithmetic(operator, left, right):
+            return operator == "%" or _has_remainder(left) or _has_remainder(right)
+        case _:
+            return isinstance(operand, Length)
+
+
+def _listed(item: Field | Own, values: tuple[int | float | bool | str, ...], negated: bool) -> Node | None:
+    """A list: of numbers as Milvus has them, floating-point ones; of a column of the user's own one by one, which all kinds can."""
+    if isinstance(item, Field):
+        plain = tuple(float(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values)
+        return In(item, plain, negated)
+    if not values:
+        return In(KEY, (), negated)
+    if len(values) > _SPELT_OUT:
+        return None
+    return (all_of if negated else any_of)(Compare("!=" if negated else "==", item, Value(value)) for value in values)
+
+
+def _worded(words: tuple[str, ...], phrase: bool, dialect: Dialect) -> Node:
+    """Milvus Lite's TEXT_MATCH has no index and walks the rows one by one, forty times slower than a pattern over the same field. Servers
+    have one, but no Milvus below 2.6 can ask it for phrases.
+    """
+    field = Field(WORDS_FIELD)
+    if dialect.lite:
+        return Like(field, f"%{spaced(words)}%") if phrase else any_of(Like(field, f"%{spaced((word,))}%") for word in words)
+    if not phrase:
+        return Words(field, words)
+    return all_of([*(Words(field, (word,)) for word in words), Like(field, f"%{spaced(words)}%")])

@@ -116,13 +116,15 @@ def _refuse_locked(folder: Path) -> None:
         ) from error
 
 
+def is_lite(client: MilvusClient) -> bool:
+    """Whether Milvus Lite answers there, in this process or behind `cxr serve`."""
+    return str(client.get_server_version()).startswith("milvus_lite")
+
+
 def has_nullable(client: MilvusClient) -> bool:
     """Whether fields may be null there: Milvus Lite, and servers from 2.5 on."""
-    version = str(client.get_server_version())
-    if version.startswith("milvus_lite"):
-        return True
-    match = re.match(r"v?(\d+)\.(\d+)", version)
-    return match is not None and (int(match[1]), int(match[2])) >= _NULLABLE_SINCE
+    match = re.match(r"v?(\d+)\.(\d+)", str(client.get_server_version()))
+    return is_lite(client) or (match is not None and (int(match[1]), int(match[2])) >= _NULLABLE_SINCE)
 
 
 def one_blas_thread() -> threadpool_limits:

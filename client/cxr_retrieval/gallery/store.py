@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,10 +39,14 @@ from cxr_retrieval.gallery.aliases import (
     point,
     the_gallery,
 )
-from cxr_retrieval.gallery.filters import check_filter, keep_unknown_patients, with_pseudonyms
-from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, one_blas_thread, silent, translated
+from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, items, printed
+from cxr_retrieval.gallery.clause_parser import parse, parse_text
+from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
+from cxr_retrieval.gallery.matching import matches, with_words
+from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, is_lite, one_blas_thread, silent, translated
 from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
 from cxr_retrieval.gallery.thumbnails import Thumbnail, Thumbnails
+from cxr_retrieval.gallery.words import MAX_WORDS, NOTES, WORDS_FIELD
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
 UPSERT_ROWS: Final = 500
@@ -73,10 +78,17 @@ _NAMED: Final = {
 }
 """Text fields of our own, each with its greatest length in bytes of UTF-8, as Milvus counts."""
 _OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
-_INTERNAL: Final = frozenset({"file", "facts", "pixels"})
-"""Digests, of no use in a clause."""
-FILTER_FIELDS: Final = frozenset({"key", "image_id", "extra", *_NAMED, *CLINICAL_FIELDS}) - _INTERNAL
-"""Names that a clause may use; ids become pseudonyms before Milvus sees them."""
+FILTER_FIELDS: Final[Mapping[str, Kind]] = {
+    "key": "text",
+    "image_id": "id",
+    "patient_id": "id",
+    "label": "text",
+    "source": "text",
+    "split": "text",
+    **CLINICAL_FIELDS,
+    "extra": "own",
+}
+"""Names that a clause may use, and what these hold; ids become pseudonyms before Milvus sees them."""
 _IN_CLEAR: Final = frozenset({"image_id", "path"})
 """Fields of galleries made before there were pseudonyms."""
 _MILVUS_TYPES: Final = {"number": DataType.DOUBLE, "flag": DataType.BOOL, "text": DataType.VARCHAR}
@@ -107,6 +119,19 @@ class Case:
     file: str
     pixels: str
     member: str | None = None
+
+
+@dataclass(frozen=True)
+class Clause:
+    """What cases must meet, understood and made ready for one gallery (`Store.clause`).
+
+    Attributes:
+        given: As the user gave it; "" if nothing.
+        asked: What Milvus is asked; it names no id.
+    """
+
+    given: str
+    asked: str
 
 
 @dataclass(frozen=True)
@@ -237,6 +262,7 @@ class Store:
         try:
             with translated(settings):
                 self._nullable = has_nullable(self._client)
+                self._lite = is_lite(self._client)
                 if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
                         raise StoreError(
@@ -389,9 +415,9 @@ class Store:
         return {row["key"]: row for row in self._rows_of(keys, ["*"])}
 
     def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Upserts rows as `rows` gives them, of a gallery on the same Milvus."""
+        """Upserts rows as `rows` gives them, of a gallery on the same Milvus; with the words of their notes if this one keeps these."""
         with translated(self._settings):
-            for some in by_bytes(map(dict, rows)):
+            for some in by_bytes(map(self._fitting, rows)):
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -400,11 +426,45 @@ class Store:
             _delete(self._client, self.collection, keys, self._settings.timeout_s)
             _remove_orphans(self._client, self._settings, keys)
 
-    def search(self, embedding: NDArray[np.float32], top_k: int, where: str = "") -> list[Neighbour]:
+    def clause(self, where: str = "", text: str = "") -> Clause:
+        """Makes ready what cases must meet, for several searches: what this Milvus cannot be asked is read and matched here, once.
+
+        Args:
+            where: Boolean expression over FILTER_FIELDS (docs/asking.md); ids in it become pseudonyms here.
+            text: Words that clinical notes must hold, all of them; "phrases in quotes" as they stand; none of the -words.
+
+        Raises:
+            ClauseError: One of them cannot be meant.
+            StoreError: The notes could not be read.
+        """
+        dialect = Dialect(self._lite, self._nullable, self._has_words)
+        with translated(self._settings, where):
+            return _ready(self._client, self.collection, self._settings, self.pseudonyms, dialect, where, text, unknown_patients=True)
+
+    def counts(self, field: str, where: str | Clause = "") -> dict[Value, int]:
+        """How many of the cases that meet a clause have which value of a field, the most frequent first; of those where it is known.
+
+        Reads that field of every such case: seconds where these are 100,000. `completion.Snapshot` answers at once from what it holds.
+
+        Raises:
+            UsageError: No such field, or none that can be counted; or as `clause`.
+            StoreError: Milvus cannot serve.
+        """
+        if FILTER_FIELDS.get(field, "id") in ("id", "own"):
+            raise UsageError(
+                f"no values of {field} can be counted", expected=", ".join(sorted(FILTER_FIELDS)), next_step="name another field"
+            )
+        clause = where if isinstance(where, Clause) else self.clause(where)
+        with translated(self._settings, clause.given):
+            rows = _rows(self._client, self.collection, clause.asked or 'key != ""', [field], self._settings.timeout_s)
+            counted = Counter(row[field] for row in rows if row.get(field) is not None)
+        return dict(counted.most_common())
+
+    def search(self, embedding: NDArray[np.float32], top_k: int, where: str | Clause = "") -> list[Neighbour]:
         """As `search_many`, for one embedding `[64]`."""
         return self.search_many(embedding[None], top_k, where)[0]
 
-    def search_many(self, embeddings: NDArray[np.float32], top_k: int, where: str = "") -> list[list[Neighbour]]:
+    def search_many(self, embeddings: NDArray[np.float32], top_k: int, where: str | Clause = "") -> list[list[Neighbour]]:
         """For each embedding the `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of key.
 
         A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
@@ -412,24 +472,23 @@ class Store:
 
         Args:
             embeddings: `[n, 64]`, unit length.
-            where: Milvus boolean expression over the stored fields; ids in it become pseudonyms here.
+            where: As `clause` takes it, or what that has made ready.
 
         Raises:
-            UsageError: The expression is malformed or names an unknown field.
+            ClauseError: It cannot be meant.
             StoreError: The search failed.
         """
-        asked = _as_stored(where, self.pseudonyms)
-        asked = keep_unknown_patients(asked) if self._nullable else asked
+        clause = where if isinstance(where, Clause) else self.clause(where)
         at_once = max(1, SEARCH_ROWS // top_k)
         found: list[list[tuple[dict[str, Any], float]]] = []
-        with translated(self._settings, where):
+        with translated(self._settings, clause.given):
             for start in range(0, len(embeddings), at_once):
                 answers = self._client.search(
                     self.collection,
                     data=embeddings[start : start + at_once].tolist(),
                     anns_field="embedding",
                     limit=top_k,
-                    filter=asked,
+                    filter=clause.asked,
                     output_fields=["*"],
                     search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
                     consistency_level="Session",
@@ -474,6 +533,15 @@ class Store:
             for name, kind in CLINICAL_FIELDS.items():
                 length = {"max_length": MAX_TEXT} if kind == "text" else {}
                 schema.add_field(name, _MILVUS_TYPES[kind], nullable=True, **length)
+            schema.add_field(
+                WORDS_FIELD,
+                DataType.VARCHAR,
+                max_length=MAX_WORDS,
+                nullable=True,
+                enable_analyzer=True,
+                enable_match=True,
+                analyzer_params={"tokenizer": "standard" if self._lite else "whitespace"},  # the words are made here
+            )
         index = self._client.prepare_index_params()
         if self._settings.is_lite:
             index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
@@ -511,6 +579,7 @@ class Store:
                 next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
         _refuse_another_key(about, self.pseudonyms)
+        self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
@@ -525,7 +594,12 @@ class Store:
         }
         optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
         values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional}
-        return values if self._nullable else {name: value for name, value in values.items() if value is not None}
+        return self._fitting(values if self._nullable else {name: value for name, value in values.items() if value is not None})
+
+    def _fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """With the words of its notes where this gallery keeps them, and without elsewhere."""
+        values = {name: value for name, value in row.items() if name != WORDS_FIELD}
+        return with_words(values) if self._has_words else values
 
 
 def list_collections(settings: MilvusSettings) -> dict[str, str]:
@@ -554,17 +628,20 @@ def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *
         Collection → keys, where there are any.
 
     Raises:
-        UsageError: The clause is malformed or names an unknown field.
+        ClauseError: It cannot be meant.
         StoreError: Not reachable, a gallery in clear or of another key, or the removal failed.
     """
-    asked = _as_stored(where, pseudonyms)
+    parse(where, FILTER_FIELDS)  # also where there is no gallery to ask
     found: dict[str, list[str]] = {}
     with connected(settings, where) as client:
+        lite, nullable = is_lite(client), has_nullable(client)
         for name in gallery_names(client, settings.timeout_s):
             about = client.describe_collection(name, timeout=settings.timeout_s)
             _refuse_in_clear(about)
             _refuse_another_key(about, pseudonyms)  # whose cases this key does not find
             client.load_collection(name, timeout=settings.timeout_s)
+            dialect = Dialect(lite, nullable, any(field["name"] == WORDS_FIELD for field in about["fields"]))
+            asked = _ready(client, name, settings, pseudonyms, dialect, where, unknown_patients=False).asked
             keys = sorted(row["key"] for row in _rows(client, name, asked, ["key"], settings.timeout_s))
             if keys:
                 found[name] = keys
@@ -625,10 +702,42 @@ def _size(value: Any) -> int:
     return 8 * len(value) if isinstance(value, list) else 8
 
 
-def _as_stored(where: str, pseudonyms: Pseudonyms) -> str:
-    """A clause, checked, with pseudonyms in the place of ids."""
-    check_filter(where, FILTER_FIELDS)
-    return with_pseudonyms(where, {"image_id": pseudonyms.image, "patient_id": pseudonyms.patient})
+def understood(where: str, text: str, pseudonyms: Pseudonyms, *, unknown_patients: bool = True) -> Node | None:
+    """What a clause and words to look for ask of what is stored, with pseudonyms and settled; None: nothing.
+
+    Raises:
+        ClauseError: One of them cannot be meant.
+    """
+    asked = [node for node in (parse(where, FILTER_FIELDS), parse_text(text)) if node is not None]
+    if not asked:
+        return None
+    stored = with_pseudonyms(all_of(asked), {"image_id": pseudonyms.image, "patient_id": pseudonyms.patient})
+    return settled(stored, unknown_patients=unknown_patients)
+
+
+def _ready(
+    client: Any,
+    collection: str,
+    settings: MilvusSettings,
+    pseudonyms: Pseudonyms,
+    dialect: Dialect,
+    where: str,
+    text: str = "",
+    *,
+    unknown_patients: bool,
+) -> Clause:
+    """What both ask, as this Milvus can be asked; `unknown_patients` as in `settled`."""
+    given = " and ".join(filter(None, (where, text and f"--text {text}")))
+    condition = understood(where, text, pseudonyms, unknown_patients=unknown_patients)
+    if condition is None:
+        return Clause(given, "")
+
+    def keys_of(possible: Node | None, condition: Node) -> list[str]:
+        fields = sorted({item.name if isinstance(item, Field) else item.base for item in items(condition)} | {"key"})
+        rows = _rows(client, collection, printed(possible) if possible else 'key != ""', fields, settings.timeout_s)
+        return sorted(row["key"] for row in rows if matches(condition, with_words(row) if NOTES in fields else row))
+
+    return Clause(given, printed(for_milvus(condition, dialect, keys_of)))
 
 
 def _refuse_in_clear(about: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour, Store
+from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
@@ -115,6 +115,7 @@ def query(
     *,
     top_k: int = DEFAULT_K,
     where: str = "",
+    text: str = "",
     patient: str | None = None,
     include_own: bool = False,
     gate: bool = True,
@@ -125,7 +126,8 @@ def query(
     nearer than anything else, and what one wants to know is what others had. `cxr evaluate` measures just that.
 
     Args:
-        where: Milvus boolean expression that cases must meet, such as `age > 60`.
+        where: Milvus boolean expression that cases must meet, such as `age > 60` (docs/asking.md).
+        text: Words that their clinical notes must hold.
         patient: The `patient_id` of this patient as the gallery's manifest had it; by default DICOM's Patient ID (0010,0020). Its pseudonym
             is compared here; nothing of it is sent anywhere.
         include_own: Let them vote like any other case.
@@ -133,16 +135,18 @@ def query(
 
     Raises:
         ImageError: The file is unusable.
-        UsageError: No case meets the expression, or it is malformed.
+        UsageError: No case meets the expression.
+        ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
     timings: dict[str, float] = {}
+    clause = store.clause(where, text)
     with _timed(timings, "read"):
         film = reader.read(image)
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
-    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own, gate=gate)
+    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=clause, include_own=include_own, gate=gate)
     if isinstance(result, UsageError):
         raise result
     return result
@@ -154,7 +158,7 @@ def answer(
     model_version: str,
     *,
     top_k: int = DEFAULT_K,
-    where: str = "",
+    where: Clause | None = None,
     include_own: bool = False,
     gate: bool = True,
 ) -> list[QueryResult | UsageError]:
@@ -162,8 +166,8 @@ def answer(
 
     Raises:
         StoreError: Milvus cannot serve.
-        UsageError: The clause is malformed.
     """
+    where = where or Clause("", "")
     embeddings = np.stack([np.asarray(one.outputs[EMBEDDING.name], np.float32) for one in asked])
     started = time.perf_counter()
     first = store.search_many(embeddings, min(top_k + OWN_EXPECTED, MAX_HITS), where)
@@ -172,9 +176,9 @@ def answer(
         is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
         found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
     search_ms = 1000 * (time.perf_counter() - started)
-    far = [None if where or not hits else too_far(hits[0].similarity, store.count, model_version) for hits in first]
+    far = [None if where.asked or not hits else too_far(hits[0].similarity, store.count, model_version) for hits in first]
     return [
-        _result(one, *hits, search_ms, model_version, top_k, where, assessed(one.film, one.outputs, gate=gate, far=distance))
+        _result(one, *hits, search_ms, model_version, top_k, where.given, assessed(one.film, one.outputs, gate=gate, far=distance))
         for one, hits, distance in zip(asked, found, far, strict=True)
     ]
 

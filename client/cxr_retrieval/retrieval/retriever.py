@@ -58,11 +58,21 @@ class Retriever:
         *,
         top_k: int = DEFAULT_K,
         where: str = "",
+        text: str = "",
         patient: str | None = None,
         include_own: bool = False,
         gate: bool = True,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
-            image, self.reader, self.triton, self.store, top_k=top_k, where=where, patient=patient, include_own=include_own, gate=gate
+            image,
+            self.reader,
+            self.triton,
+            self.store,
+            top_k=top_k,
+            where=where,
+            text=text,
+            patient=patient,
+            include_own=include_own,
+            gate=gate,
         )
