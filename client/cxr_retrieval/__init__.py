@@ -22,10 +22,21 @@ if TYPE_CHECKING:
     from cxr_retrieval.archive.reindex import ReindexReport, reindex
     from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
     from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms, open_pseudonyms
-    from cxr_retrieval.errors import CxrError, ImageError, InferenceError, InputError, ManifestError, ServiceError, StoreError, UsageError
+    from cxr_retrieval.errors import (
+        ClauseError,
+        CxrError,
+        ImageError,
+        InferenceError,
+        InputError,
+        ManifestError,
+        ServiceError,
+        StoreError,
+        UsageError,
+    )
     from cxr_retrieval.evaluation.metrics import evaluate
     from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
-    from cxr_retrieval.gallery.store import Case, Neighbour, Store
+    from cxr_retrieval.gallery.completion import Snapshot
+    from cxr_retrieval.gallery.store import Case, Clause, Neighbour, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
     from cxr_retrieval.retrieval.gate import Ood
@@ -42,10 +53,21 @@ _WHERE = {
     "archive.reindex": ("ReindexReport", "reindex"),
     "cases.manifest": ("Manifest", "ManifestRow", "read_manifest"),
     "cases.pseudonyms": ("Original", "Pseudonyms", "open_pseudonyms"),
-    "errors": ("CxrError", "ImageError", "InferenceError", "InputError", "ManifestError", "ServiceError", "StoreError", "UsageError"),
+    "errors": (
+        "ClauseError",
+        "CxrError",
+        "ImageError",
+        "InferenceError",
+        "InputError",
+        "ManifestError",
+        "ServiceError",
+        "StoreError",
+        "UsageError",
+    ),
     "evaluation.metrics": ("evaluate",),
     "gallery.backup": ("Backup", "export_gallery", "import_gallery", "read_backup"),
-    "gallery.store": ("Case", "Neighbour", "Store"),
+    "gallery.completion": ("Snapshot",),
+    "gallery.store": ("Case", "Clause", "Neighbour", "Store"),
     "inference.triton": ("TritonClient",),
     "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
     "retrieval.gate": ("Ood",),
@@ -60,6 +82,8 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "Backup",
     "Case",
+    "Clause",
+    "ClauseError",
     "CxrError",
     "DecodingLimits",
     "Film",
@@ -81,6 +105,7 @@ __all__ = [
     "ReindexReport",
     "Retriever",
     "ServiceError",
+    "Snapshot",
     "Store",
     "StoreError",
     "ThumbnailKind",

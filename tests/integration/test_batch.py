@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
@@ -95,6 +96,23 @@ def results(out: Path) -> list[dict[str, object]]:
 
 def arguments(archive: Path, out: Path, triton: str, milvus: str) -> list[str | Path]:
     return ["batch", archive, "--no-gate", "--out", out, "--triton", triton, "--milvus", milvus, "--timeout", "20"]
+
+
+def test_clauses_and_words_choose_the_cases(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
+    """A wrong one ends the run before a film is read, and leaves no results."""
+    film, out = archive / "0-0.png", tmp_path / "results.jsonl"
+    asked = arguments(film, out, quick.grpc, quick_gallery)
+    wrong = run_cxr(*asked, "--where", "went_icuu")
+    assert wrong.returncode == 2
+    assert "did you mean went_icu?" in wrong.stderr
+    assert not out.exists()
+    done = run_cxr(*asked, "--where", "not went_icu", "--text", '"synthetic phantom" -tube')
+    assert done.returncode == 0, done.stderr
+    (line,) = results(out)
+    neighbours = cast("list[dict[str, dict[str, object]]]", line["neighbours"])
+    assert {hit["metadata"]["went_icu"] for hit in neighbours} == {False}
+    other = run_cxr(*asked, "--where", "not went_icu")
+    assert other.returncode == 2, "a journal of other options"
 
 
 def test_answers_are_those_of_query(

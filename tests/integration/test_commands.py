@@ -46,6 +46,13 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert shown.returncode == 0, shown.stderr
     assert "Not for diagnosis" in shown.stdout
     assert "sex M" not in shown.stdout
+    said = 'invented "synthetic phantom"'
+    noted = run_cxr("query", tmp_path / "film.dcm", "--where", "age > 0 and not went_icu", "--text", said, "--json", *served.servers)
+    assert noted.returncode == 0, noted.stderr
+    assert {hit["metadata"]["went_icu"] for hit in json.loads(noted.stdout)["neighbours"]} == {False}
+    none = run_cxr("query", tmp_path / "film.dcm", "--text", "-invented", *served.servers)
+    assert none.returncode == 2
+    assert "that meets '--text -invented'" in none.stderr
 
     evaluated = run_cxr("evaluate", "--gallery", phantom_manifest, "--queries", phantom_manifest, "--json", *served.servers)
     assert evaluated.returncode == 0, evaluated.stderr
@@ -137,6 +144,7 @@ def test_bad_query_gives_exit_code_1_and_bad_filter_2(served: Served, tmp_path: 
     result = run_cxr("query", tmp_path / "film.dcm", "--where", "nonsense >", *served.servers)
     assert result.returncode == 2
     assert "names an unknown field: nonsense" in result.stderr
+    assert result.stderr.splitlines()[-2:] == ["  nonsense >", "  ^^^^^^^^"], "the wrong word is marked"
 
 
 def test_milvus_down(served: Served, tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ class Store:
         """
         dialect = Dialect(self._lite, self._nullable, self._has_words)
         with translated(self._settings, where):
-            return _ready(self._client, self.collection, self._settings, self.pseudonyms, dialect, where, text, unknown_patients=True)
+            return _ready(self._client, self.collection, self._settings, self.pseudonyms, dialect, where, text)
 
     def counts(self, field: str, where: str | Clause = "") -> dict[Value, int]:
         """How many of the cases that meet a clause have which value of a field, the most frequent first; of those where it is known.
@@ -641,7 +641,7 @@ def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *
             _refuse_another_key(about, pseudonyms)  # whose cases this key does not find
             client.load_collection(name, timeout=settings.timeout_s)
             dialect = Dialect(lite, nullable, any(field["name"] == WORDS_FIELD for field in about["fields"]))
-            asked = _ready(client, name, settings, pseudonyms, dialect, where, unknown_patients=False).asked
+            asked = _ready(client, name, settings, pseudonyms, dialect, where, removing=True).asked
             keys = sorted(row["key"] for row in _rows(client, name, asked, ["key"], settings.timeout_s))
             if keys:
                 found[name] = keys
@@ -724,17 +724,23 @@ def _ready(
     where: str,
     text: str = "",
     *,
-    unknown_patients: bool,
+    removing: bool = False,
 ) -> Clause:
-    """What both ask, as this Milvus can be asked; `unknown_patients` as in `settled`."""
+    """What both ask, as this Milvus can be asked.
+
+    Args:
+        removing: It chooses what goes, not what is compared: a case of an unknown patient stays where another's are named, and all that
+            was stored is waited for.
+    """
     given = " and ".join(filter(None, (where, text and f"--text {text}")))
-    condition = understood(where, text, pseudonyms, unknown_patients=unknown_patients)
+    condition = understood(where, text, pseudonyms, unknown_patients=not removing)
     if condition is None:
         return Clause(given, "")
 
     def keys_of(possible: Node | None, condition: Node) -> list[str]:
         fields = sorted({item.name if isinstance(item, Field) else item.base for item in items(condition)} | {"key"})
-        rows = _rows(client, collection, printed(possible) if possible else 'key != ""', fields, settings.timeout_s)
+        among = printed(possible) if possible else 'key != ""'
+        rows = _rows(client, collection, among, fields, settings.timeout_s, "Strong" if removing else "Session")
         return sorted(row["key"] for row in rows if matches(condition, with_words(row) if NOTES in fields else row))
 
     return Clause(given, printed(for_milvus(condition, dialect, keys_of)))
@@ -777,7 +783,9 @@ def _remove_orphans(client: Any, settings: MilvusSettings, keys: Sequence[str]) 
     Thumbnails(client, settings).remove(orphans)
 
 
-def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float) -> Iterator[dict[str, Any]]:
+def _rows(
+    client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float, consistency: str = "Strong"
+) -> Iterator[dict[str, Any]]:
     """Every row that meets the clause, in batches under the hood."""
     with silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
         iterator = client.query_iterator(
@@ -785,7 +793,7 @@ def _rows(client: Any, collection: str, where: str, fields: Sequence[str], timeo
             batch_size=_WHOLE_ROWS if "*" in fields else 1000,
             filter=where,
             output_fields=list(fields),
-            consistency_level="Strong",
+            consistency_level=consistency,
             timeout=timeout_s,
         )
     while batch := iterator.next():
