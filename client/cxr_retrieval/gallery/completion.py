@@ -88,7 +88,8 @@ class Snapshot:
 
     @classmethod
     def take(cls, store: Store) -> Snapshot:
-        """Reads a gallery: all that a clause may ask of its cases. Seconds for 100,000 cases.
+        """Reads a gallery: all that a clause may ask of its cases. Milvus Lite takes 0.2 ms of CPU time for each of
+        them, 20 s for 100,000: a page does it once, beside its work.
 
         Raises:
             StoreError: Milvus cannot serve.

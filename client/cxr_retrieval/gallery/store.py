@@ -60,7 +60,11 @@ SEARCH_ROWS: Final = 4096
 LITE_COMFORTABLE_ROWS: Final = 100_000
 """Milvus Lite searches exactly (FLAT): about 50 queries/s at 20 k rows, 7 at 100 k. Beyond, use a server."""
 _WHOLE_ROWS: Final = 200
-"""That one call brings with all their fields; each can have pages of notes."""
+_LONG_ROWS: Final = 2000
+_SHORT_ROWS: Final = 5000
+"""That one call brings: with all their fields, of which each can have pages of notes; with notes or the user's own columns; with others.
+Milvus Lite sorts the whole gallery for each call.
+"""
 MAX_HITS: Final = 16_384
 """Of one search: Milvus' own limit."""
 
@@ -444,7 +448,8 @@ class Store:
     def counts(self, field: str, where: str | Clause = "") -> dict[Value, int]:
         """How many of the cases that meet a clause have which value of a field, the most frequent first; of those where it is known.
 
-        Reads that field of every such case: seconds where these are 100,000. `completion.Snapshot` answers at once from what it holds.
+        Reads that field of every such case: Milvus Lite takes 0.14 ms of CPU time for each, 14 s for 100,000. `completion.Snapshot`
+        answers at once from what it holds.
 
         Raises:
             UsageError: No such field, or none that can be counted; or as `clause`.
@@ -787,10 +792,11 @@ def _rows(
     client: Any, collection: str, where: str, fields: Sequence[str], timeout_s: float, consistency: str = "Strong"
 ) -> Iterator[dict[str, Any]]:
     """Every row that meets the clause, in batches under the hood."""
+    at_once = _WHOLE_ROWS if "*" in fields else _SHORT_ROWS if {NOTES, "extra"}.isdisjoint(fields) else _LONG_ROWS
     with silent("pymilvus.orm.iterator"):  # Milvus Lite gives no time stamp for it, and needs none
         iterator = client.query_iterator(
             collection,
-            batch_size=_WHOLE_ROWS if "*" in fields else 1000,
+            batch_size=at_once,
             filter=where,
             output_fields=list(fields),
             consistency_level=consistency,
