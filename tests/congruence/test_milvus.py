@@ -214,6 +214,8 @@ def test_unknown_facts_stay_unknown(store: Store) -> None:
         ("not (age > 60)", "be"),
         ("not (age > 60 and went_icu)", "be"),
         ("age is null or sex is null", "cd"),
+        ("exists sex", "abce"),
+        ('array_length(extra["ward"]) > 0', ""),
         ("age + 1 > 60", "ad"),
         ("age % 2 == 1", "ab"),
         ("spo2 > age", "abe"),
@@ -561,6 +563,12 @@ def test_removal_reaches_the_galleries_of_every_model_version(
         drop_gallery(settings, "cxr_removed_two")
     with pytest.raises(UsageError, match="unknown field"):
         remove_cases(settings, pseudonyms, 'patient == "p1"')
+    for nothing in ("", " \n"):
+        with pytest.raises(UsageError, match="the filter says nothing"):
+            remove_cases(settings, pseudonyms, nothing)
+    with Store(settings, "removed_one", pseudonyms) as store:
+        kept = remove_cases(settings, pseudonyms, 'patient_id != "p5"', dry_run=True)["cxr_removed_one"]
+        assert sorted(store.rows_of(kept)[key]["patient_id"] for key in kept) == [pseudonyms.patient("p3")], "who may be p5 stays"
 
 
 def test_a_gallery_of_another_layout_is_refused(settings: MilvusSettings, pseudonyms: Pseudonyms) -> None:

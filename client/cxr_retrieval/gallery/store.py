@@ -633,10 +633,11 @@ def remove_cases(settings: MilvusSettings, pseudonyms: Pseudonyms, where: str, *
         Collection → keys, where there are any.
 
     Raises:
-        ClauseError: It cannot be meant.
+        UsageError: The clause is empty, or cannot be meant.
         StoreError: Not reachable, a gallery in clear or of another key, or the removal failed.
     """
-    parse(where, FILTER_FIELDS)  # also where there is no gallery to ask
+    if parse(where, FILTER_FIELDS) is None:
+        raise UsageError("the filter says nothing", expected="which cases to remove", next_step="`cxr gallery drop` removes them all")
     found: dict[str, list[str]] = {}
     with connected(settings, where) as client:
         lite, nullable = is_lite(client), has_nullable(client)
