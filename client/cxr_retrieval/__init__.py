@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cxr_retrieval.archive.embedding import IngestReport, ingest
     from cxr_retrieval.archive.reindex import ReindexReport, reindex
+    from cxr_retrieval.cases.features import FEATURES, Feature
+    from cxr_retrieval.cases.fhir import Chart, read_chart
     from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
     from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms, open_pseudonyms
     from cxr_retrieval.errors import (
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
     from cxr_retrieval.retrieval.retriever import Retriever
+    from cxr_retrieval.retrieval.summary import Summary, summarise
     from cxr_retrieval.retrieval.voting import Vote, weighted_vote
     from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, Tls, TritonSettings
 
@@ -51,6 +54,8 @@ __version__ = _version("cxr-retrieval")
 _WHERE = {
     "archive.embedding": ("IngestReport", "ingest"),
     "archive.reindex": ("ReindexReport", "reindex"),
+    "cases.features": ("FEATURES", "Feature"),
+    "cases.fhir": ("Chart", "read_chart"),
     "cases.manifest": ("Manifest", "ManifestRow", "read_manifest"),
     "cases.pseudonyms": ("Original", "Pseudonyms", "open_pseudonyms"),
     "errors": (
@@ -74,18 +79,22 @@ _WHERE = {
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
     "retrieval.retriever": ("Retriever",),
+    "retrieval.summary": ("Summary", "summarise"),
     "retrieval.voting": ("Vote", "weighted_vote"),
     "settings": ("MilvusSettings", "PseudonymSettings", "ThumbnailKind", "Tls", "TritonSettings"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "FEATURES",
     "Backup",
     "Case",
+    "Chart",
     "Clause",
     "ClauseError",
     "CxrError",
     "DecodingLimits",
+    "Feature",
     "Film",
     "FilmReader",
     "ImageError",
@@ -108,6 +117,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "StoreError",
+    "Summary",
     "ThumbnailKind",
     "Tls",
     "TritonClient",
@@ -121,8 +131,10 @@ __all__ = [
     "open_pseudonyms",
     "query",
     "read_backup",
+    "read_chart",
     "read_manifest",
     "reindex",
+    "summarise",
     "weighted_vote",
     "write_html",
     "write_montage",

@@ -8,7 +8,9 @@ from cxr_retrieval.settings import MilvusSettings, TritonSettings
 
 
 def test_known_columns_get_their_type_and_own_columns_a_guess() -> None:
-    known, extra = parse_clinical({"age": "61.5", "went_icu": "Y", "survival": "n", "sex": "F", "crp": "12", "ward": "B2", "sha256": "ff"})
+    known, extra, _ = parse_clinical(
+        {"age": "61.5", "went_icu": "Y", "survival": "n", "sex": "F", "crp": "12", "ward": "B2", "sha256": "ff"}
+    )
     assert known == {"age": 61.5, "went_icu": True, "survival": False, "sex": "F"}
     assert extra == {"crp": 12, "ward": "B2"}, "file facts such as sha256 are not kept"
 
@@ -45,7 +47,7 @@ def test_known_columns_get_their_type_and_own_columns_a_guess() -> None:
 )
 def test_own_columns_that_identify_are_never_stored(column: str) -> None:
     assert identifies(column)
-    assert parse_clinical({column: "x"}) == ({}, {})
+    assert parse_clinical({column: "x"}) == ({}, {}, ())
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_own_columns_that_identify_are_never_stored(column: str) -> None:
 )
 def test_other_own_columns_stay(column: str) -> None:
     assert not identifies(column)
-    assert parse_clinical({column: "x"}) == ({}, {column: "x"})
+    assert parse_clinical({column: "x"}) == ({}, {column: "x"}, ())
 
 
 def test_fields_of_our_own_are_not_taken_for_a_persons() -> None:
@@ -81,7 +83,7 @@ def test_fields_of_our_own_are_not_taken_for_a_persons() -> None:
 )
 def test_only_what_round_trips_is_a_number(text: str, value: object) -> None:
     """Identifiers stay what they are: text that would come back otherwise is no number."""
-    _, extra = parse_clinical({"own": text})
+    _, extra, _ = parse_clinical({"own": text})
     assert extra["own"] == value
     assert type(extra["own"]) is type(value)
 
@@ -95,7 +97,7 @@ def test_values_that_are_none_are_refused(column: str, text: str) -> None:
 
 
 def test_long_text_is_cut_at_a_character() -> None:
-    known, _ = parse_clinical({"clinical_notes": "é" * MAX_TEXT})
+    known, _, _ = parse_clinical({"clinical_notes": "é" * MAX_TEXT})
     assert len(str(known["clinical_notes"]).encode()) <= MAX_TEXT
 
 

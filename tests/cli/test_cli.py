@@ -200,3 +200,12 @@ def test_spans_without_their_extra_are_refused_with_the_pip_line(tmp_path: Path)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 2
     assert "pip install 'cxr-retrieval[telemetry]'" in result.stderr
+
+
+def test_a_bundle_that_is_none_ends_an_ingest_before_anything_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text('{"resourceType": "Patient"}')
+    result = run_cxr("ingest", tmp_path, "--label", "control", "--fhir", tmp_path / "bundle.json")
+    assert result.returncode == 2
+    assert "no FHIR bundle that can be used; expected resourceType Bundle, and no history of resources; got Patient" in " ".join(
+        result.stderr.split()
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
+from fhir_bundles import PRIVATE, hospital, written
 from tests_support import Served, leftovers, run_cxr
 
 
@@ -46,6 +48,7 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
     assert shown.returncode == 0, shown.stderr
     assert "Not for diagnosis" in shown.stdout
     assert "sex M" not in shown.stdout
+    assert re.search(r"^of these \d cases: intensive care: \d of \d known", shown.stdout, re.MULTILINE)
     said = 'invented "synthetic phantom"'
     noted = run_cxr("query", tmp_path / "film.dcm", "--where", "age > 0 and not went_icu", "--text", said, "--json", *served.servers)
     assert noted.returncode == 0, noted.stderr
@@ -63,6 +66,26 @@ def test_ingest_query_evaluate_through_serve(served: Served, phantom_manifest: P
 
     listed = run_cxr("info", "--collections", "--json", *served.servers)
     assert list(json.loads(listed.stdout)["collections"].values()) == ["9 rows, the gallery"]
+
+
+def test_ingest_says_what_it_doubts_and_where_facts_came_from(served: Served, phantom_manifest: Path, tmp_path: Path) -> None:
+    image = sorted((phantom_manifest.parent / "images").iterdir())[0]
+    (tmp_path / "m.csv").write_text(
+        f"image_id,path,label,patient_id,date,temperature,pO2_saturation\ndoubted,{image},control,MRN-4711,2020-03-20,101.3,92\n"
+    )
+    bundle = written(tmp_path / "bundle.json", hospital())
+    result = run_cxr("ingest", "--manifest", tmp_path / "m.csv", "--fhir", bundle, "--json", *served.servers)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    doubt = "column temperature: 101.3 is outside 30 to 43 °C; Fahrenheit (then name the unit, '[degF]')?"
+    assert (told["doubts"], told["doubted"]) == ([{"image_id": "doubted", "doubt": doubt}], 1)
+    assert told["misnamed"] == {"pO2_saturation": "spo2"}
+    assert told["fhir"] == {"patients": 2, "films": 1, "warnings": []}
+    assert f"warning doubted: {doubt}" in result.stderr
+    assert "to be the standard feature it would be called spo2" in result.stderr
+    assert "1 films are of a patient in the FHIR bundles, which tell of 2" in result.stderr
+    assert not [word for word in PRIVATE if word in result.stdout + result.stderr]
+    run_cxr("gallery", "remove", "--image", "doubted", *served.servers)
 
 
 def test_cases_leave_the_gallery_and_the_log_says_so(

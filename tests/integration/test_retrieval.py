@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 
 from cxr_retrieval.archive.embedding import embed_rows, ingest
+from cxr_retrieval.archive.inputs import Unlisted, Unusable, as_cases, find_inputs
+from cxr_retrieval.cases.fhir import read_chart
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
@@ -22,10 +25,11 @@ from cxr_retrieval.gallery.store import Case, Neighbour, Store
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
-from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom, write_phantoms
 from cxr_retrieval.retrieval.query import OWN_EXPECTED, lung_warnings, nearest_others, query
 from cxr_retrieval.retrieval.voting import weighted_vote
 from cxr_retrieval.settings import MilvusSettings
+from fhir_bundles import PRIVATE, hospital, written
 
 
 def silent(count: int) -> None:
@@ -126,7 +130,17 @@ def test_more_own_films_than_one_search_looks_at(own: int, searches: int) -> Non
 
 def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path) -> None:
     answer = query(read_manifest(phantom_manifest).rows[0].path, reader, triton, gallery, top_k=3).as_json()
-    assert set(answer) == {"image_id", "model_version", "prediction", "neighbours", "earlier_films", "timings_ms", "warnings", "ood"}
+    assert set(answer) == {
+        "image_id",
+        "model_version",
+        "prediction",
+        "neighbours",
+        "earlier_films",
+        "summary",
+        "timings_ms",
+        "warnings",
+        "ood",
+    }
     assert answer["ood"]["refused"] is False
     assert set(answer["prediction"]) == {"label", "confidence", "scores"}
     assert [set(neighbour) for neighbour in answer["neighbours"]] == [{"rank", "image_id", "similarity", "label", "metadata"}] * 3
@@ -134,6 +148,48 @@ def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient
     assert [neighbour["rank"] for neighbour in answer["neighbours"]] == [1, 2, 3]
     assert sum(answer["prediction"]["scores"].values()) == pytest.approx(1)
     assert answer["timings_ms"]["total"] > 0
+    ages = [neighbour["metadata"]["age"] for neighbour in answer["neighbours"]]
+    assert answer["summary"]["n"] == 3
+    assert answer["summary"]["features"]["age"]["median"] == sorted(ages)[1]
+
+
+def test_facts_come_from_fhir_where_the_manifest_has_none(
+    reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
+    """By patient_id and the row's date, by DICOM's Patient ID and Study Date; what cannot be stored twice is stored once; nobody is named."""
+    write_phantoms(tmp_path, [make_phantom(seed, "covid19") for seed in (5, 6, 7)])
+    paths = sorted((tmp_path / "images").iterdir())
+    lines = ["image_id,path,label,patient_id,date,temperature [degF],spo2"]
+    lines += [
+        f"a,{paths[0]},covid19,MRN-4711,2020-03-20,,20",
+        f"b,{paths[1]},covid19,MRN-4712,2020-03-25,98.6,",
+        f"c,{paths[2]},covid19,,,,",
+    ]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    write_dicom(make_phantom(8, "covid19"), tmp_path / "film.dcm")
+    dataset = pydicom.dcmread(tmp_path / "film.dcm")
+    dataset.PatientID, dataset.StudyDate = "NHS-p1", "20190103"
+    dataset.save_as(tmp_path / "film.dcm")
+    chart = read_chart([written(tmp_path / "bundle.json", hospital())])
+
+    def rows() -> list[ManifestRow | Unlisted | Unusable]:
+        found = find_inputs([str(tmp_path / "film.dcm"), str(tmp_path / "m.csv")], reader)
+        return list(as_cases(found, "covid19", None, None))
+
+    with Store(MilvusSettings(str(tmp_path / "gallery.db")), triton.model_version, pseudonyms, create=True) as store:
+        first = ingest(rows(), reader, triton, store, silent, chart=chart)
+        assert (first.stored, first.problems, first.charted) == (4, (), 3)
+        assert [(doubt.image_id, doubt.words.split(" is ")[0]) for doubt in first.doubts] == [("a", "column spo2: 20")]
+        facts = {case.image_id: dict(case.metadata) for case in store.vectors()[0]}
+        assert facts["a"]["spo2"] == 20, "the manifest wins, whatever one may think of it"
+        assert (facts["a"]["temperature"], facts["a"]["went_icu"], facts["a"]["survival"], facts["a"]["age"]) == (38.5, True, False, 67)
+        assert (facts["b"]["temperature"], facts["b"]["spo2"], facts["b"]["went_icu"]) == (37, 97, False)
+        assert facts["c"] == {}
+        (film,) = (facts[name] for name in facts.keys() - {"a", "b", "c"})
+        assert film == {"age": 66, "sex": "F", "survival": True, "went_icu": False, "temperature": 36.6}, "the stay of that day; no date"
+        assert not [word for word in PRIVATE if word in str(facts)]
+        assert ingest(rows(), reader, triton, store, silent, chart=chart).unchanged == 4
+        assert ingest(rows(), reader, triton, store, silent).corrected == 3, "what came from a bundle goes with it"
 
 
 def test_dicom_query_and_where(gallery: Store, reader: FilmReader, triton: TritonClient, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_overlay_without_lungs_is_the_plain_picture() -> None:
 def test_facts_in_words() -> None:
     assert (
         facts_line({"age": 61.0, "sex": "F", "went_icu": True, "survival": False, "spo2": 88.5})
-        == "age 61, sex F, SpO2 88.5, ICU yes, survived no"
+        == "age 61, sex F, SpO2 88.5 %, ICU yes, survived no"
     )
     assert facts_line({}) == ""
 
@@ -175,7 +175,7 @@ def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Pa
     assert "http" not in text.replace("http://www.w3.org", "")
     for words in ("0.5 film&#39;s own average", "where the network looked", "Bright is no proof of disease, and dark no proof of health"):
         assert words in text
-    for fact in ("<dt>white blood cells</dt><dd>11.25</dd>", "<dt>crp</dt><dd>12</dd>", "<dt>notes</dt><dd>x</dd>"):
+    for fact in ("<dt>white blood cells</dt><dd>11.25 ×10⁹/L</dd>", "<dt>crp</dt><dd>12</dd>", "<dt>notes</dt><dd>x</dd>"):
         assert fact in text, "laboratory values, own columns, notes: all that is known"
     apart = text[text.index("not in the vote") :]
     assert "c5e0wn" in apart

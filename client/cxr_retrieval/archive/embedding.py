@@ -6,9 +6,10 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeVar
 
 import numpy as np
@@ -20,7 +21,9 @@ from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
-from cxr_retrieval.cases.fields import identifies, parse_clinical
+from cxr_retrieval.cases.features import heading, standard_name
+from cxr_retrieval.cases.fhir import Chart, film_day
+from cxr_retrieval.cases.fields import Doubt, identifies, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
@@ -31,6 +34,8 @@ from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.query import assessed
 from cxr_retrieval.settings import ThumbnailKind
 
+_DOUBTS_KEPT: Final = 1000
+"""Doubts that are told one by one; of more, only the number is."""
 _LOOKED_UP: Final = 128
 """Rows that the gallery is asked about at once."""
 
@@ -52,7 +57,13 @@ class Problem:
 @dataclass(frozen=True)
 class IngestReport:
     """What became of every row: newly embedded, only its facts corrected, found unchanged, failed, or (`pending`) not reached; of rows
-    without a known number, `pending` is how many at least. `left_out`: columns that were not stored, for they tell who somebody is.
+    without a known number, `pending` is how many at least.
+
+    Attributes:
+        left_out: Columns that were not stored, for they tell who somebody is.
+        doubts: Values that are not plausible, the first thousand; `doubted`: how many there are.
+        misnamed: Columns kept as the user's own that look like a standard feature → what that is called.
+        charted: Rows whose patient the FHIR bundles know.
     """
 
     stored: int
@@ -61,6 +72,10 @@ class IngestReport:
     problems: tuple[Problem, ...]
     pending: int = 0
     left_out: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    doubted: int = 0
+    misnamed: Mapping[str, str] = field(default_factory=dict)
+    charted: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ class _NewCase:
     name: str
     held: Held | None = None
     unlisted: bool = False
+    charted: bool = False
 
     @property
     def path(self) -> Path:
@@ -124,6 +140,7 @@ def ingest(
     noted: Noted = lambda _: None,
     patience_s: float = pipeline.PATIENCE_S,
     gate: bool = True,
+    chart: Chart | None = None,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -142,9 +159,10 @@ def ingest(
         noted: Told which keys are about to be stored or corrected.
         patience_s: How long a server that went away is waited for.
         gate: Store nothing that is no upright frontal chest film; such a row is a problem.
+        chart: Tells clinical facts of the rows' patients, where a row does not tell them itself.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, gate=gate)
+    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, gate=gate)
     patience = Patience(stop, patience_s, tell, watch)
     if isinstance(rows, Sized):
         watch(Expected(len(rows)))
@@ -159,27 +177,47 @@ def ingest(
     if done:
         patiently(store.publish)
     known = len(rows) if isinstance(rows, Sized) else sink.drawn + (not sink.all_drawn or stop.is_set())
-    pending = known - done - len(sink.problems)
-    return IngestReport(sink.stored, sink.corrected, sink.unchanged, tuple(sink.problems), pending, sink.left_out())
+    return IngestReport(
+        sink.stored,
+        sink.corrected,
+        sink.unchanged,
+        tuple(sink.problems),
+        known - done - len(sink.problems),
+        sink.left_out(),
+        tuple(sink.doubts),
+        sink.doubted,
+        sink.misnamed(),
+        sink.charted,
+    )
 
 
 class _Gallery:
     """The sink of an ingest."""
 
     def __init__(
-        self, store: Store, reader: FilmReader, advance: Advance, thumbnails: ThumbnailKind, watch: Watch, noted: Noted, *, gate: bool
+        self,
+        store: Store,
+        reader: FilmReader,
+        advance: Advance,
+        thumbnails: ThumbnailKind,
+        watch: Watch,
+        noted: Noted,
+        chart: Chart | None,
+        *,
+        gate: bool,
     ) -> None:
         self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
-        self._watch, self._noted = watch, noted
+        self._watch, self._noted, self._chart = watch, noted, chart
         self._stored_now: set[str] = set()
         self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
         if gate or thumbnails is ThumbnailKind.lungs:
             self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
         self._columns: set[str] = set()
         self._unlisted: set[int] = set()
-        self.stored = self.corrected = self.unchanged = self.drawn = 0
+        self.stored = self.corrected = self.unchanged = self.drawn = self.doubted = self.charted = 0
         self.all_drawn = False
         self.problems: list[Problem] = []
+        self.doubts: list[Doubt] = []
 
     def new_cases(
         self,
@@ -194,6 +232,7 @@ class _Gallery:
             cases, failed = _tried(chunk, self._new_case, hashing)
             self._take_problems(failed)
             cases, copies = self._without_copies(cases)
+            self._take_doubts(cases)
             held: dict[str, Held] = {}
             kept: dict[str, ThumbnailKind] = {}
             patiently(lambda cases=cases, held=held, kept=kept: self._look_up([case.entry.key for case in cases], held, kept))
@@ -227,13 +266,29 @@ class _Gallery:
         """Columns that were met and are never stored."""
         return tuple(sorted(filter(identifies, self._columns)))
 
+    def misnamed(self) -> dict[str, str]:
+        """Columns that were met and look like a standard feature under another name → its name."""
+        named = {column: standard_name(column) for column in sorted(self._columns)}
+        return {column: name for column, name in named.items() if name is not None and name not in self._columns}
+
     def _new_case(self, row: ManifestRow | Unlisted | Unusable) -> _NewCase:
         if isinstance(row, Unusable):
             raise row.error
         if isinstance(row, Unlisted):
             identity = self._reader.identity(row.input.path, row.input.member).result()
-            return _NewCase(make_entry(row.row(identity), identity.file, self._store.pseudonyms), row.name, unlisted=True)
-        return _NewCase(make_entry(row, _digest(row), self._store.pseudonyms), row.image_id)
+            listed, charted = self._with_facts(row.row(identity), identity.study_date)
+            return _NewCase(make_entry(listed, identity.file, self._store.pseudonyms), row.name, unlisted=True, charted=charted)
+        listed, charted = self._with_facts(row, row.fields.get("date"))
+        return _NewCase(make_entry(listed, _digest(row), self._store.pseudonyms), row.image_id, charted=charted)
+
+    def _with_facts(self, row: ManifestRow, day: str | None) -> tuple[ManifestRow, bool]:
+        """The row with what the chart tells of its patient and the row does not; and whether that knows the patient."""
+        facts = None if self._chart is None else self._chart.facts(row.patient_id, film_day(day))
+        if facts is None:
+            return row, False
+        told = {feature.name for feature, _ in map(heading, row.fields) if feature is not None}
+        further = {name: text for name, text in facts.items() if name not in told}
+        return replace(row, fields=MappingProxyType({**row.fields, **further})), True
 
     def _look_up(self, keys: Sequence[str], held: dict[str, Held], kept: dict[str, ThumbnailKind]) -> None:
         held.update(self._store.held(keys))
@@ -290,6 +345,12 @@ class _Gallery:
     def failed(self, work: _NewCase, error: CxrError) -> None:
         self._take_problems([Problem(work.name, error, work.entry.key)])
         self._advance(1)
+
+    def _take_doubts(self, cases: Sequence[_NewCase]) -> None:
+        doubts = [Doubt(case.name, words) for case in cases for words in case.entry.doubts]
+        self.doubted += len(doubts)
+        self.doubts += doubts[: _DOUBTS_KEPT - len(self.doubts)]
+        self.charted += sum(case.charted for case in cases)
 
     def _take_problems(self, problems: Sequence[Problem]) -> None:
         self.problems += problems

@@ -15,7 +15,7 @@ from cxr_retrieval.errors import SetupError
 
 _ROWS: Final = 1000
 _COLUMNS: Final = ("input", "status", "error", "same_as", "image_id", "model_version", "label", "confidence", "trace_id")
-_NESTED: Final = ("scores", "neighbours", "earlier_films", "embedding", "warnings", "timings_ms", "attention", "ood")
+_NESTED: Final = ("scores", "neighbours", "earlier_films", "summary", "embedding", "warnings", "timings_ms", "attention", "ood")
 
 
 class Format(str, Enum):

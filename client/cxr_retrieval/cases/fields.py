@@ -6,35 +6,15 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Final, Literal
+from fractions import Fraction
+from typing import Final, NamedTuple
 
+from cxr_retrieval.cases.features import FEATURES, UNITS, Feature, Kind, heading
 from cxr_retrieval.errors import InputError
 
-Kind = Literal["number", "flag", "text"]
 Value = int | float | bool | str
 
-CLINICAL_FIELDS: Final[Mapping[str, Kind]] = {
-    "age": "number",
-    "sex": "text",
-    "view": "text",
-    "raw_finding": "text",
-    "survival": "flag",
-    "intubated": "flag",
-    "went_icu": "flag",
-    "needed_supplemental_o2": "flag",
-    "temperature": "number",
-    "spo2": "number",
-    "wbc": "number",
-    "neutrophil": "number",
-    "lymphocyte": "number",
-    "offset_days": "number",
-    "date": "text",
-    "location": "text",
-    "clinical_notes": "text",
-    "license": "text",
-    "doi": "text",
-    "url": "text",
-}
+CLINICAL_FIELDS: Final[Mapping[str, Kind]] = {feature.name: feature.kind for feature in FEATURES}
 """Columns with a typed, nullable Milvus field each: DOUBLE, BOOL or VARCHAR, filterable as `age > 60 and went_icu == true`."""
 
 NOT_KEPT: Final = frozenset(
@@ -91,33 +71,73 @@ MAX_TEXT: Final = 8192
 _FLAGS: Final = {"y": True, "yes": True, "true": True, "1": True, "n": False, "no": False, "false": False, "0": False}
 
 
-def parse_clinical(columns: Mapping[str, str]) -> tuple[dict[str, Value], dict[str, Value]]:
+class Doubt(NamedTuple):
+    """A value that is not plausible, and is kept all the same.
+
+    Attributes:
+        image_id: Of its row; of a film that no manifest lists, what the user calls it.
+        words: Name the column.
+    """
+
+    image_id: str
+    words: str
+
+
+class Clinical(NamedTuple):
+    """A row's clinical columns, typed.
+
+    Attributes:
+        known: Values of CLINICAL_FIELDS that are present, numbers in the unit of `features.FEATURES`.
+        extra: Values of all other kept columns, which identify nobody, for the JSON field `extra`.
+        doubts: What is not plausible, in words that name the column; kept all the same.
+    """
+
+    known: dict[str, Value]
+    extra: dict[str, Value]
+    doubts: tuple[str, ...]
+
+
+def parse_clinical(columns: Mapping[str, str]) -> Clinical:
     """Turns a manifest row's further columns into typed values.
 
-    Returns:
-        (values of CLINICAL_FIELDS that are present, values of all other kept columns, which identify nobody, for the JSON field `extra`).
+    A column may name its unit (`temperature [degF]`), and so may a cell (`101.3 °F`), whose own word counts.
 
     Raises:
-        InputError: A number or flag that is none.
+        InputError: A number or flag that is none, a unit that does not convert, or two columns of one feature.
     """
     known: dict[str, Value] = {}
     extra: dict[str, Value] = {}
+    doubts: list[str] = []
     for name, text in columns.items():
-        if name in CLINICAL_FIELDS:
-            known[name] = _typed(name, CLINICAL_FIELDS[name], text)
-        elif name not in NOT_KEPT and not identifies(name):
-            extra[name] = _guessed(text)
-    return known, extra
+        feature, unit = heading(name)
+        if feature is None:
+            if name not in NOT_KEPT and not identifies(name):
+                extra[name] = _guessed(text)
+            continue
+        if feature.name in known:
+            raise InputError(
+                f"column {name}: holds what another column holds, too",
+                expected=f"one column of {feature.name}",
+                next_step="leave one of the two empty",
+            )
+        known[feature.name] = value = _typed(feature, name, text, unit)
+        if doubt := feature.doubt(value):
+            doubts.append(f"column {name}: {doubt}")
+    return Clinical(known, extra, tuple(doubts))
 
 
-def _typed(name: str, kind: Kind, text: str) -> Value:
-    if kind == "text":
+def _typed(feature: Feature, column: str, text: str, unit: str) -> Value:
+    if feature.kind == "text":
         return text.encode()[:MAX_TEXT].decode(errors="ignore")
-    value = _number(text) if kind == "number" else _FLAGS.get(text.lower())
+    value = _number(feature, text, unit) if feature.kind == "number" else _FLAGS.get(text.lower())
     if value is None:
-        expected = "a number" if kind == "number" else "Y or N"
+        units = ", ".join(unit.code for unit in UNITS.get(feature.unit, ()))
+        expected = f"a number, perhaps followed by its unit ({units})" if feature.kind == "number" else "Y or N"
         raise InputError(
-            f"column {name}: not understood", expected=f"{expected}, or empty for unknown", got=repr(text), next_step="correct that cell"
+            f"column {column}: not understood",
+            expected=f"{expected}, or empty for unknown",
+            got=repr(text),
+            next_step="correct that cell" + (" or the column's heading" if unit else ""),
         )
     return value
 
@@ -133,8 +153,15 @@ def _guessed(text: str) -> Value:
     return text.encode()[:MAX_TEXT].decode(errors="ignore")
 
 
-def _number(text: str) -> float | None:
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):  # float() would also take 1_0 and nan
+_NUMBER_AND_UNIT: Final = re.compile(r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*(.*)", re.DOTALL)
+"""What float() takes, without 1_0 and nan."""
+
+
+def _number(feature: Feature, text: str, unit: str) -> float | None:
+    parts = _NUMBER_AND_UNIT.fullmatch(text)
+    if parts is None:
         return None
-    value = float(text)
-    return value if value - value == 0 else None
+    try:
+        return feature.converted(Fraction(parts[1]), parts[2] or unit or feature.unit)
+    except (OverflowError, ValueError):  # more digits than Python turns into a number
+        return None

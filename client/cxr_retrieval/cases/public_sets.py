@@ -21,8 +21,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cxr_retrieval.cases.features import columns_of
+from cxr_retrieval.cases.fields import Doubt, parse_clinical
 from cxr_retrieval.cases.manifest import REQUIRED_COLUMNS
-from cxr_retrieval.errors import ManifestError
+from cxr_retrieval.errors import InputError, ManifestError
 
 Row = dict[str, str]
 
@@ -77,24 +79,7 @@ def covidx(request: Request) -> Iterator[Row]:
 def ieee8023(request: Request) -> Iterator[Row]:
     """COVID-19 Image Data Collection (Cohen et al. 2020): `metadata.csv` and `images/`; frontal X-rays with a usable finding."""
     table = _table(request.root / "metadata.csv", ("patientid", "finding", "view", "modality", "folder", "filename"))
-    renamed = {
-        "sex": "sex",
-        "age": "age",
-        "survival": "survival",
-        "intubated": "intubated",
-        "went_icu": "went_icu",
-        "needed_supplemental_O2": "needed_supplemental_o2",
-        "temperature": "temperature",
-        "pO2_saturation": "spo2",
-        "leukocyte_count": "wbc",
-        "neutrophil_count": "neutrophil",
-        "lymphocyte_count": "lymphocyte",
-        "offset": "offset_days",
-        "view": "view",
-        "location": "location",
-        "date": "date",
-        "license": "license",
-    }
+    renamed = columns_of("ieee8023")
     for number, cells in table:
         label = _finding(cells["finding"])
         if cells["modality"] != "X-ray" or cells["view"] not in _FRONTAL or label is None:
@@ -288,11 +273,15 @@ READERS: Final[Mapping[str, Callable[[Request], Iterator[Row]]]] = {
 }
 
 
-def write_manifest(kind: str, request: Request) -> dict[str, int]:
-    """Writes the manifest, paths relative to its folder; nothing is written when anything is wrong.
+class Written(NamedTuple):
+    """How many rows of each `split/label` a manifest has, and which of its values are not plausible, or none that an ingest takes."""
 
-    Returns:
-        How many rows of each `split/label`.
+    counts: dict[str, int]
+    doubts: tuple[Doubt, ...]
+
+
+def write_manifest(kind: str, request: Request) -> Written:
+    """Writes the manifest, paths relative to its folder; nothing is written when anything is wrong.
 
     Raises:
         ManifestError: What the data set lacks, or a line that is not as its publisher describes.
@@ -320,7 +309,15 @@ def write_manifest(kind: str, request: Request) -> dict[str, int]:
     here.mkdir(parents=True, exist_ok=True)
     request.out.write_text(text.getvalue(), "utf-8")
     kinds = [f"{row['split']}/{row['label']}" for row in rows]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return Written({kind: kinds.count(kind) for kind in sorted(set(kinds))}, tuple(doubt for row in rows for doubt in _doubts(row)))
+
+
+def _doubts(row: Row) -> list[Doubt]:
+    try:
+        words = parse_clinical({name: text for name, text in row.items() if text}).doubts
+    except InputError as error:
+        words = (str(error),)
+    return [Doubt(row["image_id"], one) for one in words]
 
 
 def _refuse_straddlers(rows: Sequence[Row]) -> None:

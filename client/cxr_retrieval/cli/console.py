@@ -15,8 +15,10 @@ from cxr_retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
     from cxr_retrieval.archive.embedding import Advance, Problem
+    from cxr_retrieval.cases.fields import Doubt
 
 
+_DOUBTS_SHOWN = 20
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -49,3 +51,12 @@ def print_problems(problems: Sequence[Problem]) -> None:
     console = talk()
     for problem in problems:
         console.print(Text.assemble(("failed", "red"), f" {problem.image_id}: {problem.error}"), soft_wrap=True)
+
+
+def print_doubts(doubts: Sequence[Doubt], doubted: int) -> None:
+    """The first values that are not plausible, a line each, and how many more there are."""
+    console = talk()
+    for doubt in doubts[:_DOUBTS_SHOWN]:
+        console.print(Text.assemble(("warning", "yellow"), f" {doubt.image_id}: {doubt.words}"), soft_wrap=True)
+    if doubted > _DOUBTS_SHOWN:
+        console.print(f"{doubted - _DOUBTS_SHOWN} more values are not plausible", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import INTERRUPTED, print_json, print_problems
+from cxr_retrieval.cli.console import INTERRUPTED, print_doubts, print_json, print_problems
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.interruption import until_interrupted
@@ -33,6 +33,10 @@ def ingest(
         ),
     ] = None,
     manifest: Annotated[Path | None, typer.Option(help="CSV with image_id,path,label and any clinical columns.")] = None,
+    fhir: Annotated[
+        list[Path] | None,
+        typer.Option("--fhir", metavar="BUNDLE", help="FHIR R4 bundle (JSON) with facts of the films' patients; may be repeated."),
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Of all films that no manifest lists.")] = None,
     source: Annotated[str | None, typer.Option(help="Where those films come from.")] = None,
     split: Annotated[
@@ -55,6 +59,7 @@ def ingest(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
     from cxr_retrieval.archive.patience import Patience
+    from cxr_retrieval.cases.fhir import read_chart
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
@@ -65,6 +70,7 @@ def ingest(
     _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
     listed = read_manifest(manifest) if manifest else None
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
+    chart = read_chart(fhir) if fhir else None
     gone: Sequence[str] = ()
     with ExitStack() as opened:
         with until_interrupted() as stop:
@@ -92,6 +98,7 @@ def ingest(
                     noted=operation.note,
                     patience_s=patience,
                     gate=not no_gate,
+                    chart=chart,
                 )
                 counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
                 operation.outcome.update(counts, failed=len(report.problems))
@@ -103,9 +110,16 @@ def ingest(
         version, collection = client.model_version, store.collection
     if seen.speaks:
         print_problems(report.problems)
+        print_doubts(report.doubts, report.doubted)
     if report.left_out:
         advice = "One that does not can be stored under another name"
         seen.tell(f"not stored, for by their names they tell who somebody is: {', '.join(report.left_out)}. {advice}")
+    for column, name in report.misnamed.items():
+        seen.tell(f"column {column} is kept as one of your own; to be the standard feature it would be called {name}")
+    if chart:
+        seen.tell(f"{report.charted} films are of a patient in the FHIR bundles, which tell of {chart.patients}")
+        for warning in chart.warnings:
+            seen.tell(f"FHIR: {warning}")
     if json:
         print_json(
             {
@@ -116,6 +130,10 @@ def ingest(
                 "unchanged": report.unchanged,
                 "pruned": len(gone),
                 "left_out": list(report.left_out),
+                "doubts": [{"image_id": doubt.image_id, "doubt": doubt.words} for doubt in report.doubts],
+                "doubted": report.doubted,
+                "misnamed": dict(report.misnamed),
+                "fhir": {"patients": chart.patients, "films": report.charted, "warnings": list(chart.warnings)} if chart else None,
                 "failed": [{"image_id": problem.image_id, "error": str(problem.error)} for problem in report.problems],
                 "gallery": total,
             }

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cxr_retrieval.cli.console import talk
+from cxr_retrieval.cli.console import print_doubts, talk
 
 
 class Kind(str, Enum):
@@ -44,6 +44,7 @@ def manifest(
     """Turn folders of images, or a public data set as its publisher releases it, into the one manifest."""
     from cxr_retrieval.cases.public_sets import Request, Uncertain, write_manifest
 
-    counts = write_manifest(kind.value, Request(root, out, Uncertain(uncertain.value), val_share))
+    counts, doubts = write_manifest(kind.value, Request(root, out, Uncertain(uncertain.value), val_share))
     talk().print("\n".join(f"{count:7d}  {name}" for name, count in counts.items()))
+    print_doubts(doubts, len(doubts))
     typer.echo(out)

@@ -106,6 +106,7 @@ def print_result(result: QueryResult, name: str) -> None:
         shares = ", ".join(f"{label} {share:.0%}" for label, share in vote.scores.items())
         console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
     console.print(_table(result.neighbours, numbered=True))
+    console.print(Text(f"of these {len(result.neighbours)} cases: {'; '.join(result.summary.lines())}"), soft_wrap=True)
     if result.own:
         console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")
         console.print(_table(result.own, numbered=False))

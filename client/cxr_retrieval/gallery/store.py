@@ -155,6 +155,7 @@ class Entry:
         key: Its pseudonym, and primary key: of the image_id alone, so that a corrected row replaces itself whatever was wrong with it.
         patient: The patient's pseudonym.
         known: Values of clinical fields. extra: Of columns of the user's own.
+        doubts: Which values are not plausible, in words; stored all the same.
         file: Keyed digest of the file's bytes.
     """
 
@@ -164,6 +165,7 @@ class Entry:
     patient: str | None
     known: Mapping[str, Value]
     extra: Mapping[str, Value]
+    doubts: tuple[str, ...]
     file: str
 
     @property
@@ -199,7 +201,7 @@ def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms) -> Entry:
                 got=f"{size}, beginning {(text or '')[:40]!r}",
                 next_step="shorten that cell",
             )
-    known, extra = parse_clinical(row.fields)
+    known, extra, doubts = parse_clinical(row.fields)
     size = len(json.dumps(extra, ensure_ascii=False).encode())
     if size > MAX_EXTRA:
         raise InputError(
@@ -215,6 +217,7 @@ def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms) -> Entry:
         None if row.patient_id is None else pseudonyms.patient(row.patient_id),
         known,
         extra,
+        doubts,
         pseudonyms.digest(file),
     )
 

@@ -34,7 +34,7 @@ from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.containers import Contents, ZipShelf, base_name, contents_of, opened, unreadable
 from cxr_retrieval.radiograph.grey import Grey8
 from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox, pixel_digest
-from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, MIN_SIDE, read_patient_id, read_radiograph
+from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, MIN_SIDE, read_patient_and_day, read_radiograph
 
 _START_S: Final = 120.0
 """Seconds that a worker may take to import its libraries; a fraction of one on an idle machine."""
@@ -105,10 +105,17 @@ class Film:
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells a file from others, known before it is decoded: SHA-256 (hex) of its bytes, and DICOM's Patient ID, if it has one."""
+    """What tells a file from others, known before it is decoded.
+
+    Attributes:
+        file: SHA-256 (hex) of its bytes.
+        patient_id: DICOM's Patient ID, if it has one.
+        study_date: DICOM's Study Date, as it is written there.
+    """
 
     file: str
     patient_id: str | None
+    study_date: str | None
 
 
 class FilmReader:
@@ -509,7 +516,7 @@ def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents
         return contents_of(path, question.start, shelf)
     data = _bytes(path) if member is None else shelf.zip(path).read(member)
     if question.kind == "identity":
-        return Identity(hashlib.sha256(data).hexdigest(), read_patient_id(data))
+        return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
     radiograph = read_radiograph(data, question.name)
     square, box = letterbox(radiograph.pixels)
     return Film(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,15 +57,21 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
     return Radiograph(pixels, "DICOM", tuple(notes), _patient_id(dataset))
 
 
-def patient_id(data: bytes) -> str | None:
-    """The Patient ID that `read_dicom` finds, without the pixels; None where there is none or the file is damaged before it."""
+def patient_and_day(data: bytes) -> tuple[str | None, str | None]:
+    """The Patient ID that `read_dicom` finds, and the Study Date (0008,0020), without the pixels; None where there is none or the file is
+    damaged before it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain, force = io.BytesIO(inflated(data, "")), data[128:132] != b"DICM"
-            return _patient_id(pydicom.dcmread(plain, stop_before_pixels=True, force=force, specific_tags=["PatientID"]))
+            dataset = pydicom.dcmread(plain, stop_before_pixels=True, force=force, specific_tags=["PatientID", "StudyDate"])
+            patient, day = _patient_id(dataset), None
+            with suppress(Exception):  # a day that is none costs nobody the patient
+                day = text(dataset, "StudyDate") or None
+            return patient, day
     except Exception:  # what is wrong with it, decoding will say
-        return None
+        return None, None
 
 
 def _patient_id(dataset: pydicom.Dataset) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.dicom import patient_id, read_dicom
+from cxr_retrieval.radiograph.dicom import patient_and_day, read_dicom
 from cxr_retrieval.radiograph.grey import NEXT_STEP, Radiograph
 from cxr_retrieval.radiograph.raster import read_raster
 
@@ -52,9 +52,9 @@ def read_radiograph(source: Path | bytes, name: str | None = None) -> Radiograph
     return _checked(radiograph, name)
 
 
-def read_patient_id(data: bytes) -> str | None:
-    """DICOM's Patient ID, without decoding the picture; None of a file that has none, or that cannot be read."""
-    return patient_id(data) if _is_dicom(data) else None
+def read_patient_and_day(data: bytes) -> tuple[str | None, str | None]:
+    """DICOM's Patient ID and Study Date, without decoding the picture; None of a file that has none, or that cannot be read."""
+    return patient_and_day(data) if _is_dicom(data) else (None, None)
 
 
 def _is_dicom(data: bytes) -> bool:

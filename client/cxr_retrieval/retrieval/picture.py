@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cxr_retrieval.cases.fields import CLINICAL_FIELDS, Value
+from cxr_retrieval.cases.features import FEATURE
+from cxr_retrieval.cases.fields import Value
 from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
 from cxr_retrieval.errors import CxrError, SetupError
 from cxr_retrieval.gallery.store import Neighbour
@@ -46,20 +47,6 @@ _WARNING: Final = (255, 190, 90)
 _TILE: Final = 256
 _BRIEF_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival")
 """What a table or a caption has room for; the page shows all that is known."""
-_FACT_NAMES: Final = {
-    "went_icu": "ICU",
-    "spo2": "SpO2",
-    "survival": "survived",
-    "raw_finding": "finding",
-    "temperature": "temp.",
-    "needed_supplemental_o2": "supplemental O2",
-    "wbc": "white blood cells",
-    "neutrophil": "neutrophils",
-    "lymphocyte": "lymphocytes",
-    "offset_days": "days since onset",
-    "clinical_notes": "notes",
-}
-_UNITS: Final = {"temperature": " °C"}
 
 
 def overlay(square: NDArray[np.uint8], lung_mask: NDArray[np.uint8], attention: NDArray[np.float32] | None) -> NDArray[np.uint8]:
@@ -225,15 +212,15 @@ def facts_line(metadata: Mapping[str, Value]) -> str:
 
 def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
     """Every fact under the name a reader knows: those in brief first, then the other clinical fields, then the user's own columns."""
-    order = [*_BRIEF_FACTS, *(name for name in CLINICAL_FIELDS if name not in _BRIEF_FACTS)]
-    names = [*(name for name in order if name in metadata), *(name for name in metadata if name not in CLINICAL_FIELDS)]
-    return {_FACT_NAMES.get(name, name): _plain(metadata[name]) + _UNITS.get(name, "") for name in names}
+    order = [*_BRIEF_FACTS, *(name for name in FEATURE if name not in _BRIEF_FACTS)]
+    names = [*(name for name in order if name in metadata), *(name for name in metadata if name not in FEATURE)]
+    return {FEATURE[name].title if name in FEATURE else name: _plain(name, metadata[name]) for name in names}
 
 
-def _plain(value: Value) -> str:
+def _plain(name: str, value: Value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else f"{value:.10g}"
+    return value if isinstance(value, str) else f"{value:.10g}" + (FEATURE[name].shown if name in FEATURE and name != "age" else "")
 
 
 def _squares(hits: Sequence[Neighbour], reader: FilmReader, thumbnails: Thumbnails) -> dict[str, NDArray[np.uint8]]:

@@ -20,6 +20,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
+from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
 
 MIN_LUNG_SHARE: Final = 0.05
@@ -79,6 +80,11 @@ class QueryResult:
     ood: Ood
     explanation: Explanation
 
+    @property
+    def summary(self) -> Summary:
+        """What is known of the neighbours."""
+        return summarise(hit.case for hit in self.neighbours)
+
     def as_json(self) -> dict[str, Any]:
         """The published JSON form of a query result."""
         return {
@@ -91,6 +97,7 @@ class QueryResult:
             },
             "neighbours": [{"rank": rank, **_hit_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)],
             "earlier_films": [_hit_json(hit) for hit in self.own],
+            "summary": self.summary.as_json(),
             "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
             "warnings": list(self.warnings),
             "ood": self.ood.as_json(),
