@@ -36,11 +36,13 @@ if TYPE_CHECKING:
         UsageError,
     )
     from cxr_retrieval.evaluation.metrics import evaluate
+    from cxr_retrieval.evaluation.recalibration import Recalibration, recalibrate
     from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
     from cxr_retrieval.gallery.completion import Snapshot
     from cxr_retrieval.gallery.store import Case, Clause, Neighbour, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
+    from cxr_retrieval.retrieval.calibration import Calibration, Trust
     from cxr_retrieval.retrieval.gate import Ood
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
@@ -70,11 +72,13 @@ _WHERE = {
         "UsageError",
     ),
     "evaluation.metrics": ("evaluate",),
+    "evaluation.recalibration": ("Recalibration", "recalibrate"),
     "gallery.backup": ("Backup", "export_gallery", "import_gallery", "read_backup"),
     "gallery.completion": ("Snapshot",),
     "gallery.store": ("Case", "Clause", "Neighbour", "Store"),
     "inference.triton": ("TritonClient",),
     "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
+    "retrieval.calibration": ("Calibration", "Trust"),
     "retrieval.gate": ("Ood",),
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
@@ -88,6 +92,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "FEATURES",
     "Backup",
+    "Calibration",
     "Case",
     "Chart",
     "Clause",
@@ -111,6 +116,7 @@ __all__ = [
     "PseudonymSettings",
     "Pseudonyms",
     "QueryResult",
+    "Recalibration",
     "ReindexReport",
     "Retriever",
     "ServiceError",
@@ -122,6 +128,7 @@ __all__ = [
     "Tls",
     "TritonClient",
     "TritonSettings",
+    "Trust",
     "UsageError",
     "Vote",
     "evaluate",
@@ -133,6 +140,7 @@ __all__ = [
     "read_backup",
     "read_chart",
     "read_manifest",
+    "recalibrate",
     "reindex",
     "summarise",
     "weighted_vote",

@@ -166,7 +166,10 @@ def test_tables_hold_a_row_for_every_line(tmp_path: Path, form: Format) -> None:
     out, table = tmp_path / "results.jsonl", tmp_path / f"results.{form.value}"
     with opened(out, NAMES) as journal:
         first, *others = answers(journal, 7)
-        result = {"image_id": "ä,\n", "prediction": {"label": "control", "confidence": 0.5, "scores": {"control": 0.5}}, "warnings": ["w"]}
+        result = {
+            "image_id": "ä,\n",
+            "prediction": {"label": "control", "confidence": 0.5, "scores": {"control": 0.5}, "calibrated": 0.25, "set": ["control"]},
+        }
         journal.record([Answer(first.asked, ANSWERED, result, "p"), Answer(others[0].asked, FAILED, error="blank"), *others[1:]])
         journal.finish()
     write_table(out, table, form)
@@ -182,5 +185,6 @@ def test_tables_hold_a_row_for_every_line(tmp_path: Path, form: Format) -> None:
     assert [row["input"] for row in rows] == [line["input"] for line in lines(out)]
     assert (rows[0]["image_id"], rows[0]["label"], float(str(rows[0]["confidence"]))) == ("ä,\n", "control", 0.5)
     assert json.loads(str(rows[0]["scores"])) == {"control": 0.5}
+    assert (float(str(rows[0]["calibrated"])), json.loads(str(rows[0]["set"]))) == (0.25, ["control"])
     assert (rows[-1]["status"], rows[-1]["error"]) == ("failed", "blank")
     assert stat.S_IMODE(table.stat().st_mode) == 0o600

@@ -18,6 +18,7 @@ from cxr_retrieval.cli.query import print_result
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.gallery.store import Case, Neighbour
 from cxr_retrieval.radiograph.letterbox import Letterbox
+from cxr_retrieval.retrieval.calibration import Trust
 from cxr_retrieval.retrieval.gate import Ood
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
@@ -40,6 +41,7 @@ COMMANDS = (
     "gallery export",
     "gallery import",
     "gallery use",
+    "calibrate",
     "reindex",
     "audit",
     "audit verify",
@@ -104,7 +106,18 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     square = np.zeros((256, 256), np.uint8)
     explanation = Explanation(square, Letterbox(1.0, 0, 0, 256, 256), square, np.zeros((256, 256), np.float32))
     print_result(
-        QueryResult("film-0123", "v", vote, hits, hits[:1], {"total": 1.0}, ("look at [/x]",), Ood(0.1, False, None), explanation),
+        QueryResult(
+            "film-0123",
+            "v",
+            vote,
+            hits,
+            hits[:1],
+            {"total": 1.0},
+            ("look at [/x]",),
+            Ood(0.1, False, None),
+            explanation,
+            Trust(None, None, None),
+        ),
         "film[copy].dcm",
     )
     shown = capsys.readouterr().out

@@ -147,6 +147,30 @@ def test_both_ways_of_keeping_unknown_facts_are_run_each_by_one_kind(store: Stor
     assert store._nullable == (kind == "lite")  # pyright: ignore[reportPrivateUsage]
 
 
+def test_a_calibration_stays_with_its_gallery(settings: MilvusSettings, entries: list[Entry], pseudonyms: Pseudonyms) -> None:
+    """As long as a real one, and beside the fingerprint of the key; taken away again it is gone."""
+    told = '{"thresholds":[' + ",".join(["0.123456"] * 1000) + '],"north":"ünïcödé \'x\'"}'
+    with Store(settings, "calibrated", pseudonyms, create=True) as opened:
+        assert opened.calibration == ""
+        opened.upsert(entries, digests(len(entries)), vectors(len(entries)))
+        opened.keep_calibration(told)
+        assert opened.calibration == told
+    for kept in (told, "", told):
+        with Store(settings, "calibrated", pseudonyms) as opened:
+            opened.keep_calibration(kept)
+        with Store(settings, "calibrated", pseudonyms) as opened:
+            assert opened.calibration == kept
+            assert opened.count() == len(entries)
+    with Store(settings, "not_calibrated", pseudonyms, create=True) as other:
+        assert other.calibration == ""
+
+
+def test_rows_by_clause(store: Store) -> None:
+    assert {row["label"] for row in store.rows(["key", "label"], 'source == "north"')} == {"covid19", "control"}
+    with pytest.raises(UsageError, match="unknown field: hospital"):
+        list(store.rows(["key"], "hospital == 1"))
+
+
 def test_search_orders_by_cosine_and_returns_the_facts(store: Store, pseudonyms: Pseudonyms, manifest: Manifest) -> None:
     stored = vectors(5)
     found = store.search(stored[0], 5)

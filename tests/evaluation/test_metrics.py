@@ -13,8 +13,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.errors import InputError
+from cxr_retrieval.evaluation.intervals import RESAMPLES
 from cxr_retrieval.evaluation.metrics import (
-    RESAMPLES,
     Gallery,
     LabelledSet,
     Ranking,

@@ -61,7 +61,8 @@ def test_query_says_no_in_words_and_exit_code(server: Endpoints, gallery: str, p
     told = run_cxr("query", pictures / "letter.png", "--json", *servers)
     assert told.returncode == 1
     answer: dict[str, Any] = json.loads(told.stdout)
-    assert answer["prediction"] == {"label": None, "confidence": 0.0, "scores": {}}
+    nothing = {"label": None, "confidence": 0.0, "scores": {}, "calibrated": None, "set": []}
+    assert answer["prediction"] == {**nothing, "abstained": answer["ood"]["reason"]}
     assert len(answer["neighbours"]) == 9
     assert answer["ood"]["refused"] is True
     assert answer["ood"]["score"] > 0.5

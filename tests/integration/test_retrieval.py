@@ -142,7 +142,7 @@ def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient
         "ood",
     }
     assert answer["ood"]["refused"] is False
-    assert set(answer["prediction"]) == {"label", "confidence", "scores"}
+    assert set(answer["prediction"]) == {"label", "confidence", "scores", "calibrated", "set", "abstained"}
     assert [set(neighbour) for neighbour in answer["neighbours"]] == [{"rank", "image_id", "similarity", "label", "metadata"}] * 3
     assert [set(film) for film in answer["earlier_films"]] == [{"image_id", "similarity", "label", "metadata"}]
     assert [neighbour["rank"] for neighbour in answer["neighbours"]] == [1, 2, 3]
@@ -151,6 +151,8 @@ def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient
     ages = [neighbour["metadata"]["age"] for neighbour in answer["neighbours"]]
     assert answer["summary"]["n"] == 3
     assert answer["summary"]["features"]["age"]["median"] == sorted(ages)[1]
+    assert (answer["prediction"]["calibrated"], answer["prediction"]["set"]) == (None, None)
+    assert any("3 voted here; `cxr calibrate`" in warning for warning in answer["warnings"]), "phantoms are no hospital that was measured"
 
 
 def test_facts_come_from_fhir_where_the_manifest_has_none(

@@ -17,12 +17,15 @@ from cxr_retrieval.cases.fields import parse_clinical
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LABELS, LUNG_AGREEMENT, LUNG_MASK
-from cxr_retrieval.evaluation.metrics import LabelledSet, evaluate
+from cxr_retrieval.evaluation.confidence import applied, measured
+from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking, answered, evaluate
+from cxr_retrieval.evaluation.recalibration import recalibrate
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.reading import read_radiograph
+from cxr_retrieval.retrieval.calibration import shipped
 from cxr_retrieval.retrieval.query import MIN_LUNG_AGREEMENT, query
 from cxr_retrieval.settings import MilvusSettings
 
@@ -129,16 +132,26 @@ def test_retrieval_on_a_sample(
     """450 cases, 300 queries of other patients, a third of them of each class: not below the measured figure's interval, and above what no learning reaches."""
     gallery, queries = sample(manifest.select(split="train"), 150, 1), sample(manifest.select(split="val"), 100, 2)
     with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
-        report = ingest(gallery, reader, triton, store, lambda count: None)
+        report = ingest(gallery, reader, triton, store, lambda count: None, gate=False)  # which is measured elsewhere
         assert (report.stored, report.problems) == (450, ())
-        overall = evaluate(
-            *(labelled(rows, reader, triton, store) for rows in (gallery, queries)), k=10, model_version=triton.model_version
-        )["overall"]
+        sets = [labelled(rows, reader, triton, store) for rows in (gallery, queries)]
         answer = query(queries[0].path, reader, triton, store).as_json()
+        own = recalibrate(store, include_train=True)
+    overall = evaluate(*sets, k=10, model_version=triton.model_version)["overall"]
     print(triton.model_version, overall["balanced_accuracy"], overall["balanced_accuracy_ci"])
     assert overall["n"] == 300
     assert overall["balanced_accuracy"] >= SAMPLE_FIGURE.low > HOG_FLOOR
     assert len(answer["neighbours"]) == 10
+    assert answer["prediction"]["calibrated"] is None
+    assert any(f"a gallery of 4293 cases, and this one holds {len(gallery)}" in warning for warning in answer["warnings"])
+    votes = answered(Ranking(*sets), 10)
+    ships = applied(shipped()[triton.model_version], votes)
+    assert abs(ships["overall"]["calibrated"] - ships["overall"]["accuracy"]) > 0.03, "that is why nothing is said"
+    ours = measured(votes, 10)
+    assert ours["ece"] < 0.1
+    assert ours["overall"]["coverage"] == pytest.approx(0.9, abs=0.04)
+    assert own.after["overall"]["calibrated"] == pytest.approx(own.after["overall"]["accuracy"], abs=0.03)
+    assert own.after["overall"]["coverage"] == pytest.approx(0.9, abs=0.04)
     assert {neighbour["metadata"]["source"] for neighbour in answer["neighbours"]} <= {row.source for row in gallery}
 
 
@@ -151,7 +164,13 @@ def test_retrieval_of_every_validation_film_is_what_is_published(
     published = Figure(*map(float, re.findall(r"0\.\d{3}", row.split("|")[4])))
     with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
         gallery, queries = (labelled(manifest.select(split=split), reader, triton, store) for split in ("train", "val"))
-    found = evaluate(gallery, queries, k=10, model_version=triton.model_version)["overall"]
+    result = evaluate(gallery, queries, k=10, model_version=triton.model_version)
+    found, calibration = result["overall"], result["calibration"]["cross_fitted"]
+    assert calibration["ece"] <= 0.03
+    assert calibration["overall"]["coverage"] == pytest.approx(0.9, abs=0.02)
+    large = {source: part["coverage"] for source, part in calibration["per_source"].items() if part["n"] >= 50}
+    assert large.keys() == {"ieee8023", "kermany", "radiography"}
+    assert min(large.values()) >= 0.85, large
     print(triton.model_version, found["balanced_accuracy"], found["balanced_accuracy_ci"], "published", published)
     assert published.value > published.low > HOG_FLOOR
     assert found["balanced_accuracy"] >= published.low

@@ -19,6 +19,7 @@ from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
+from cxr_retrieval.retrieval.calibration import Trust
 from cxr_retrieval.retrieval.gate import Ood
 from cxr_retrieval.retrieval.picture import Thumbnails, colour_bar, facts_line, montage, overlay, write_html, write_montage, write_png
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
@@ -58,6 +59,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
         ("a warning",),
         Ood(0.1, False, None),
         explanation,
+        Trust(0.69, ("covid19", "control"), "control cannot be excluded"),
     )
 
 

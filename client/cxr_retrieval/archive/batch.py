@@ -24,6 +24,7 @@ from cxr_retrieval.gallery.store import Clause, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval import query
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.picture import overlay, write_png
 from cxr_retrieval.retrieval.query import QueryResult
 
@@ -33,7 +34,9 @@ _SEARCH_SLICE_S = 0.2
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays. `gate`: refuse what is no film."""
+    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays. `gate`: refuse what is no film.
+    `error_rate`: of the sets of labels.
+    """
 
     store: Store | None
     top_k: int
@@ -41,6 +44,7 @@ class BatchOptions:
     include_own: bool
     attention: Path | None
     gate: bool = True
+    error_rate: float = DEFAULT_ERROR_RATE
 
 
 def run_batch(
@@ -156,6 +160,7 @@ class _Answers:
             where=options.where,
             include_own=options.include_own,
             gate=options.gate,
+            error_rate=options.error_rate,
         )
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 

@@ -14,8 +14,21 @@ from typing import Any, Final
 from cxr_retrieval.errors import SetupError
 
 _ROWS: Final = 1000
-_COLUMNS: Final = ("input", "status", "error", "same_as", "image_id", "model_version", "label", "confidence", "trace_id")
-_NESTED: Final = ("scores", "neighbours", "earlier_films", "summary", "embedding", "warnings", "timings_ms", "attention", "ood")
+_COLUMNS: Final = (
+    "input",
+    "status",
+    "error",
+    "same_as",
+    "image_id",
+    "model_version",
+    "label",
+    "confidence",
+    "calibrated",
+    "abstained",
+    "trace_id",
+)
+_NUMBERS: Final = frozenset({"confidence", "calibrated"})
+_NESTED: Final = ("scores", "neighbours", "earlier_films", "summary", "embedding", "warnings", "timings_ms", "attention", "ood", "set")
 
 
 class Format(str, Enum):
@@ -63,7 +76,7 @@ def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.float64() if name == "confidence" else pa.string()) for name in (*_COLUMNS, *_NESTED)])
+    schema = pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in (*_COLUMNS, *_NESTED)])
     with pq.ParquetWriter(path, schema) as writer:
         while page := list(islice(rows, _ROWS)):
             writer.write_table(pa.Table.from_pylist(page, schema))

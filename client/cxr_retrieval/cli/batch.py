@@ -34,6 +34,7 @@ def batch(
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
     no_gate: options.NoGate = False,
+    error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     embed_only: Annotated[bool, typer.Option("--embed-only", help="Embeddings instead of answers; no gallery is needed.")] = False,
     attention: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
@@ -76,6 +77,7 @@ def batch(
             "where": clause.given if clause else "",
             "include_own": include_own,
             "gate": not no_gate,
+            "error_rate": error_rate,
             "attention": str(attention) if attention else None,
         }
         journal = opened.enter_context(Journal(lines, decisive))
@@ -98,7 +100,7 @@ def batch(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate),
+                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate, error_rate=error_rate),
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,10 @@ def evaluate(
     gallery_split: Annotated[str | None, typer.Option(help="Only gallery rows of this split; without it all but 'extra'.")] = None,
     queries_split: Annotated[str | None, typer.Option(help="Only query rows of this split; without it all but 'extra'.")] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours that vote.")] = 10,
+    error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also fit a calibration on the queries, and put it into this file of calibrations.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Measure retrieval: recall@k, accuracy, mAP@R per class and source, within and across sources. Never counts a query's own patient.
@@ -41,10 +46,11 @@ def evaluate(
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
-    from cxr_retrieval.evaluation import metrics
+    from cxr_retrieval.evaluation import confidence, metrics
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.retrieval.calibration import put_calibration
 
     rows: dict[str, Sequence[ManifestRow]] = {
         "gallery": read_manifest(gallery).require(split=gallery_split),
@@ -70,7 +76,12 @@ def evaluate(
     rows_of = {name: part.rows for name, part in found.items()}
     *patients, warnings = metrics.comparable_patients(rows_of["gallery"], rows_of["queries"])
     sets = [_labelled(found[name], keys) for name, keys in zip(found, patients, strict=True)]
-    result = metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings)
+    result = metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings, error_rate=error_rate)
+    if calibration:
+        about = {"made_by": "cxr evaluate", "made": datetime.now(timezone.utc).date().isoformat(), "patients": len(set(patients[1]))}
+        votes = metrics.answered(metrics.Ranking(*sets), top_k)
+        put_calibration(confidence.fit(votes, version, top_k, len(sets[0].labels), about), calibration)
+        talk().print(f"wrote {calibration}")
     if json:
         print_json(result)
     else:
@@ -115,6 +126,8 @@ def _print(result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(_restricted_table(result))
+    if found := result["calibration"]["cross_fitted"]:
+        console.print(_calibration_table(found))
     table = Table("", "label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10", box=None, header_style="dim", pad_edge=False)
     for name, part in {"overall": result, **result["per_source"]}.items():
         for label, row in part["per_class"].items():
@@ -149,6 +162,29 @@ def _restricted_table(result: dict[str, Any]) -> Table:
         table.add_row("nearest neighbour from own source, label held elsewhere, too (share)", str(own["n"]), _number(own["share"]))
     table.add_row("without the least confident tenth (accuracy)", str(selective["n"]), _number(selective["accuracy"]))
     table.add_row("expected calibration error of the vote", "", _number(result["calibration"]["ece"]))
+    return table
+
+
+def _calibration_table(found: dict[str, Any]) -> Table:
+    """What a calibration on such queries gives on patients it was not fitted on."""
+    table = Table(
+        *("calibrated, cross-fitted", "n", "right", "said", f"in the set ({found['error_rate']:g})", "labels in it", "right if one"),
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+    )
+    for name, part in {"all": found["overall"], **found["per_source"]}.items():
+        single = part["single"]
+        table.add_row(
+            name or "unknown source",
+            str(part["n"]),
+            f"{part['accuracy']:.3f}",
+            f"{part['calibrated']:.3f}",
+            _with_interval(part["coverage"], part["coverage_ci"]),
+            f"{part['set_size']:.2f}",
+            f"{_number(single['accuracy'])} of {single['n']}",
+        )
+    table.add_row("expected calibration error", "", "", _with_interval(found["ece"], found["ece_ci"]))
     return table
 
 

@@ -61,7 +61,13 @@ Words = Annotated[
 ]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Take also what looks like no upright frontal chest film.")]
 
+ErrorRate = Annotated[
+    float,
+    typer.Option("--error-rate", min=0.01, max=0.5, help="Share of the sets of labels that may lack the right one."),
+]
+
 AUDIT_DEFAULT = DEFAULT_AUDIT
+ERROR_RATE_DEFAULT: Final = 0.1
 PATIENCE_DEFAULT: Final = 3600.0
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]

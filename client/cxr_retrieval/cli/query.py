@@ -42,6 +42,7 @@ def query(
         bool, typer.Option("--include-own", help="Let films of the same patient, and the same picture, vote like any other.")
     ] = False,
     no_gate: options.NoGate = False,
+    error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
@@ -72,6 +73,7 @@ def query(
                 patient=patient,
                 include_own=include_own,
                 gate=not no_gate,
+                error_rate=error_rate,
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:
@@ -105,6 +107,11 @@ def print_result(result: QueryResult, name: str) -> None:
     else:
         shares = ", ".join(f"{label} {share:.0%}" for label, share in vote.scores.items())
         console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
+        console.print(result.sentence)
+        if result.trust.labels is not None:
+            console.print(f"labels at an error rate of {result.trust.error_rate:g}: {', '.join(result.trust.labels) or 'none'}")
+        if result.trust.abstained:
+            console.print(Text.assemble(("do not rely on the label: ", "yellow"), result.trust.abstained))
     console.print(_table(result.neighbours, numbered=True))
     console.print(Text(f"of these {len(result.neighbours)} cases: {'; '.join(result.summary.lines())}"), soft_wrap=True)
     if result.own:

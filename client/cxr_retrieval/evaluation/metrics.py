@@ -4,10 +4,9 @@ recall@k: share of queries with at least one neighbour of their label among the 
 precision@k: share of the first k neighbours that have the query's label, mean over queries.
 mAP@R: Musgrave et al. 2020, "A Metric Learning Reality Check", with R the number of gallery images of the query's label.
 
-Intervals: percentile bootstrap (95 %, 1000 resamples with a fixed seed) over the queries' patients, not images; none where there are
-fewer than `MIN_PATIENTS`. Balanced accuracy is a mean over classes, so each of its resamples holds every class: one that lacks a class
-is drawn again. Leaving the class out of that resample's mean instead would change, with the draw, what is measured; drawing patients
-class by class would need a class for patients who have films of two.
+Intervals (`intervals.py`) are over the queries' patients. Balanced accuracy is a mean over classes, so each of its resamples holds every
+class: one that lacks a class is drawn again. Leaving the class out of that resample's mean instead would change, with the draw, what is
+measured; drawing patients class by class would need a class for patients who have films of two.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import ManifestRow, patient_key
-from cxr_retrieval.errors import InputError
+from cxr_retrieval.errors import InputError, UsageError
+from cxr_retrieval.evaluation.confidence import Answered, measured
+from cxr_retrieval.evaluation.intervals import MIN_PATIENTS, RESAMPLES, draw, interval, mean_interval, weighted_interval, weights_of
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Ballot, ballot_of
 from cxr_retrieval.retrieval.voting import weighted_vote
 
 RECALL_AT: Final = (1, 2, 4, 10)
-RESAMPLES: Final = 1000
-MIN_PATIENTS: Final = 10
-"""Of fewer independent patients no interval is given: it would say how few there are and nothing else."""
 MIN_PATIENTS_OF_A_CLASS: Final = 2
 """For balanced accuracy: of a class with one patient every resample holds the same films, as if there were nothing to doubt."""
 REDRAWS: Final = 50
@@ -130,12 +129,21 @@ def _left_open(whose: str, column: str, missing: int, rows: int, consequence: st
     return [f"{missing} of {rows} rows of the {whose} manifest have no `{column}`: for those, {consequence}"]
 
 
-def evaluate(gallery: LabelledSet, queries: LabelledSet, *, k: int, model_version: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    gallery: LabelledSet,
+    queries: LabelledSet,
+    *,
+    k: int,
+    model_version: str,
+    warnings: Sequence[str] = (),
+    error_rate: float = DEFAULT_ERROR_RATE,
+) -> dict[str, Any]:
     """The published JSON form of an evaluation result.
 
     Beside the figures over the whole gallery: `within_source` (gallery cut to the query's own source) and `cross_source` (the
     query's source taken out of the gallery), both over those queries whose label that gallery holds along with another one;
-    `calibration` of the vote's confidence; `nearest_from_own_source`, over the queries whose label another source holds, too.
+    `calibration` of the vote's confidence, and under `cross_fitted` what a calibration on such queries gives on patients it was not
+    fitted on (null where they are too few); `nearest_from_own_source`, over the queries whose label another source holds, too.
     Every `_ci` is null where there are too few patients; `balanced_accuracy_redrawn` says how many resamples were drawn again for its
     interval as they lacked a class.
 
@@ -145,6 +153,7 @@ def evaluate(gallery: LabelledSet, queries: LabelledSet, *, k: int, model_versio
         k: Neighbours that vote.
         model_version: Repeated in the result.
         warnings: What a reader must know of the sets (`comparable_patients`), repeated in the result.
+        error_rate: Of the sets of labels.
 
     Raises:
         InputError: Empty sets, or a query left without any neighbour.
@@ -168,7 +177,7 @@ def evaluate(gallery: LabelledSet, queries: LabelledSet, *, k: int, model_versio
         "within_source": _restricted(ranking, k, labels, Gallery.own_source),
         "cross_source": _restricted(ranking, k, labels, Gallery.other_sources),
         "nearest_from_own_source": _own_source(scores, _label_elsewhere(gallery, queries)),
-        "calibration": _calibration(scores),
+        "calibration": {**_calibration(scores), "cross_fitted": _cross_fitted(answered(ranking, k), k, error_rate)},
         "warnings": list(warnings),
     }
 
@@ -253,6 +262,34 @@ def _score(ranking: Ranking, k: int, labels: Sequence[str], compared: Gallery, c
         np.array(own),
         np.array([patients[queries.patients[number]] for number in numbers]),
     )
+
+
+def answered(ranking: Ranking, k: int) -> Answered:
+    """Votes of the k nearest on those queries that have any neighbour."""
+    gallery, queries = ranking.gallery, ranking.queries
+    ballots: list[Ballot] = []
+    numbers: list[int] = []
+    for number in range(len(queries.labels)):
+        order, similarity = ranking.of(number)
+        if len(order):
+            nearest: list[int] = order[:k].tolist()
+            ballots.append(
+                ballot_of([(gallery.labels[i], float(value), gallery.sources[i]) for i, value in zip(nearest, similarity, strict=False)])
+            )
+            numbers.append(number)
+    return Answered(
+        ballots,
+        [queries.labels[number] for number in numbers],
+        [queries.patients[number] for number in numbers],
+        [queries.sources[number] for number in numbers],
+    )
+
+
+def _cross_fitted(votes: Answered, k: int, error_rate: float) -> dict[str, Any] | None:
+    try:
+        return measured(votes, k, error_rate)
+    except UsageError:
+        return None
 
 
 def _restricted(ranking: Ranking, k: int, labels: Sequence[str], compared: Gallery) -> dict[str, Any]:
@@ -344,39 +381,26 @@ def average_precision_at_r(relevant: NDArray[np.bool_]) -> float:
 
 def _summary(scores: _Scores) -> dict[str, Any]:
     correct = (scores.truth == scores.voted).astype(np.float64)
-    weights = _weights(scores.patients)
+    weights = weights_of(scores.patients)
     balanced_ci, redrawn = balanced_interval(correct, scores.truth, scores.patients)
     out: dict[str, Any] = {
         "n": len(scores.truth),
         "accuracy": _mean(correct),
-        "accuracy_ci": _interval(correct, weights),
+        "accuracy_ci": weighted_interval(correct, weights),
         "balanced_accuracy": float(_balanced(correct, scores.truth, np.ones((1, len(correct))))[0]),
         "balanced_accuracy_ci": balanced_ci,
         "balanced_accuracy_redrawn": redrawn,
         "map_at_r": _mean(scores.average_precision),
-        "map_at_r_ci": _interval(scores.average_precision, weights),
+        "map_at_r_ci": weighted_interval(scores.average_precision, weights),
     }
     for name, values in (("recall_at", scores.hits), ("precision_at", scores.precision)):
         out[name] = {str(at): _mean(values[:, i]) for i, at in enumerate(RECALL_AT)}
-        out[f"{name}_ci"] = {str(at): _interval(values[:, i], weights) for i, at in enumerate(RECALL_AT)}
+        out[f"{name}_ci"] = {str(at): weighted_interval(values[:, i], weights) for i, at in enumerate(RECALL_AT)}
     return out
 
 
 def _mean(values: Floats) -> float:
     return float((np.ones((1, len(values))) @ values)[0] / len(values))
-
-
-def mean_interval(values: Floats, patients: NDArray[np.generic]) -> list[float] | None:
-    """The interval of the mean over images; None of fewer than `MIN_PATIENTS` patients."""
-    return _interval(values, _weights(patients))
-
-
-def _weights(patients: NDArray[np.generic]) -> Floats | None:
-    return patient_weights(patients) if len(np.unique(patients)) >= MIN_PATIENTS else None
-
-
-def _interval(values: Floats, weights: Floats | None) -> list[float] | None:
-    return None if weights is None else interval(weights @ values / weights.sum(axis=1))
 
 
 def balanced_interval(correct: Floats, truth: NDArray[np.generic], patients: NDArray[np.generic]) -> tuple[list[float] | None, int | None]:
@@ -396,13 +420,13 @@ def balanced_interval(correct: Floats, truth: NDArray[np.generic], patients: NDA
     if len(unique) < MIN_PATIENTS or has.sum(axis=0).min() < MIN_PATIENTS_OF_A_CLASS:
         return None, None
     random, redrawn = np.random.default_rng(0), 0
-    drawn = _draw(random, len(unique), RESAMPLES)
+    drawn = draw(random, len(unique), RESAMPLES)
     for _ in range(REDRAWS):
         lacking = (drawn @ has == 0).any(axis=1)
         if not lacking.any():
             return interval(_balanced(correct, truth, drawn[:, position].astype(np.float64))), redrawn
         redrawn += int(lacking.sum())
-        drawn[lacking] = _draw(random, len(unique), int(lacking.sum()))
+        drawn[lacking] = draw(random, len(unique), int(lacking.sum()))
     return None, None
 
 
@@ -410,23 +434,6 @@ def _balanced(correct: Floats, truth: NDArray[np.generic], weights: Floats) -> F
     """Mean over classes of the share of right votes, for each row of weights `[resamples, n]`, of which each holds every class."""
     mine = [weights * (truth == label) for label in np.unique(truth)]
     return np.mean([part @ correct / part.sum(axis=1) for part in mine], axis=0)
-
-
-def patient_weights(patients: NDArray[np.generic]) -> Floats:
-    """How often each image is drawn in each bootstrap resample of whole patients, `[resamples, n]`; the seed is fixed."""
-    unique, position = np.unique(patients, return_inverse=True)
-    return _draw(np.random.default_rng(0), len(unique), RESAMPLES)[:, position].astype(np.float64)
-
-
-def _draw(random: np.random.Generator, patients: int, resamples: int) -> Integers:
-    """How often each patient is drawn, `[resamples, patients]`."""
-    return random.multinomial(patients, np.full(patients, 1 / patients), size=resamples)
-
-
-def interval(values: Floats) -> list[float]:
-    """The 95 % percentile interval of a metric's resampled values."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def _per_class(scores: _Scores, labels: Sequence[str]) -> dict[str, Any]:

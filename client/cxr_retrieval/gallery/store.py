@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -70,6 +71,8 @@ MAX_HITS: Final = 16_384
 
 FINGERPRINT: Final = "cxr.pseudonyms"
 """Property of a collection that tells under which key its pseudonyms were made. Milvus Lite forgets descriptions; it keeps properties."""
+CALIBRATION: Final = "cxr.calibration"
+"""Property with the gallery's own calibration as text; "" or missing: it has none."""
 
 _NAMED: Final = {
     "label": 256,
@@ -225,6 +228,9 @@ def make_entry(row: ManifestRow, file: str, pseudonyms: Pseudonyms) -> Entry:
 class Store:
     """An open gallery for one model version. Use as a context manager.
 
+    Attributes:
+        calibration: The gallery's own, as text (`retrieval/calibration.py`), as it was when opened; "" if it has none.
+
     Args:
         settings: Where Milvus is.
         model_version: Which weights the embeddings come from.
@@ -322,6 +328,21 @@ class Store:
             )
         return int(result[0]["count(*)"])
 
+    def keep_calibration(self, text: str) -> None:
+        """Keeps a calibration with the gallery, in the place of the one it had; "": none.
+
+        Whoever has the gallery open sees it when he opens it again.
+        """
+        with translated(self._settings):
+            self._client.alter_collection_properties(self.collection, {CALIBRATION: text}, timeout=self._settings.timeout_s)
+        self.calibration = text
+
+    @cached_property
+    def size(self) -> int:
+        """About how many cases it held when this was first asked; a server answers at once, which it does not for `count`."""
+        with translated(self._settings):
+            return int(self._client.get_collection_stats(self.collection, timeout=self._settings.timeout_s)["row_count"])
+
     def held(self, keys: Sequence[str]) -> dict[str, Held]:
         """Key → what is stored there, for those that are."""
         rows = self._rows_of(keys, ["file", "facts", "pixels", "source"])
@@ -412,10 +433,15 @@ class Store:
             if self.filling:
                 self._client.drop_alias(filling(self.collection), timeout=self._settings.timeout_s)
 
-    def rows(self, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Every row as Milvus has it, read page by page: memory stays flat. `["*"]`: all fields."""
-        with translated(self._settings):
-            yield from _rows(self._client, self.collection, 'key != ""', fields, self._settings.timeout_s)
+    def rows(self, fields: Sequence[str], where: str | Clause = "") -> Iterator[dict[str, Any]]:
+        """Every row that meets a clause, as Milvus has it, read page by page: memory stays flat. `["*"]`: all fields.
+
+        Raises:
+            ClauseError: The clause cannot be meant.
+        """
+        clause = where if isinstance(where, Clause) else self.clause(where)
+        with translated(self._settings, clause.given):
+            yield from _rows(self._client, self.collection, clause.asked or 'key != ""', fields, self._settings.timeout_s)
 
     def rows_of(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Key → its row as Milvus has it, for those that are stored."""
@@ -462,10 +488,7 @@ class Store:
             raise UsageError(
                 f"no values of {field} can be counted", expected=", ".join(sorted(FILTER_FIELDS)), next_step="name another field"
             )
-        clause = where if isinstance(where, Clause) else self.clause(where)
-        with translated(self._settings, clause.given):
-            rows = _rows(self._client, self.collection, clause.asked or 'key != ""', [field], self._settings.timeout_s)
-            counted = Counter(row[field] for row in rows if row.get(field) is not None)
+        counted = Counter(row[field] for row in self.rows([field], where) if row.get(field) is not None)
         return dict(counted.most_common())
 
     def search(self, embedding: NDArray[np.float32], top_k: int, where: str | Clause = "") -> list[Neighbour]:
@@ -588,6 +611,7 @@ class Store:
             )
         _refuse_another_key(about, self.pseudonyms)
         self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
+        self.calibration = str(about.get("properties", {}).get(CALIBRATION, ""))
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row

@@ -19,6 +19,7 @@ from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, trust
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
@@ -68,6 +69,7 @@ class QueryResult:
         prediction: `NoVote` if the film was refused (`ood`).
         neighbours: The cases that voted, nearest first; of a refused film those that would have, for information.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
+        trust: How far to trust the prediction.
     """
 
     image_id: str
@@ -79,6 +81,14 @@ class QueryResult:
     warnings: tuple[str, ...]
     ood: Ood
     explanation: Explanation
+    trust: Trust
+
+    @property
+    def sentence(self) -> str:
+        """The vote and how far to trust it, in plain words; why there is none of a film that was refused."""
+        if self.prediction.label is None:
+            return self.ood.reason or "refused"
+        return sentence([hit.case.label for hit in self.neighbours], self.prediction, self.trust)
 
     @property
     def summary(self) -> Summary:
@@ -94,6 +104,7 @@ class QueryResult:
                 "label": self.prediction.label,
                 "confidence": self.prediction.confidence,
                 "scores": dict(self.prediction.scores),
+                **self.trust.as_json(),
             },
             "neighbours": [{"rank": rank, **_hit_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)],
             "earlier_films": [_hit_json(hit) for hit in self.own],
@@ -126,6 +137,7 @@ def query(
     patient: str | None = None,
     include_own: bool = False,
     gate: bool = True,
+    error_rate: float = DEFAULT_ERROR_RATE,
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -139,10 +151,11 @@ def query(
             is compared here; nothing of it is sent anywhere.
         include_own: Let them vote like any other case.
         gate: Give no label to what is no upright frontal chest film (`retrieval/gate.py`); False: say so, and let the cases vote.
+        error_rate: Of the set of labels (`retrieval/calibration.py`), 0.01 to 0.5.
 
     Raises:
         ImageError: The file is unusable.
-        UsageError: No case meets the expression.
+        UsageError: No case meets the expression, or no set can be given for that error rate.
         ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
@@ -153,7 +166,9 @@ def query(
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
-    (result,) = answer([asked], store, triton.model_version, top_k=top_k, where=clause, include_own=include_own, gate=gate)
+    (result,) = answer(
+        [asked], store, triton.model_version, top_k=top_k, where=clause, include_own=include_own, gate=gate, error_rate=error_rate
+    )
     if isinstance(result, UsageError):
         raise result
     return result
@@ -168,12 +183,16 @@ def answer(
     where: Clause | None = None,
     include_own: bool = False,
     gate: bool = True,
+    error_rate: float = DEFAULT_ERROR_RATE,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
     Raises:
         StoreError: Milvus cannot serve.
+        UsageError: No set can be given for that error rate.
+        SetupError: The gallery's own calibration cannot be read.
     """
+    percent(error_rate)
     where = where or Clause("", "")
     embeddings = np.stack([np.asarray(one.outputs[EMBEDDING.name], np.float32) for one in asked])
     started = time.perf_counter()
@@ -184,8 +203,9 @@ def answer(
         found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
     search_ms = 1000 * (time.perf_counter() - started)
     far = [None if where.asked or not hits else too_far(hits[0].similarity, store.count, model_version) for hits in first]
+    rules = _Rules(model_version, top_k, where.given, include_own, error_rate, store.calibration, store.size)
     return [
-        _result(one, *hits, search_ms, model_version, top_k, where.given, assessed(one.film, one.outputs, gate=gate, far=distance))
+        _result(one, *hits, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance))
         for one, hits, distance in zip(asked, found, far, strict=True)
     ]
 
@@ -204,32 +224,53 @@ def doubts(film: Film, outputs: Mapping[str, NDArray[np.generic]], ood: Ood) -> 
     return lung_warnings(mask, film.box, agreement)
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """How several films are answered; `calibration`: the gallery's own, `gallery`: how many cases it holds."""
+
+    model_version: str
+    top_k: int
+    where: str
+    include_own: bool
+    error_rate: float
+    calibration: str
+    gallery: int
+
+    @property
+    def unusual(self) -> str | None:
+        """Why such answers are not of the kind whose reliability is measured; None if they are."""
+        if self.where:
+            return "only cases that meet a clause were compared"
+        return "films of the query's own patient may have voted" if self.include_own else None
+
+
 def _result(
-    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, model_version: str, top_k: int, where: str, ood: Ood
+    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, rules: _Rules, ood: Ood
 ) -> QueryResult | UsageError:
     if not neighbours:
         return UsageError(
             "no case to compare with",
-            expected="at least one gallery image of another patient" + (f" that meets {where!r}" if where else ""),
+            expected="at least one gallery image of another patient" + (f" that meets {rules.where!r}" if rules.where else ""),
             got=f"none, but {len(own)} of this patient" if own else "none",
             next_step="relax --where, ingest cases" + (", or count this patient's with --include-own" if own else ""),
         )
     timings = {**asked.timings_ms, "search": search_ms}
     with _timed(timings, "vote"):
         prediction = NoVote() if ood.refused else weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
+        known = _trusted(prediction, neighbours, rules, ood)
     timings["total"] = sum(timings.values())
     film, outputs = asked.film, asked.outputs
     mask = np.asarray(outputs[LUNG_MASK.name][0], np.uint8)
-    warnings = [*film.warnings, *doubts(film, outputs, ood)]
-    if len(neighbours) < top_k:
-        warnings.append(f"only {len(neighbours)} of {top_k} neighbours: the gallery holds no more that qualify")
+    warnings = [*film.warnings, *doubts(film, outputs, ood), *([known.unmeasured] if known.unmeasured else ())]
+    if len(neighbours) < rules.top_k:
+        warnings.append(f"only {len(neighbours)} of {rules.top_k} neighbours: the gallery holds no more that qualify")
     if own:
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
     explanation = Explanation(film.square, film.box, mask, attention)
     return QueryResult(
         asked.image_id or film.film_id,
-        model_version,
+        rules.model_version,
         prediction,
         tuple(neighbours),
         tuple(own),
@@ -237,6 +278,21 @@ def _result(
         tuple(warnings),
         ood,
         explanation,
+        known,
+    )
+
+
+def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules, ood: Ood) -> Trust:
+    if vote.label is None:
+        return Trust(None, (), ood.reason)
+    return trust(
+        vote,
+        ballot_of([(hit.case.label, hit.similarity, hit.case.source or "") for hit in neighbours]),
+        rules.model_version,
+        rules.calibration,
+        gallery=rules.gallery,
+        error_rate=rules.error_rate,
+        otherwise_asked="the gate was overridden" if ood.reason else rules.unusual,
     )
 
 

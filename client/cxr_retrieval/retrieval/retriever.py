@@ -10,6 +10,7 @@ from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
@@ -62,6 +63,7 @@ class Retriever:
         patient: str | None = None,
         include_own: bool = False,
         gate: bool = True,
+        error_rate: float = DEFAULT_ERROR_RATE,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -75,4 +77,5 @@ class Retriever:
             patient=patient,
             include_own=include_own,
             gate=gate,
+            error_rate=error_rate,
         )

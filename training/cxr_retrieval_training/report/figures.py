@@ -37,14 +37,19 @@ def draw_k(sweep: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def draw_reliability(calibration: Mapping[str, Any], path: Path) -> None:
-    """Accuracy over the vote's confidence; the diagonal is perfect calibration."""
+    """Accuracy over the vote's confidence, and over the calibrated probability if there is one; the diagonal is perfect calibration."""
     figure, axes = _figure()
     filled = [entry for entry in calibration["bins"] if entry["n"]]
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
     axes.plot([entry["confidence"] for entry in filled], [entry["accuracy"] for entry in filled], marker="o")
     for entry in filled:
         axes.annotate(str(entry["n"]), (entry["confidence"], entry["accuracy"]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axes.set_xlabel("confidence of the vote")
+    if fitted := calibration["cross_fitted"]:
+        points = [(entry["calibrated"], entry["accuracy"]) for entry in fitted["bins"]]
+        label = f"calibrated, cross-fitted, a tenth of the queries each: ECE {fitted['ece']:.3f}"
+        axes.plot(*zip(*points, strict=True), marker="s", markersize=4, label=label)
+        axes.legend(frameon=False, loc="upper left", fontsize=8)
+    axes.set_xlabel("share of the vote; calibrated probability")
     axes.set_ylabel("accuracy (number of queries beside)")
     axes.set_title(f"ECE {calibration['ece']:.3f}", fontsize=10)
     _save(figure, path)

@@ -11,7 +11,7 @@ import torch
 
 from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import LABELS
-from cxr_retrieval.evaluation.metrics import MIN_PATIENTS
+from cxr_retrieval.evaluation.intervals import MIN_PATIENTS
 from cxr_retrieval_training.report import figures
 from cxr_retrieval_training.report.results import load_run, look_at, report, write_json
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from cxr_retrieval.cases.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_interval, evaluate, mean_interval
+from cxr_retrieval.evaluation.intervals import mean_interval
+from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_interval, evaluate
 from cxr_retrieval.progress import track
 from cxr_retrieval.radiograph.letterbox import pixel_digest
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation.metrics import interval, patient_weights
+from cxr_retrieval.evaluation.intervals import interval, patient_weights
 from cxr_retrieval.progress import progress_bar
 from cxr_retrieval.retrieval.query import MIN_LUNG_AGREEMENT
 from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint

@@ -1,0 +1,47 @@
+"""Percentile bootstrap intervals (95 %, 1000 resamples with a fixed seed) over patients, not images; none of too few."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES: Final = 1000
+MIN_PATIENTS: Final = 10
+"""Of fewer independent patients no interval is given: it would say how few there are and nothing else."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+def mean_interval(values: Floats, patients: NDArray[np.generic]) -> list[float] | None:
+    """The interval of the mean over images; None of fewer than `MIN_PATIENTS` patients."""
+    return weighted_interval(values, weights_of(patients))
+
+
+def weights_of(patients: NDArray[np.generic]) -> Floats | None:
+    """`patient_weights`; None of fewer than `MIN_PATIENTS` patients."""
+    return patient_weights(patients) if len(np.unique(patients)) >= MIN_PATIENTS else None
+
+
+def weighted_interval(values: Floats, weights: Floats | None) -> list[float] | None:
+    """The interval of the mean, from `weights_of`."""
+    return None if weights is None else interval(weights @ values / weights.sum(axis=1))
+
+
+def patient_weights(patients: NDArray[np.generic]) -> Floats:
+    """How often each image is drawn in each bootstrap resample of whole patients, `[resamples, n]`; the seed is fixed."""
+    unique, position = np.unique(patients, return_inverse=True)
+    return draw(np.random.default_rng(0), len(unique), RESAMPLES)[:, position].astype(np.float64)
+
+
+def draw(random: np.random.Generator, patients: int, resamples: int) -> Integers:
+    """How often each patient is drawn, `[resamples, patients]`."""
+    return random.multinomial(patients, np.full(patients, 1 / patients), size=resamples)
+
+
+def interval(values: Floats) -> list[float]:
+    """The 95 % percentile interval of a metric's resampled values."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return [float(low), float(high)]
