@@ -10,7 +10,7 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -47,6 +47,21 @@ lint: .venv-dev/.installed      ## style, types and layers
 
 bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
 	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/bench.py
+
+# The page has no build step: these files are what npm has, but for the names by which they import each other.
+VENDORED = client/cxr_retrieval/view/assets/vendor
+vendor:                         ## the page's libraries anew from npm, in the versions that NOTICE.md names
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	sed -n 's/^| \(\S*\) | \(\S*\) | \(\S*\) | \(\S*\) |.*/\1 \2 \3 \4/p' $(VENDORED)/NOTICE.md | while read -r package version from to; do \
+	  case "$$to" in *.js) ;; *) continue ;; esac; \
+	  (cd "$$work" && rm -rf package && npm pack --silent "$$package@$$version" > /dev/null && tar xzf ./*.tgz && rm ./*.tgz); \
+	  sed -E -e 's#from"preact"#from"./preact.js"#g; s#from"preact/hooks"#from"./hooks.js"#g; s#from"@preact/signals-core"#from"./signals-core.js"#g' \
+	    -e 's#//\# sourceMappingURL=.*##' "$$work/package/$$from" > $(VENDORED)/$$to; \
+	  cp "$$work/package/LICENSE" "$(VENDORED)/LICENSE-$${to%.js}"; \
+	done
+
+screenshots: .venv-dev/.installed browser ## the page as its tests see it, into screenshots/; look at them
+	@CXR_SCREENSHOTS=screenshots .venv-dev/bin/python -m pytest -q -m whole tests/browser
 
 clean:                          ## remove environments and everything made by demo and tests
 	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis

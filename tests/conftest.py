@@ -13,14 +13,17 @@ from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
 from certificates import Certificates
+from cxr_retrieval.archive.embedding import ingest
+from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
+from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
-from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
-from cxr_retrieval.settings import PseudonymSettings, TritonSettings
+from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 from tests_support import KEY_FILE
 from tiny_models import write_tiny_repository
 
@@ -87,6 +90,17 @@ def triton(server: Endpoints) -> Iterator[TritonClient]:
 def reader() -> Iterator[FilmReader]:
     with FilmReader() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def served_gallery(
+    reader: FilmReader, triton: TritonClient, phantom_manifest: Path, pseudonyms: Pseudonyms, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Where a Milvus serves the nine phantoms to as many clients as want them."""
+    with embedded_milvus(tmp_path_factory.mktemp("served") / "gallery.db", "127.0.0.1", 0) as uri:
+        with Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store:
+            assert ingest(read_manifest(phantom_manifest).rows, reader, triton, store, lambda _: None).stored == 9
+        yield uri
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,40 @@ def start_milvus(server: Any) -> None:
         gc.collect()
 
 
+_LIKE_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+"""The same where this process must not be forked, because gRPC runs in it."""
+
+
+class Viewed:
+    """`cxr view` in the background; there when the page is, at `url`. Use as a context manager."""
+
+    def __init__(self, *options: str | Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+        command = [sys.executable, "-c", _LIKE_A_TERMINAL, *cxr_command("view", "--port", "0", *options)]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+        self.said = ""
+        if not self.url:
+            raise AssertionError(f"cxr view did not say where it listens: {self.process.communicate(timeout=60)[1]}")
+
+    def __enter__(self) -> Viewed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> int:
+        """Its exit code; `said` then has what it said on stderr."""
+        self.process.send_signal(with_signal)
+        try:
+            self.said = self.process.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode
+
+
 def leftovers(pid: int) -> set[str]:
     """Temporary folders and shared memory of embedded servers that this process started."""
     return {path.name for folder in (tempfile.gettempdir(), "/dev/shm") for path in Path(folder).glob(f"cxr-serve-{pid}-*")}

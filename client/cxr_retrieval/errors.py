@@ -5,7 +5,8 @@ CxrError
 │   ├── ImageError             a file that cannot be used as a radiograph
 │   ├── ManifestError          a manifest that cannot be used                              (exit code 2)
 │   └── UsageError             an argument, filter, config or checkpoint that cannot be used (exit code 2)
-│       └── ClauseError            a filter, with the place in it that is wrong
+│       ├── ClauseError            a filter, with the place in it that is wrong
+│       └── GoneError              what was held in memory, or in the gallery, and is no longer
 └── ServiceError               the system around us cannot do it now                       (exit code 2)
     ├── InferenceError         Triton: another version, another form
     │   ├── AccessError            it does not trust us, or we do not trust it: certificates, tokens; no waiting mends it
@@ -106,6 +107,10 @@ class ClauseError(UsageError):
     """
 
     span: tuple[int, int] = (0, 0)
+
+
+class GoneError(UsageError):
+    """Something that was there when it was named, and is no longer."""
 
 
 class ServiceError(CxrError):

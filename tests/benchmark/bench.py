@@ -28,6 +28,7 @@ import numpy as np
 from archive_rate import measure_archive
 from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
 from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
+from page import measure_page
 from rich.console import Console
 from rich.table import Table
 
@@ -66,13 +67,14 @@ console = Console(stderr=True)
 
 
 def main() -> None:
-    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive."""
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, page."""
     parts: dict[str, Callable[[], Any]] = {
         "services": services,
         "peer": peer,
         "retrieval": retrieval,
         "arithmetic": arithmetic,
         "archive": archive,
+        "page": measure_page,
     }
     chosen = sys.argv[1:] or list(parts)
     report_file = DOCS / "performance.json"
@@ -375,6 +377,12 @@ def show(report: dict[str, Any]) -> None:
             for name, share in row["of_perf_analyzer"].items():
                 costs = (f"{row['cpu_ms_per_film'][name][part]:.1f}" for part in ("client", "workers", "triton", "milvus"))
                 table.add_row(f"{row['segmentation']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
+        out.print(table)
+    if found := report.get("page"):
+        table = Table("cxr view", "ms", "of the answer's own time")
+        table.add_row(f"answer over HTTP, {found['cases']:,} cases", f"{found['api_ms']:.0f}", "")
+        table.add_row("neighbours drawn", f"{found['neighbours_ms']:.0f}", f"{found['neighbours_over_api']:.2f}")
+        table.add_row("with their pictures", f"{found['pictures_ms']:.0f}", f"{found['pictures_over_api']:.2f}")
         out.print(table)
     if {"peer", "retrieval"} <= report.keys():
         plot(report, DOCS / "performance.png")

@@ -32,6 +32,7 @@ COMMANDS = (
     "manifest",
     "ingest",
     "query",
+    "view",
     "batch",
     "evaluate",
     "gallery",

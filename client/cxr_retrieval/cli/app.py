@@ -26,6 +26,7 @@ from cxr_retrieval.cli.manifest import manifest
 from cxr_retrieval.cli.query import query
 from cxr_retrieval.cli.reindex import reindex
 from cxr_retrieval.cli.serve import serve
+from cxr_retrieval.cli.view import view
 from cxr_retrieval.errors import CxrError
 from cxr_retrieval_build.cli import app as build_app
 from cxr_retrieval_training.cli import app as train_app
@@ -36,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, batch, evaluate, calibrate, reindex, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

@@ -447,6 +447,31 @@ class Store:
         """Key → its row as Milvus has it, for those that are stored."""
         return {row["key"]: row for row in self._rows_of(keys, ["*"])}
 
+    def cases(self, keys: Sequence[str]) -> dict[str, Case]:
+        """Key → its case, for those that are stored."""
+        rows = self.rows_of(keys)
+        originals = self.pseudonyms.originals(rows)
+        return {key: _case(row, originals.get(key)) for key, row in rows.items()}
+
+    def browse(self, where: str | Clause = "", limit: int = 100, offset: int = 0) -> list[Case]:
+        """Cases that meet a clause, in Milvus' own order, page by page; `offset + limit` is at most MAX_HITS.
+
+        Raises:
+            ClauseError: The clause cannot be meant.
+        """
+        clause = where if isinstance(where, Clause) else self.clause(where)
+        with translated(self._settings, clause.given):
+            rows = self._client.query(
+                self.collection,
+                filter=clause.asked or 'key != ""',
+                output_fields=["*"],
+                limit=limit,
+                offset=offset,
+                timeout=self._settings.timeout_s,
+            )
+        originals = self.pseudonyms.originals([row["key"] for row in rows])
+        return [_case(row, originals.get(row["key"])) for row in rows]
+
     def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Upserts rows as `rows` gives them, of a gallery on the same Milvus; with the words of their notes if this one keeps these."""
         with translated(self._settings):

@@ -33,6 +33,7 @@ import numpy as np
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.containers import Contents, ZipShelf, base_name, contents_of, opened, unreadable
 from cxr_retrieval.radiograph.grey import Grey8
+from cxr_retrieval.radiograph.greys import Greys, greys_of
 from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox, pixel_digest
 from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, MIN_SIDE, read_patient_and_day, read_radiograph
 
@@ -143,9 +144,16 @@ class FilmReader:
         """
         return self.submit(path).result()
 
-    def submit(self, path: Path, member: str | None = None) -> Future[Film]:
-        """Queues one file, or a member of a ZIP. The future raises what `read` raises; `cancel` works until a worker takes the file up."""
-        return self._ask(_Question("film", path.absolute(), member))
+    def submit(self, path: Path, member: str | None = None, called: str | None = None) -> Future[Film]:
+        """Queues one file, or a member of a ZIP; messages name it as it is `called`, by default as its file is.
+
+        The future raises what `read` raises; `cancel` works until a worker takes the file up.
+        """
+        return self._ask(_Question("film", path.absolute(), member, called=called))
+
+    def greys(self, path: Path, member: str | None = None, called: str | None = None) -> Future[Greys]:
+        """As `submit`, for the film's own grey values."""
+        return self._ask(_Question("greys", path.absolute(), member, called=called))
 
     def identity(self, path: Path, member: str | None = None) -> Future[Identity]:
         """Queues the question which file this is. The future raises what `read` raises where it cannot be read."""
@@ -234,14 +242,17 @@ class FilmReader:
 class _Question:
     """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins."""
 
-    kind: Literal["film", "identity", "contents"]
+    kind: Literal["film", "greys", "identity", "contents"]
     path: Path
     member: str | None = None
     start: int = 0
+    called: str | None = None
 
     @property
     def name(self) -> str:
         """What messages call the file."""
+        if self.called is not None:
+            return self.called
         return self.path.name if self.member is None else base_name(self.member)
 
 
@@ -255,7 +266,7 @@ class _Job:
 class _Answer:
     """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
 
-    outcome: Film | Identity | Contents | CxrError
+    outcome: Film | Greys | Identity | Contents | CxrError
     spent: bool = False
 
 
@@ -289,7 +300,7 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def answer(self, question: _Question) -> Film | Identity | Contents:
+    def answer(self, question: _Question) -> Film | Greys | Identity | Contents:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
@@ -367,7 +378,7 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def answer(self, question: _Question) -> Film | Identity | Contents:
+    def answer(self, question: _Question) -> Film | Greys | Identity | Contents:
         """Sends one question to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
@@ -440,7 +451,7 @@ def _closed() -> SetupError:
 
 
 def _too_slow(question: _Question, seconds: float) -> ImageError:
-    if question.kind != "film":
+    if question.kind in ("identity", "contents"):
         return ImageError(
             f"{question.name}: reading it took longer than {seconds:g} s",
             expected="a file that can be read" if question.kind == "identity" else "a ZIP or DICOMDIR of at most 100,000 files",
@@ -509,7 +520,7 @@ def _answer(question: _Question, shelf: ZipShelf) -> _Answer:
         return _Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents:
+def _outcome(question: _Question, shelf: ZipShelf) -> Film | Greys | Identity | Contents:
     started = time.monotonic()
     path, member = question.path, question.member
     if question.kind == "contents":
@@ -518,6 +529,8 @@ def _outcome(question: _Question, shelf: ZipShelf) -> Film | Identity | Contents
     if question.kind == "identity":
         return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
     radiograph = read_radiograph(data, question.name)
+    if question.kind == "greys":
+        return greys_of(radiograph)
     square, box = letterbox(radiograph.pixels)
     return Film(
         square,

@@ -22,7 +22,7 @@ from pydicom.pixels import apply_color_lut
 
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.radiograph.elements import first_number, numbers, text, texts
-from cxr_retrieval.radiograph.grey import MAX_PIXELS, Grey8, Radiograph, shown_range, to_8_bit, truncated, varies
+from cxr_retrieval.radiograph.grey import MAX_PIXELS, Grey8, Own, Radiograph, shown_range, to_8_bit, truncated, varies
 from cxr_retrieval.radiograph.refused import refuse_what_is_no_frontal_film
 from cxr_retrieval.radiograph.syntaxes import inflated, stored_values, transfer_syntax
 
@@ -42,7 +42,8 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
             dataset = pydicom.dcmread(io.BytesIO(inflated(data, name)), force=data[128:132] != b"DICM")
             notes = refuse_what_is_no_frontal_film(dataset, name)
             stored = stored_values(dataset, transfer_syntax(dataset, name), name)
-            pixels = _square_pixels(_rendered(stored, dataset, notes), dataset, notes)
+            own = _own(stored, dataset, notes)
+            pixels = _square_pixels(own.grey(), dataset, notes)
     except ImageError:
         raise
     except (InvalidDicomError, EOFError, OSError) as error:
@@ -54,7 +55,7 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
             got=_without_values(error),
             next_step="export the image again, uncompressed if need be",
         ) from error
-    return Radiograph(pixels, "DICOM", tuple(notes), _patient_id(dataset))
+    return Radiograph(pixels, own, "DICOM", tuple(notes), _patient_id(dataset))
 
 
 def patient_and_day(data: bytes) -> tuple[str | None, str | None]:
@@ -84,34 +85,38 @@ def _without_values(error: Exception) -> str:
     return f"{type(error).__name__}: {said[:300]}"
 
 
-def _rendered(stored: NDArray[Any], dataset: pydicom.Dataset, notes: list[str]) -> Grey8:
+def _own(stored: NDArray[Any], dataset: pydicom.Dataset, notes: list[str]) -> Own:
     photometric = str(dataset.PhotometricInterpretation)
     bits = int(dataset.BitsStored)
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
         bits = 8 * stored.dtype.itemsize
     if stored.ndim == 3:  # pydicom has already turned YBR into RGB
-        return np.asarray(Image.fromarray(to_8_bit(stored, 0, 2**bits - 1)).convert("L"))
+        return Own(np.asarray(Image.fromarray(to_8_bit(stored, 0, 2**bits - 1)).convert("L")), 0, 255)
     padding = _padding(stored, dataset)
     if padding is not None and padding.all():
         notes.append("DICOM says every pixel is padding; that is not believed")
         padding = None
-    grey = _shown(stored, padding, dataset, notes)
-    if _is_inverted(dataset, photometric, notes):
-        grey = np.asarray(255 - grey, np.uint8)
-    return grey if padding is None else np.where(padding, np.uint8(0), grey)
+    values, low, high = _shown(stored, padding, dataset, notes)
+    return Own(values, low, high, _is_inverted(dataset, photometric, notes), padding)
 
 
-def _shown(stored: NDArray[Any], padding: NDArray[np.bool_] | None, dataset: pydicom.Dataset, notes: list[str]) -> Grey8:
-    """Modality LUT (C.11.1), then VOI LUT or the first window (C.11.2); without one that shows anything, the range of the values."""
+def _shown(
+    stored: NDArray[Any], padding: NDArray[np.bool_] | None, dataset: pydicom.Dataset, notes: list[str]
+) -> tuple[NDArray[Any], float, float]:
+    """Modality LUT (C.11.1), then VOI LUT or the first window (C.11.2); without one that shows anything, the range of the values.
+
+    Returns:
+        Values, and from where to where they are shown.
+    """
     values = _modality_values(stored, dataset)
-    for shown in (_through_voi_lut, _windowed):
-        grey = shown(values, dataset)
-        if grey is not None and varies(grey, padding):
-            return grey
+    for shown_by in (_through_voi_lut, _windowed):
+        shown = shown_by(values, dataset)
+        if shown is not None and varies(*shown, padding):
+            return shown
     if dataset.get("VOILUTSequence") or (numbers(dataset, "WindowCenter") and numbers(dataset, "WindowWidth")):
         notes.append("DICOM's window or VOI LUT shows nothing of this film; it is shown over the range of its values")
-    return to_8_bit(values, *shown_range(values, padding))
+    return values, *shown_range(values, padding)
 
 
 def _modality_values(stored: NDArray[Any], dataset: pydicom.Dataset) -> NDArray[Any]:
@@ -125,7 +130,7 @@ def _modality_values(stored: NDArray[Any], dataset: pydicom.Dataset) -> NDArray[
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
-def _through_voi_lut(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | None:
+def _through_voi_lut(values: NDArray[Any], dataset: pydicom.Dataset) -> tuple[NDArray[Any], float, float] | None:
     """C.11.2.1.1, from 0 to the most that the descriptor's bits hold; None where there is no table.
 
     A descriptor that states fewer bits than its entries have, or at least three more, which would leave the film black, is not believed.
@@ -134,7 +139,7 @@ def _through_voi_lut(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | 
     if table is None:
         return None
     needed = max(8, int(table.entries.max()).bit_length())
-    return to_8_bit(_looked_up(values, table), 0, 2 ** (table.bits if needed <= table.bits < needed + 3 else needed) - 1)
+    return _looked_up(values, table), 0, 2 ** (table.bits if needed <= table.bits < needed + 3 else needed) - 1
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,8 @@ def _looked_up(values: NDArray[Any], table: _Table) -> NDArray[np.uint16]:
     return found
 
 
-def _windowed(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | None:
-    """C.11.2.1.2 LINEAR, C.11.2.1.3.1 SIGMOID, C.11.2.1.3.2 LINEAR_EXACT, to 0…255; None where there is no window.
+def _windowed(values: NDArray[Any], dataset: pydicom.Dataset) -> tuple[NDArray[Any], float, float] | None:
+    """C.11.2.1.2 LINEAR, C.11.2.1.3.1 SIGMOID, C.11.2.1.3.2 LINEAR_EXACT; None where there is no window.
 
     The first pair that is numbers counts. A LINEAR window of width 1, a usual placeholder, has but black and white: it counts as none.
     """
@@ -188,10 +193,10 @@ def _windowed(values: NDArray[Any], dataset: pydicom.Dataset) -> Grey8 | None:
     if width <= (0 if function in ("SIGMOID", "LINEAR_EXACT") else 1):
         return None
     if function == "SIGMOID":
-        return to_8_bit(1 / (1 + np.exp(np.clip(-4 * (values.astype(np.float32) - centre) / width, -80, 80))), 0, 1)
+        return 1 / (1 + np.exp(np.clip(-4 * (values.astype(np.float32) - centre) / width, -80, 80))), 0, 1
     if function == "LINEAR_EXACT":
-        return to_8_bit(values, centre - width / 2, centre + width / 2)
-    return to_8_bit(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
+        return values, centre - width / 2, centre + width / 2
+    return values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
 
 
 def _padding(stored: NDArray[Any], dataset: pydicom.Dataset) -> NDArray[np.bool_] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,36 @@ Grey8 = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
+class Own:
+    """A film's own grey values and how they are shown: `low` black and `high` white, in proportion between, or inverted.
+
+    Attributes:
+        values: `[height, width]` of any depth, as they are before the window; of a film that is shown through a table or a curve, after it.
+        inverted: `low` is white and `high` black.
+        padding: Where nothing was exposed, shown black whatever the values.
+    """
+
+    values: NDArray[Any]
+    low: float
+    high: float
+    inverted: bool = False
+    padding: NDArray[np.bool_] | None = None
+
+    def grey(self) -> Grey8:
+        """As it is shown, `[height, width]`."""
+        grey = to_8_bit(self.values, self.low, self.high)
+        if self.inverted:
+            grey = np.asarray(255 - grey, np.uint8)
+        return grey if self.padding is None else np.where(self.padding, np.uint8(0), grey)
+
+
+@dataclass(frozen=True)
 class Radiograph:
     """A decoded radiograph.
 
     Attributes:
         pixels: `[height, width]` uint8, 0 black to 255 white, bone bright (MONOCHROME2 sense), pixels square.
+        own: What `pixels` shows, in the film's own values; of another height or width where its pixels are not square.
         format: "DICOM", "PNG", "JPEG" or "TIFF".
         warnings: What a careful reader should know; empty for an ordinary file.
         patient_id: DICOM's Patient ID (0010,0020), if there is one. It serves to leave the patient's own films out of a vote, and
@@ -35,6 +60,7 @@ class Radiograph:
     """
 
     pixels: Grey8
+    own: Own
     format: str
     warnings: tuple[str, ...] = ()
     patient_id: str | None = None
@@ -60,9 +86,9 @@ def shown_range(values: NDArray[np.generic], padding: NDArray[np.bool_] | None =
     return float(shown.min()), float(shown.max())
 
 
-def varies(grey: Grey8, padding: NDArray[np.bool_] | None = None) -> bool:
-    """Whether more than `LEFT_OUT` of the pixels, padding apart, differ from the most frequent grey."""
-    counts = np.bincount(_looked_at(grey, padding))
+def varies(values: NDArray[np.generic], low: float, high: float, padding: NDArray[np.bool_] | None = None) -> bool:
+    """Whether more than `LEFT_OUT` of the pixels, padding apart, differ from the most frequent grey, shown from `low` to `high`."""
+    counts = np.bincount(to_8_bit(_looked_at(values, padding), low, high))
     return bool(counts.sum() - counts.max() > LEFT_OUT * counts.sum())
 
 

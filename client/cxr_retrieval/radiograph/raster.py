@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.grey import MAX_PIXELS, NEXT_STEP, Grey8, Radiograph, shown_range, to_8_bit, too_large, truncated
+from cxr_retrieval.radiograph.grey import MAX_PIXELS, NEXT_STEP, Own, Radiograph, shown_range, too_large, truncated
 
 _DARK: Final = 128
 """Grey that no pixel of a film in 16-bit colours reaches where its values have fewer than 16 bits."""
@@ -48,14 +48,16 @@ def read_raster(data: bytes, name: str) -> Radiograph:
         upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise truncated(name, error) from error
-    grey = _grey8(upright, name, white_is_zero=white_is_zero)
-    if reduced and 0 < int(grey.max()) < _DARK:
-        note = f"16-bit colours are read as 8 bits, of which this film fills {int(grey.max()).bit_length()}: save it as 16-bit grey"
-        return Radiograph(to_8_bit(grey, *shown_range(grey)), kind, (note,))
-    return Radiograph(grey, kind)
+    own = _own(upright, name, white_is_zero=white_is_zero)
+    most = int(own.values.max())
+    if reduced and 0 < most < _DARK:
+        note = f"16-bit colours are read as 8 bits, of which this film fills {most.bit_length()}: save it as 16-bit grey"
+        own = Own(own.values, *shown_range(own.values))
+        return Radiograph(own.grey(), own, kind, (note,))
+    return Radiograph(own.grey(), own, kind)
 
 
-def _grey8(image: Image.Image, name: str, *, white_is_zero: bool) -> Grey8:
+def _own(image: Image.Image, name: str, *, white_is_zero: bool) -> Own:
     """8-bit modes go through luma (ITU-R 601-2); deeper grey is stretched over the range that its values take (`shown_range`),
     because such files hold 10 to 16 significant bits and do not say which.
     """
@@ -68,13 +70,12 @@ def _grey8(image: Image.Image, name: str, *, white_is_zero: bool) -> Grey8:
                 got="NaN or infinity",
                 next_step="export the image again",
             )
-        grey = to_8_bit(values, *shown_range(values))
-        return np.asarray(255 - grey, np.uint8) if white_is_zero else grey
+        return Own(values, *shown_range(values), inverted=white_is_zero)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         flat = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         image = Image.alpha_composite(flat, rgba)
-    return np.asarray(image.convert("L"))
+    return Own(np.asarray(image.convert("L")), 0, 255)
 
 
 def _white_is_zero(image: Image.Image) -> bool:

@@ -201,16 +201,16 @@ def _shown(hits: Sequence[Neighbour], reader: FilmReader, thumbnails: Thumbnails
 
 
 def _facts(hit: Neighbour) -> dict[str, str]:
-    return {**_named_facts(hit.case.metadata), **({"source": hit.case.source} if hit.case.source else {})}
+    return {**named_facts(hit.case.metadata), **({"source": hit.case.source} if hit.case.source else {})}
 
 
 def facts_line(metadata: Mapping[str, Value]) -> str:
     """The most telling clinical facts that are known, on one line."""
     brief = {name: metadata[name] for name in _BRIEF_FACTS if name in metadata}
-    return ", ".join(f"{name} {value}" for name, value in _named_facts(brief).items())
+    return ", ".join(f"{name} {value}" for name, value in named_facts(brief).items())
 
 
-def _named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
+def named_facts(metadata: Mapping[str, Value]) -> dict[str, str]:
     """Every fact under the name a reader knows: those in brief first, then the other clinical fields, then the user's own columns."""
     order = [*_BRIEF_FACTS, *(name for name in FEATURE if name not in _BRIEF_FACTS)]
     names = [*(name for name in order if name in metadata), *(name for name in metadata if name not in FEATURE)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -159,15 +160,44 @@ def query(
         ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
-    timings: dict[str, float] = {}
     clause = store.clause(where, text)
-    with _timed(timings, "read"):
-        film = reader.read(image)
+    started = time.perf_counter()
+    film = reader.read(image)
+    read_ms = 1000 * (time.perf_counter() - started)
+    return query_film(
+        film,
+        triton,
+        store,
+        top_k=top_k,
+        where=clause,
+        patient=patient,
+        include_own=include_own,
+        gate=gate,
+        error_rate=error_rate,
+        timings_ms={"read": read_ms},
+    )
+
+
+def query_film(
+    film: Film,
+    triton: TritonClient,
+    store: Store,
+    *,
+    top_k: int = DEFAULT_K,
+    where: Clause | None = None,
+    patient: str | None = None,
+    include_own: bool = False,
+    gate: bool = True,
+    error_rate: float = DEFAULT_ERROR_RATE,
+    timings_ms: Mapping[str, float] = MappingProxyType({}),
+) -> QueryResult:
+    """As `query`, of a film that has been read; `timings_ms`: what that took."""
+    timings = dict(timings_ms)
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
     (result,) = answer(
-        [asked], store, triton.model_version, top_k=top_k, where=clause, include_own=include_own, gate=gate, error_rate=error_rate
+        [asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own, gate=gate, error_rate=error_rate
     )
     if isinstance(result, UsageError):
         raise result

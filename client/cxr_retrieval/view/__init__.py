@@ -1,0 +1,1 @@
+"""The page that shows a query: a local web application on the running Triton and Milvus."""

@@ -1,0 +1,84 @@
+// Stored cases, to ask with.
+
+import * as api from "./api.js";
+import { html, useEffect, useState } from "./html.js";
+import { Label, Thumb, Trouble } from "./parts.js";
+import { askFilm, asking } from "./state.js";
+import { briefFacts, labelName } from "./words.js";
+
+const SHOWN = 60;
+
+export function CasesPage() {
+  const [asked, setAsked] = useState({ where: "", offset: 0 });
+  const [where, setWhere] = useState("");
+  const [found, setFound] = useState(null);
+  const [problem, setProblem] = useState(null);
+
+  useEffect(() => {
+    let gone = false;
+    api.cases({ ...asked, limit: SHOWN }).then(
+      ({ cases }) => {
+        if (gone) return;
+        setFound(cases);
+        setProblem(null);
+      },
+      (error) => gone || setProblem(error),
+    );
+    return () => {
+      gone = true;
+    };
+  }, [asked]);
+
+  const wrong = problem?.parts?.kind === "ClauseError" ? problem.message : "";
+  return html`<main class="cases">
+    <form
+      class="list-bar"
+      onSubmit=${(event) => {
+        event.preventDefault();
+        setAsked({ where: where.trim(), offset: 0 });
+      }}
+    >
+      <h1>Stored cases</h1>
+      <label class="where">
+        <span>Only cases with</span>
+        <input
+          id="where"
+          type="text"
+          value=${where}
+          placeholder='label == "covid19" and age > 60'
+          spellcheck=${false}
+          autocomplete="off"
+          aria-invalid=${wrong !== ""}
+          aria-describedby=${wrong ? "where-wrong" : undefined}
+          onInput=${(event) => setWhere(event.target.value)}
+        />
+      </label>
+      <button type="submit">Show</button>
+      ${wrong && html`<p id="where-wrong" class="wrong" role="alert">${wrong}</p>`}
+    </form>
+    ${problem && !wrong && html`<${Trouble} problem=${problem} title="The gallery cannot be shown" />`}
+    ${found?.length === 0 && !problem && html`<p class="nothing">No case ${asked.where ? "meets this" : "is in the gallery yet: fill it with `cxr ingest`"}.</p>`}
+    <section class="neighbours">
+      <ol>
+        ${(found ?? []).map(
+          (held) => html`<li key=${held.key}>
+            <button type="button" class="card" disabled=${asking.value !== null} onClick=${() => askFilm(held.film, `case ${held.key.slice(0, 12)}`)} aria-label=${`Ask about case ${held.key.slice(0, 12)}: ${labelName(held.label)}`}>
+              <${Thumb} film=${held.film} alt="" />
+              <span class="text">
+                <span class="line"><${Label} label=${held.label} /></span>
+                ${briefFacts(held.facts).map((line) => html`<span class="fact">${line}</span>`)}
+                <span class="fact quiet">${held.source ?? "source unknown"}</span>
+              </span>
+            </button>
+          </li>`,
+        )}
+      </ol>
+    </section>
+    ${(asked.offset > 0 || found?.length === SHOWN) &&
+    html`<nav class="pager" aria-label="Pages">
+      <button type="button" disabled=${asked.offset === 0} onClick=${() => setAsked({ ...asked, offset: Math.max(0, asked.offset - SHOWN) })}>Previous</button>
+      <span>${asked.offset + 1} to ${asked.offset + (found?.length ?? 0)}</span>
+      <button type="button" disabled=${(found?.length ?? 0) < SHOWN} onClick=${() => setAsked({ ...asked, offset: asked.offset + SHOWN })}>Next</button>
+    </nav>`}
+  </main>`;
+}

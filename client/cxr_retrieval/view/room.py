@@ -1,0 +1,417 @@
+"""What the page asks for: answers, films, pictures, cases, rows. Nothing here knows HTTP.
+
+A film is named `film-<digits>` if it was dropped, `case-<pseudonym>` if it is in the gallery, and `line-<list>-<number>` if a line of a
+batch's results leads to it. No name says whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from cxr_retrieval.archive.audit import audited, film_pseudonym
+from cxr_retrieval.archive.inputs import INSIDE
+from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
+from cxr_retrieval.contract import ATTENTION_MAP, LUNG_MASK
+from cxr_retrieval.errors import GoneError, ImageError, UsageError
+from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour
+from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.greys import Greys
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
+from cxr_retrieval.retrieval.picture import DISCLAIMER, named_facts
+from cxr_retrieval.retrieval.query import QueryResult, query_film
+from cxr_retrieval.retrieval.voting import DEFAULT_K
+from cxr_retrieval.settings import ThumbnailKind
+from cxr_retrieval.view.kept import Kept, Uploads
+from cxr_retrieval.view.pictures import Explained, png
+from cxr_retrieval.view.servers import Reached, Servers
+from cxr_retrieval.view.worklist import MOST_ROWS, SORTS, Page, Results, sorted_page
+
+MOST_NEIGHBOURS: Final = 100
+"""That a page shows."""
+_ANSWERS: Final = 500
+_EXPLAINED: Final = 256
+_THUMBNAILS: Final = 2048
+_CLAUSE: Final = 8192
+"""Characters of a clause, at most."""
+_FILM: Final = re.compile(r"film-[0-9a-f]{16}|case-(?P<key>[0-9a-f]{32})|line-(?P<list>\d{1,4})-(?P<number>\d{1,9})")
+_CALLED: Final = "this file"
+"""What messages call a film: its name may say whose it is, and the page knows it anyway."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a film; as the options of `cxr query`. `source`: the hospital it comes from, where somebody said so."""
+
+    film: str
+    top_k: int = DEFAULT_K
+    where: str = ""
+    text: str = ""
+    patient: str | None = None
+    include_own: bool = False
+    gate: bool = True
+    error_rate: float = DEFAULT_ERROR_RATE
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= MOST_NEIGHBOURS:
+            raise UsageError(
+                "the number of cases is out of range",
+                expected=f"1 to {MOST_NEIGHBOURS}",
+                got=str(self.top_k),
+                next_step="ask for as many; `cxr query` shows more",
+            )
+        longest = max(len(self.where), len(self.text))
+        if longest > _CLAUSE:
+            raise UsageError("the filter is too long", expected=f"at most {_CLAUSE} characters", got=str(longest))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a film lies. `original`: whose case it is; `lungs_only`: all outside them is black."""
+
+    path: Path
+    member: str | None = None
+    patient: str | None = None
+    source: str | None = None
+    lungs_only: bool = False
+
+
+class ReadingRoom:
+    """One for all who look. Use as a context manager; safe for threads.
+
+    Args:
+        audit: Log of who asked what.
+        source: The hospital that dropped films come from.
+    """
+
+    def __init__(self, servers: Servers, results: Sequence[Results], audit: Path, source: str | None = None) -> None:
+        self._servers, self._results, self._audit, self._source = servers, results, audit, source
+        self._answers = Kept[int, dict[str, Any]](_ANSWERS)
+        self._explained = Kept[str, Explained](_EXPLAINED)
+        self._thumbnails = Kept[str, bytes](_THUMBNAILS)
+        self._lock = threading.Lock()
+        self._asked: list[int] = []
+        with ExitStack() as opened:
+            self._reader = opened.enter_context(FilmReader())
+            opened.callback(servers.close)
+            self._uploads = Uploads()
+            opened.callback(self._uploads.close)
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Ends the workers, closes the connections, forgets all films."""
+        self._opened.close()
+
+    def status(self) -> dict[str, Any]:
+        """What answers.
+
+        Raises:
+            ServiceError: It does not.
+        """
+        with self._servers.reached() as reached:
+            count = reached.store.count()
+            return {
+                "model_version": reached.triton.model_version,
+                "gallery": {"name": reached.store.collection, "cases": count},
+                "source": self._source,
+                "top_k": DEFAULT_K,
+                "most_neighbours": MOST_NEIGHBOURS,
+                "disclaimer": DISCLAIMER,
+            }
+
+    def keep(self, data: bytes) -> str:
+        """Takes a file in; returns the film's name."""
+        if not data:
+            raise ImageError(f"{_CALLED}: the file is empty", expected="an image", got="0 bytes", next_step="export it again")
+        return self._uploads.put(data)
+
+    def ask(self, question: Question) -> dict[str, Any]:
+        """The answer, kept under its `id`: the published form of a query result, and more.
+
+        That is `film`, `source` and what was `asked`; `status` as a line of a batch has it; the vote as a `sentence`, the summary in words
+        (`told`); in each neighbour and earlier film its `key`, `film`, `source`, and `facts` as a reader knows them (name → text).
+
+        Raises:
+            ImageError, UsageError, ServiceError: As of `cxr query`.
+        """
+        with ExitStack() as stack:
+            reached = stack.enter_context(self._servers.reached())
+            found = stack.enter_context(self._lent(question.film, reached))
+            if found.lungs_only:
+                raise ImageError(
+                    "of this case only the lungs are kept",
+                    expected="the whole film, to ask with",
+                    next_step="ask where the case's own file is, or ingest with --thumbnails full",
+                )
+            about = {"model_version": reached.triton.model_version, "film": film_pseudonym(found.path) if found.member is None else None}
+            operation = stack.enter_context(audited(self._audit, "query", about))
+            started = time.perf_counter()
+            film = self._reader.submit(found.path, found.member, _CALLED).result()
+            result = query_film(
+                film,
+                reached.triton,
+                reached.store,
+                top_k=question.top_k,
+                where=reached.store.clause(question.where, question.text),
+                patient=question.patient or found.patient,
+                include_own=question.include_own,
+                gate=question.gate,
+                error_rate=question.error_rate,
+                timings_ms={"read": 1000 * (time.perf_counter() - started)},
+            )
+            source = question.source or found.source or self._source
+            unknown = [] if source is None or _holds(reached, source) else [_stranger(source)]
+            operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
+        seen = result.explanation
+        if seen.attention is not None:
+            self._explained.put(question.film, Explained.of(seen.lung_mask, seen.attention, seen.box))
+        self._thumbnails.put(question.film, png(np.asarray(seen.box.crop(seen.square), np.uint8)))
+        return self._remembered(question, result, unknown, source)
+
+    def answer(self, number: int) -> dict[str, Any]:
+        """One that was given before.
+
+        Raises:
+            GoneError: It is no longer here.
+        """
+        found = self._answers.get(number)
+        if found is None:
+            raise GoneError(
+                "this answer is no longer in memory",
+                expected=f"one of the last {_ANSWERS} since the page's server was started",
+                next_step="ask again",
+            )
+        return found
+
+    def greys(self, name: str) -> Greys:
+        """A film's own grey values."""
+        with self._servers.reached() if _is_case(name) else _nothing() as reached, self._lent(name, reached) as found:
+            return self._reader.greys(found.path, found.member, _CALLED).result()
+
+    def thumbnail(self, name: str) -> bytes:
+        """A film as the networks see it, without the bars of its letterbox; PNG.
+
+        Raises:
+            ImageError: There is no picture of it on this machine or in the gallery.
+        """
+        return self._thumbnails.get_or(name, lambda: self._made_thumbnail(name))
+
+    def explanation(self, name: str) -> bytes:
+        """Lungs and attention (`Explained.png`): asked from Triton, unless they were before."""
+        return self._explained.get_or(name, lambda: self._made_explanation(name)).png()
+
+    def cases(self, where: str, limit: int, offset: int) -> list[dict[str, Any]]:
+        """Cases of the gallery that meet a clause."""
+        if not (0 < limit <= MOST_ROWS and offset >= 0 and offset + limit <= MAX_HITS):
+            raise UsageError("the page of cases is out of range", expected=f"at most {MOST_ROWS} of the first {MAX_HITS}")
+        with self._servers.reached() as reached:
+            return [_case_json(case) for case in reached.store.browse(where, limit, offset)]
+
+    def worklist(self, name: str, by: str, *, descending: bool, offset: int, limit: int) -> dict[str, Any]:
+        """Rows of a list: `recent`, or the number of a results file.
+
+        Raises:
+            UsageError: No such list or order.
+        """
+        if by not in SORTS or not 0 < limit <= MOST_ROWS or offset < 0:
+            raise UsageError("the worklist cannot be shown so", expected=f"an order of {', '.join(SORTS)}, and at most {MOST_ROWS} rows")
+        if name == "recent":
+            with self._lock:
+                asked = list(self._asked)
+            answers = [found for number in asked if (found := self._answers.get(number)) is not None]
+            page = sorted_page(answers, by, descending=descending, offset=offset, limit=limit)
+            rows = [_row(line, answer=line["id"], film=line["film"]) for _, line in page.rows]
+        else:
+            page = self._results_of(name).page(by, descending=descending, offset=offset, limit=limit)
+            rows = [_row(line, film=f"line-{name}-{number}", name=_last_part(line)) for number, line in page.rows]
+        return {"lists": self._lists(), "rows": rows, **_about(page)}
+
+    def read_results(self) -> None:
+        """Looks at all lines of the results files; to be called in a thread of its own, ahead of whoever wants to see them."""
+        for results in self._results:
+            results.read_on()
+
+    # ------------------------------------------------------------------------------------------------ where films are
+
+    @contextmanager
+    def _lent(self, name: str, reached: Reached | None) -> Generator[_Found]:
+        """Where a film can be read while the block lasts; `reached` is needed for cases alone."""
+        parts = _FILM.fullmatch(name)
+        if parts is None:
+            raise UsageError("no film has such a name", expected="film-…, case-… or line-…, as an answer gives it")
+        if parts["key"] is not None and reached is not None:
+            with self._case(parts["key"], reached) as found:
+                yield found
+        elif parts["list"] is not None:
+            yield self._line(parts["list"], int(parts["number"]))
+        else:
+            with self._uploads.lent(name) as path:
+                yield _Found(path)
+
+    @contextmanager
+    def _case(self, key: str, reached: Reached) -> Generator[_Found]:
+        """A case's own file if the local table leads to it and it is still what was ingested, else the picture kept in the gallery."""
+        case = reached.store.cases([key]).get(key)
+        if case is None:
+            raise GoneError("the gallery no longer holds this case", next_step="ask again")
+        original = reached.store.pseudonyms.originals([key]).get(key)
+        patient = original.patient_id if original is not None else None
+        why = self._unusable(case, reached)
+        if why is None and case.path is not None:
+            yield _Found(case.path, case.member, patient, case.source)
+            return
+        kept = reached.store.thumbnails([key]).get(key)
+        if kept is None:
+            raise ImageError(
+                f"no picture of this case: {why}",
+                expected="its file on this machine, or one kept in the gallery",
+                next_step="`cxr ingest --thumbnails full` keeps them",
+            )
+        name = self._uploads.put(png(kept.square), f"case-{key}-{kept.pixels[:SHOWN_DIGITS]}")
+        with self._uploads.lent(name) as path:
+            yield _Found(path, None, patient, case.source, lungs_only=kept.kind is ThumbnailKind.lungs)
+
+    def _unusable(self, case: Case, reached: Reached) -> str | None:
+        """Why a case's own file cannot be shown; None if it can."""
+        if case.path is None:
+            return "its file was ingested on another machine"
+        try:
+            identity = self._reader.identity(case.path, case.member).result()
+        except ImageError:
+            return "its file is no longer where it was"
+        if reached.store.pseudonyms.digest(identity.file) != case.file:
+            return "its file has changed since it was ingested"
+        return None
+
+    def _line(self, name: str, number: int) -> _Found:
+        line = self._results_of(name).line(number)
+        path, inside, member = str(line.get("input", "")).partition(INSIDE)
+        patient, source = line.get("patient_id"), line.get("source")
+        return _Found(
+            Path(path).absolute(),
+            member if inside else None,
+            patient if isinstance(patient, str) else None,
+            source if isinstance(source, str) else None,
+        )
+
+    def _results_of(self, name: str) -> Results:
+        if not name.isascii() or not name.isdigit() or int(name) >= len(self._results):
+            raise UsageError("no such list", expected="recent, or the number of a --results file", got=name[:20])
+        return self._results[int(name)]
+
+    # ----------------------------------------------------------------------------------------------- what is made
+
+    def _made_thumbnail(self, name: str) -> bytes:
+        with self._servers.reached() if _is_case(name) else _nothing() as reached, self._lent(name, reached) as found:
+            film = self._reader.submit(found.path, found.member, _CALLED).result()
+        return png(np.asarray(film.box.crop(film.square), np.uint8))
+
+    def _made_explanation(self, name: str) -> Explained:
+        with self._servers.reached() as reached, self._lent(name, reached) as found:
+            if found.lungs_only:
+                raise ImageError(
+                    "no attention for this case: only its lungs are kept",
+                    expected="the whole film",
+                    next_step="`cxr ingest --thumbnails full` keeps it",
+                )
+            film = self._reader.submit(found.path, found.member, _CALLED).result()
+            outputs = reached.triton.infer(film.square[None, None], (LUNG_MASK, ATTENTION_MAP))
+        mask, attention = outputs[LUNG_MASK.name][0, 0], outputs[ATTENTION_MAP.name][0, 0]
+        return Explained.of(np.asarray(mask, np.uint8), np.asarray(attention, np.float32), film.box)
+
+    def _remembered(self, question: Question, result: QueryResult, unknown: list[str], source: str | None) -> dict[str, Any]:
+        answer = result.as_json()
+        for name, hits in (("neighbours", result.neighbours), ("earlier_films", result.own)):
+            answer[name] = [{**shown, **_beside(hit)} for shown, hit in zip(answer[name], hits, strict=True)]
+        answer["warnings"] = [*answer["warnings"], *unknown]
+        answer["status"] = "refused" if result.ood.refused else "answered"
+        answer["film"], answer["source"] = question.film, source
+        answer["sentence"], answer["told"] = result.sentence, result.summary.lines()
+        answer["asked"] = {
+            "top_k": question.top_k,
+            "where": question.where,
+            "text": question.text,
+            "error_rate": question.error_rate,
+            "include_own": question.include_own,
+            "gate": question.gate,
+            "patient": question.patient is not None,
+        }
+        with self._lock:
+            answer["id"] = self._asked[-1] + 1 if self._asked else 1
+            self._asked.append(answer["id"])
+            del self._asked[:-_ANSWERS]
+        return self._answers.put(answer["id"], answer)
+
+    def _lists(self) -> list[dict[str, str]]:
+        files = [{"id": str(number), "name": results.path.name} for number, results in enumerate(self._results)]
+        return [{"id": "recent", "name": "Recent queries"}, *files]
+
+
+@contextmanager
+def _nothing() -> Generator[None]:
+    yield None
+
+
+def _is_case(name: str) -> bool:
+    return name.startswith("case-")
+
+
+def _holds(reached: Reached, source: str) -> bool:
+    return bool(reached.store.browse(f"source == {json.dumps(source)}", 1))
+
+
+def _stranger(source: str) -> str:
+    return f"the gallery holds no film of {source}: between hospitals, answers have been far less reliable (docs/results.md)"
+
+
+def _beside(hit: Neighbour) -> dict[str, Any]:
+    case = hit.case
+    return {"key": case.key, "film": f"case-{case.key}", "source": case.source, "facts": named_facts(case.metadata)}
+
+
+def _case_json(case: Case) -> dict[str, Any]:
+    return {
+        "key": case.key,
+        "film": f"case-{case.key}",
+        "image_id": case.image_id,
+        "label": case.label,
+        "source": case.source,
+        "metadata": dict(case.metadata),
+        "facts": named_facts(case.metadata),
+    }
+
+
+def _row(line: Mapping[str, Any], *, film: str, answer: int | None = None, name: str = "") -> dict[str, Any]:
+    prediction = line.get("prediction") or {}
+    ood = line.get("ood") or {}
+    return {
+        "film": film,
+        "answer": answer,
+        "name": name,
+        "image_id": line.get("image_id"),
+        "status": line["status"],
+        "label": prediction.get("label"),
+        "confidence": prediction.get("confidence"),
+        "calibrated": prediction.get("calibrated"),
+        "abstained": prediction.get("abstained"),
+        "warnings": line.get("warnings") or [],
+        "reason": line.get("error") or ood.get("reason"),
+    }
+
+
+def _last_part(line: Mapping[str, Any]) -> str:
+    return str(line.get("input", "")).rpartition("/")[2]
+
+
+def _about(page: Page) -> dict[str, Any]:
+    return {"total": page.total, "whole": page.whole}
