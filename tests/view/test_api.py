@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -305,10 +306,43 @@ def test_what_is_not_there(page: Page, path: str, status: int) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [({"limit": 100_000}, "out of range"), ({"limit": -1}, "out of range"), ({"limit": "9"}, "malformed"), ({"where": "agee > 1"}, "agee")],
+    [
+        ({"limit": 100_000}, "out of range"),
+        ({"limit": -1}, "out of range"),
+        ({"limit": "9"}, "malformed"),
+        ({"where": "agee > 1"}, "agee"),
+        ({"text": "-"}, "no word"),
+    ],
 )
 def test_cases_that_cannot_be_listed(page: Page, asked: dict[str, Any], words: str) -> None:
     assert words in page.post("/api/cases", json=asked, status=422)["error"]["message"]
+
+
+def told(page: Page, **typed: Any) -> dict[str, Any]:
+    """What the page says of a filter, once it has read the gallery."""
+    for _ in range(100):
+        said = page.post("/api/clause", json=typed)
+        if said["cases"] is not None:
+            return said
+        time.sleep(0.05)
+    raise AssertionError("the gallery is not read")
+
+
+def test_a_filter_is_understood_counted_and_completed(page: Page) -> None:
+    said = told(page, where='label == "covid19" and age > 0', typed="went", text="synthetic")
+    assert said["standing"] == ['label == "covid19"', "age > 0"]
+    assert said["conditions"] is None, "went alone means nothing"
+    assert said["wrong"]["of"] == "typed"
+    assert said["wrong"]["span"] == [0, 4]
+    assert (said["cases"], said["meet"]) == (9, 3)
+    assert said["completion"] == {"start": 0, "end": 4, "suggestions": [{"text": "went_icu", "about": "flag", "cases": 9}]}
+    whole = told(page, where="age > 0", typed="went_icu or not went_icu")
+    assert whole["conditions"] == ["age > 0", "(went_icu == true or not (went_icu == true))"]
+    assert whole["wrong"] is None
+    assert told(page, text='"open')["wrong"]["of"] == "text"
+    assert "too long" in page.post("/api/clause", json={"typed": "x" * 9000}, status=422)["error"]["message"]
+    some = page.post("/api/cases", json={"where": whole["conditions"][0], "text": "-synthetic"})["cases"]
+    assert some == []
 
 
 def test_addresses_of_nothing_are_a_page(page: Page) -> None:

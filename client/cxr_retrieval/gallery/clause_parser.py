@@ -22,6 +22,7 @@ from typing import Final, cast, get_args
 
 from cxr_retrieval.errors import ClauseError
 from cxr_retrieval.gallery.clause import (
+    And,
     Arithmetic,
     Comparator,
     Compare,
@@ -37,6 +38,7 @@ from cxr_retrieval.gallery.clause import (
     Node,
     Not,
     Operand,
+    Or,
     Own,
     Span,
     Value,
@@ -44,6 +46,7 @@ from cxr_retrieval.gallery.clause import (
     all_of,
     any_of,
     constant,
+    printed,
 )
 from cxr_retrieval.gallery.words import NOTES, words_of
 
@@ -149,6 +152,19 @@ def parse(where: str, fields: Mapping[str, Kind]) -> Node | None:
     return _Parser(where, fields).parsed()
 
 
+def conditions(where: str, fields: Mapping[str, Kind]) -> tuple[str, ...]:
+    """What a clause asks one by one: `and` of them is the same clause again.
+
+    Raises:
+        ClauseError: As `parse`.
+    """
+    node = parse(where, fields)
+    if node is None:
+        return ()
+    parts = node.nodes if isinstance(node, And) else (node,)
+    return tuple(f"({printed(part)})" if isinstance(part, Or) else printed(part) for part in parts)
+
+
 def parse_text(text: str) -> Node | None:
     """The tree of what `--text` asks of clinical notes: every word, every "phrase in quotes", and none of the -words; None of an empty one.
 
@@ -212,8 +228,8 @@ def _columns(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Token:
-    """A word of a clause; `word`: of names and signs, as the grammar knows them; "" for the end, and None of constants."""
+class Token:
+    """A word of a clause: a name, number, text, sign, or the quote of a text that is not closed."""
 
     kind: str
     text: str
@@ -221,9 +237,15 @@ class _Token:
 
     @property
     def word(self) -> str | None:
+        """Of names and signs, as the grammar knows them; "" for the end, and None of fields and constants."""
         if self.kind == "name":
             return self.text.lower() if self.text.lower() in _KEYWORDS else None
         return self.text if self.kind in ("sign", "end") else None
+
+
+def tokens(where: str) -> list[Token]:
+    """The words of a clause, whether it can be read or not."""
+    return [Token(cast(str, match.lastgroup), match[0], match.span()) for match in _TOKEN.finditer(where) if match.lastgroup != "space"]
 
 
 class _Parser:
@@ -232,10 +254,8 @@ class _Parser:
     def __init__(self, source: str, fields: Mapping[str, Kind]) -> None:
         self._source = source
         self._fields = fields
-        self._tokens = [
-            _Token(cast(str, match.lastgroup), match[0], match.span()) for match in _TOKEN.finditer(source) if match.lastgroup != "space"
-        ]
-        self._tokens.append(_Token("end", "", (len(source), len(source))))
+        self._tokens = tokens(source)
+        self._tokens.append(Token("end", "", (len(source), len(source))))
         self._place = 0
         self._depth = 0
         self._joined = 0
@@ -259,10 +279,10 @@ class _Parser:
     # what stands next
 
     @property
-    def _next(self) -> _Token:
+    def _next(self) -> Token:
         return self._tokens[self._place]
 
-    def _take(self) -> _Token:
+    def _take(self) -> Token:
         token = self._tokens[self._place]
         self._place += token.kind != "end"
         return token
@@ -272,7 +292,7 @@ class _Parser:
         self._place += found
         return found
 
-    def _require(self, word: str, why: str = "") -> _Token:
+    def _require(self, word: str, why: str = "") -> Token:
         if self._next.word != word:
             raise self._unexpected(f"{word}{why}")
         return self._take()
@@ -353,7 +373,7 @@ class _Parser:
             case _:
                 return self._comparisons(operand, sign)
 
-    def _comparisons(self, left: Operand, sign: _Token) -> Node:
+    def _comparisons(self, left: Operand, sign: Token) -> Node:
         found: list[Node] = []
         while True:
             right = self._operand(self._expression(_COMPARED))
@@ -407,7 +427,7 @@ class _Parser:
         pattern = self._take()
         return Like(item, self._text(pattern), at=(item.at[0], pattern.at[1]))
 
-    def _call(self, name: _Token) -> Node | Operand:
+    def _call(self, name: Token) -> Node | Operand:
         function = name.text.lower()
         if self._fields.get(name.text) == "id":
             raise self._pseudonym(Field(name.text, at=name.at), name)
@@ -456,7 +476,7 @@ class _Parser:
         end = self._require(")").at[1]
         return Words(item, words, phrase and len(words) > 1, at=(start, end))
 
-    def _item(self, token: _Token, expected: str = "a field") -> Field | Own:
+    def _item(self, token: Token, expected: str = "a field") -> Field | Own:
         """A field or, with keys behind it, what a column of the user's own holds."""
         if token.kind != "name" or token.word:
             self._place -= token.kind != "end"
@@ -484,14 +504,14 @@ class _Parser:
             )
         return Own(token.text, tuple(path), at=at) if path else Field(token.text, at=at)
 
-    def _negative(self, sign: _Token) -> Operand:
+    def _negative(self, sign: Token) -> Operand:
         operand = self._operand(self._expression(_SIGN))
         at = (sign.at[0], operand.at[1])
         if isinstance(operand, Value) and self._kind(operand) == "number":
             return Value(-cast(float, operand.value), at=at)
         return replace(self._sum(Value(0, at=sign.at), sign, operand), at=at)
 
-    def _sum(self, left: Operand, sign: _Token, right: Operand) -> Operand:
+    def _sum(self, left: Operand, sign: Token, right: Operand) -> Operand:
         for side in (left, right):
             kind = self._kind(side)
             if kind == "id":
@@ -520,7 +540,7 @@ class _Parser:
             case _:
                 return "number"
 
-    def _compare(self, left: Operand, sign: _Token, right: Operand) -> Node:
+    def _compare(self, left: Operand, sign: Token, right: Operand) -> Node:
         kinds = (self._kind(left), self._kind(right))
         for side, kind in zip((left, right), kinds, strict=True):
             if kind == "id" and not (side is left and sign.word in ("==", "!=") and isinstance(right, Value) and kinds[1] == "text"):
@@ -572,7 +592,7 @@ class _Parser:
             "the filter compares a comparison", node.at, expected="a field or a value on each side", next_step="join comparisons by and, or"
         )
 
-    def _asked_of(self, operand: Operand, sign: _Token) -> Field | Own:
+    def _asked_of(self, operand: Operand, sign: Token) -> Field | Own:
         if isinstance(operand, Field | Own):
             return operand
         raise self._wrong(
@@ -600,7 +620,7 @@ class _Parser:
 
     # constants
 
-    def _text(self, token: _Token) -> str:
+    def _text(self, token: Token) -> str:
         def unescaped(escape: re.Match[str]) -> str:
             if escape[1]:
                 return chr(int(escape[1], 16))
@@ -617,7 +637,7 @@ class _Parser:
         text = _ESCAPE.sub(unescaped, token.text[1:-1])
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # \ud800\udc00 is one character
 
-    def _number(self, token: _Token) -> int | float:
+    def _number(self, token: Token) -> int | float:
         found = _NUMBER.fullmatch(token.text)
         if not found:
             zeros = re.fullmatch(r"0+\d+", token.text, re.ASCII)
@@ -644,7 +664,7 @@ class _Parser:
 
     # what is said of what is wrong
 
-    def _unknown(self, token: _Token) -> ClauseError:
+    def _unknown(self, token: Token) -> ClauseError:
         name, former = token.text, self._tokens[max(0, self._place - 3) : max(0, self._place - 1)]
         near = _nearest(name, self._fields)
         hint = f"did you mean {near}?" if near else 'columns of your own are reached as extra["name"]'
@@ -658,7 +678,7 @@ class _Parser:
             next_step=hint,
         )
 
-    def _pseudonym(self, operand: Operand, sign: _Token) -> ClauseError:
+    def _pseudonym(self, operand: Operand, sign: Token) -> ClauseError:
         name = operand.name if isinstance(operand, Field) else "a field"
         return self._wrong(
             f"the filter does with {name} what cannot be done",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from sys import intern
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from cxr_retrieval.cases.fields import Value
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.gallery.clause import Kind, Own, printed
+from cxr_retrieval.gallery.clause import Comparator, Kind, Own, constant, printed
+from cxr_retrieval.gallery.clause_parser import Token, tokens
 from cxr_retrieval.gallery.matching import matches, with_words
 from cxr_retrieval.gallery.store import FILTER_FIELDS, Store, understood
 from cxr_retrieval.gallery.words import NOTES
@@ -23,6 +24,21 @@ from cxr_retrieval.gallery.words import NOTES
 MAX_ROWS: Final = 200_000
 """Cases that a snapshot holds; of a larger gallery it is a part."""
 _OWN: Final = "extra"
+_COMPARATORS: Final = frozenset(get_args(Comparator))
+_VALUES: Final = 1000
+"""Of a field, that are looked through for suggestions."""
+_OPENS: Final = frozenset({"(", "and", "or", "not", "!", "&&", "||", "exists"})
+"""Words after which a field may stand."""
+_JOINTS: Final = (("and", "both"), ("or", "either"))
+_KNOWN: Final = (("is not null", "known"), ("is null", "unknown"))
+_EQUAL: Final = (("==", "equal"), ("!=", "unequal"), ("in [", "one of"), ("not in [", "none of"))
+_OPERATORS: Final[Mapping[Kind, tuple[tuple[str, str], ...]]] = {
+    "number": ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"), *_EQUAL, *_KNOWN),
+    "text": (*_EQUAL, ("like", "as this pattern"), *_KNOWN),
+    "flag": (*_JOINTS, ("== true", "true"), ("== false", "false"), *_KNOWN),
+    "id": _EQUAL,
+    "own": (*_EQUAL, *_KNOWN),
+}
 _HELD: Final = ("key", "patient_id", *(name for name, kind in FILTER_FIELDS.items() if kind != "id" and name != "key"))
 
 
@@ -72,6 +88,24 @@ class Described:
     spread: Spread | None
 
 
+@dataclass(frozen=True)
+class Suggestion:
+    """What may be written: `text` in place of what is being typed; `about` it in a word or two; of how many cases, where that is known."""
+
+    text: str
+    about: str
+    cases: int | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Suggestions for the characters of a clause from `start` up to but without `end`."""
+
+    start: int
+    end: int
+    suggestions: tuple[Suggestion, ...]
+
+
 class Snapshot:
     """Cases as a gallery had them at one moment. Asks Milvus nothing more, so that it answers while somebody types.
 
@@ -87,14 +121,17 @@ class Snapshot:
         self.whole = whole
 
     @classmethod
-    def take(cls, store: Store) -> Snapshot:
+    def take(cls, store: Store, wanted: Callable[[], bool] = lambda: True) -> Snapshot:
         """Reads a gallery: all that a clause may ask of its cases. Milvus Lite takes 0.2 ms of CPU time for each of
         them, 20 s for 100,000: a page does it once, beside its work.
+
+        Args:
+            wanted: Asked before each case; once it is not, the rest is left out.
 
         Raises:
             StoreError: Milvus cannot serve.
         """
-        found = store.rows(_HELD)
+        found = takewhile(lambda _: wanted(), store.rows(_HELD))
         rows = [_slim(row) for row in islice(found, MAX_ROWS)]
         return cls(rows, store.pseudonyms, whole=next(found, None) is None)
 
@@ -138,6 +175,48 @@ class Snapshot:
         spread = Spread(*(float(value) for value in np.percentile(numbers, [0, 25, 50, 75, 100]))) if numbers else None
         return Described(one, len(self.rows) - len(values), tuple(Counted(*pair) for pair in most), len(counted), spread)
 
+    def complete(self, where: str, at: int, limit: int = 12) -> Completion:
+        """What may stand at a place of a clause that is being typed: fields, operators, or values that these cases have.
+
+        Args:
+            where: May be unfinished, or wrong.
+            at: The place: so many characters stand before it. What follows is not looked at.
+            limit: Suggestions at most.
+        """
+        before = tokens(where[:at])
+        quotes = [place for place, token in enumerate(before) if token.kind == "quote"]
+        if quotes:  # all that follows belongs to it
+            start = before[quotes[0]].at[0]
+            typed, before = where[start + 1 : at], before[: quotes[0]]
+        elif before and before[-1].at[1] == at and before[-1].kind in ("name", "number", "text"):
+            start, typed = before[-1].at[0], before[-1].text.strip("\"'")
+            before = before[:-1]
+        else:
+            start, typed = at, ""
+        return Completion(start, at, tuple(islice(self._suggested(before, typed), limit)))
+
+    def _suggested(self, before: Sequence[Token], typed: str) -> Iterator[Suggestion]:
+        compared = _compared(before)
+        if compared is not None:
+            name = self._named(compared)
+            for counted in self.describe(name, typed, _VALUES).values if name is not None else ():
+                yield Suggestion(constant(_plain(counted.value)), "", counted.cases)
+        elif not before or before[-1].word in _OPENS:
+            for one in self.fields(typed):
+                yield Suggestion(one.name, one.kind, one.known)
+        else:
+            name = self._named(before)
+            words = _OPERATORS[self._fields[name].kind] if name is not None else _JOINTS
+            yield from (Suggestion(word, about, None) for word, about in words if _begins(word, typed))
+
+    def _named(self, before: Sequence[Token]) -> str | None:
+        """The field that ends here."""
+        for length in (1, 4):  # of one name, or of extra [ "…" ]
+            name = "".join(token.text for token in before[-length:])
+            if name in self._fields:
+                return name
+        return None
+
     @cached_property
     def _fields(self) -> dict[str, FieldHeld]:
         known = Counter(name for row in self.rows for name in row)
@@ -164,6 +243,23 @@ def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
     return with_words(known) if NOTES in known else known
 
 
+def _compared(before: Sequence[Token]) -> Sequence[Token] | None:
+    """What the value that comes next is compared with; None where none comes next."""
+    if not before:
+        return None
+    if before[-1].word in _COMPARATORS:
+        return before[:-1]
+    opened = next((place for place in range(len(before) - 1, -1, -1) if before[place].word == "["), 0)
+    if before[-1].word not in ("[", ",") or opened < 2 or before[opened - 1].word != "in":
+        return None
+    return before[: opened - 1 - (before[opened - 2].word == "not")]
+
+
+def _plain(value: Value) -> Value:
+    """Whole numbers as such."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 @lru_cache(maxsize=1024)
 def _written(column: str) -> str:
     return printed(Own(_OWN, (column,)))
@@ -182,7 +278,7 @@ def _text(value: Value) -> str:
     """As it is written in a clause, but without quotes."""
     if isinstance(value, bool | str):
         return str(value).lower() if isinstance(value, bool) else value
-    return repr(int(value) if value == int(value) else value)
+    return repr(_plain(value))
 
 
 def _kind(value: object) -> Kind:

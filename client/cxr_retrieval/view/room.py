@@ -10,11 +10,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -22,8 +22,9 @@ from cxr_retrieval.archive.audit import audited, film_pseudonym
 from cxr_retrieval.archive.inputs import INSIDE
 from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
 from cxr_retrieval.contract import ATTENTION_MAP, LUNG_MASK
-from cxr_retrieval.errors import GoneError, ImageError, UsageError
-from cxr_retrieval.gallery.store import MAX_HITS, Case, Neighbour
+from cxr_retrieval.errors import ClauseError, GoneError, ImageError, UsageError
+from cxr_retrieval.gallery.clause_parser import conditions, parse_text
+from cxr_retrieval.gallery.store import FILTER_FIELDS, MAX_HITS, Case, Neighbour
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.greys import Greys
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
@@ -31,6 +32,7 @@ from cxr_retrieval.retrieval.picture import DISCLAIMER, named_facts
 from cxr_retrieval.retrieval.query import QueryResult, query_film
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import ThumbnailKind
+from cxr_retrieval.view.census import Census
 from cxr_retrieval.view.kept import Kept, Uploads
 from cxr_retrieval.view.pictures import Explained, png
 from cxr_retrieval.view.servers import Reached, Servers
@@ -46,6 +48,9 @@ _CLAUSE: Final = 8192
 _FILM: Final = re.compile(r"film-[0-9a-f]{16}|case-(?P<key>[0-9a-f]{32})|line-(?P<list>\d{1,4})-(?P<number>\d{1,9})")
 _CALLED: Final = "this file"
 """What messages call a film: its name may say whose it is, and the page knows it anyway."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class ReadingRoom:
         with ExitStack() as opened:
             self._reader = opened.enter_context(FilmReader())
             opened.callback(servers.close)
+            self._census = Census(servers)
+            opened.callback(self._census.close)
             self._uploads = Uploads()
             opened.callback(self._uploads.close)
             self._opened = opened.pop_all()
@@ -210,12 +217,50 @@ class ReadingRoom:
         """Lungs and attention (`Explained.png`): asked from Triton, unless they were before."""
         return self._explained.get_or(name, lambda: self._made_explanation(name)).png()
 
-    def cases(self, where: str, limit: int, offset: int) -> list[dict[str, Any]]:
-        """Cases of the gallery that meet a clause."""
+    def cases(self, where: str, text: str, limit: int, offset: int) -> list[dict[str, Any]]:
+        """Cases of the gallery that meet a clause, and whose notes hold words."""
         if not (0 < limit <= MOST_ROWS and offset >= 0 and offset + limit <= MAX_HITS):
             raise UsageError("the page of cases is out of range", expected=f"at most {MOST_ROWS} of the first {MAX_HITS}")
         with self._servers.reached() as reached:
-            return [_case_json(case) for case in reached.store.browse(where, limit, offset)]
+            return [_case_json(case) for case in reached.store.browse(reached.store.clause(where, text), limit, offset)]
+
+    def clause(self, where: str, text: str, typed: str, at: int) -> dict[str, Any]:
+        """What a filter says, and what may be written next.
+
+        Args:
+            where: Conditions that stand.
+            text: Words to look for in notes.
+            typed: One more condition, unfinished maybe.
+            at: The place in it that is being typed at.
+
+        Returns:
+            `standing`: the conditions of `where`, one by one; `conditions`: these and those of `typed`. None where they cannot be meant,
+            and `wrong` says why: of which of the three (`of`), the `message`, and the characters (`span`). `cases` of the gallery, of
+            which `meet` meet what can be meant of it; None while the gallery is read. `completion` {start, end, suggestions} of `typed`.
+        """
+        if max(map(len, (where, text, typed))) > _CLAUSE:
+            raise UsageError("the filter is too long", expected=f"at most {_CLAUSE} characters")
+        wrong: list[dict[str, Any]] = []
+
+        def read(name: str, given: str, reader: Callable[[str], T]) -> T | None:
+            try:
+                return reader(given)
+            except ClauseError as error:
+                wrong.append({"of": name, "message": str(error), "span": error.span})
+                return None
+
+        standing, more = (read(name, given, _conditions) for name, given in (("where", where), ("typed", typed)))
+        words = read("text", text, lambda given: parse_text(given) and given) or ""
+        meant = [*(standing or ()), *(more or ())]
+        held = self._census.now()
+        return {
+            "standing": standing,
+            "conditions": None if wrong else meant,
+            "wrong": wrong[0] if wrong else None,
+            "cases": None if held is None else len(held),
+            "meet": None if held is None else len(held.meeting(" and ".join(meant), words)),
+            "completion": None if held is None else asdict(held.complete(typed, at)),
+        }
 
     def worklist(self, name: str, by: str, *, descending: bool, offset: int, limit: int) -> dict[str, Any]:
         """Rows of a list: `recent`, or the number of a results file.
@@ -360,6 +405,10 @@ class ReadingRoom:
 @contextmanager
 def _nothing() -> Generator[None]:
     yield None
+
+
+def _conditions(where: str) -> tuple[str, ...]:
+    return conditions(where, FILTER_FIELDS)
 
 
 def _is_case(name: str) -> bool:

@@ -11,8 +11,10 @@
                                           {width, height, intercept, slope, low, high, inverted, shrunk} (`radiograph.greys.Greys`)
     GET  /api/films/{film}/thumbnail      PNG, at most 256 pixels high and wide
     GET  /api/films/{film}/explanation    PNG that lies over the film when stretched to it: red is attention (0…255 for 0…1), green lungs
-    POST /api/cases                       {where?, limit?, offset?} → {cases: […]} of the gallery; a clause may name a patient, and so is
-                                          in no address
+    POST /api/cases                       {where?, text?, limit?, offset?} → {cases: […]} of the gallery; a clause may name a patient, and
+                                          so is in no address
+    POST /api/clause                      {where?, text?, typed?, at?} → what a filter says, and what may be written next
+                                          (`ReadingRoom.clause`)
     GET  /api/worklist?list=&sort=&descending=&limit=&offset=
                                           {lists, rows, total, whole}: `recent` queries, or lines of results files (0, 1, …)
 
@@ -90,8 +92,14 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
 
     async def cases(request: Request) -> Response:
         given = _given(await _body(request, _JSON_BYTES))
-        where, limit, offset = _typed(given, "where", ""), _typed(given, "limit", 60), _typed(given, "offset", 0)
-        return JSONResponse({"cases": await run_in_threadpool(room.cases, where, limit, offset)})
+        where, text = _typed(given, "where", ""), _typed(given, "text", "")
+        limit, offset = _typed(given, "limit", 60), _typed(given, "offset", 0)
+        return JSONResponse({"cases": await run_in_threadpool(room.cases, where, text, limit, offset)})
+
+    async def clause(request: Request) -> Response:
+        given = _given(await _body(request, _JSON_BYTES))
+        where, text, typed = (_typed(given, name, "") for name in ("where", "text", "typed"))
+        return JSONResponse(await run_in_threadpool(room.clause, where, text, typed, _typed(given, "at", len(typed))))
 
     async def worklist(request: Request) -> Response:
         asked = request.query_params
@@ -121,6 +129,7 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
             Route("/api/films/{film}/thumbnail", _safely(thumbnail)),
             Route("/api/films/{film}/explanation", _safely(explanation)),
             Route("/api/cases", _safely(cases), methods=["POST"]),
+            Route("/api/clause", _safely(clause), methods=["POST"]),
             Route("/api/worklist", _safely(worklist)),
             Mount("/assets", StaticFiles(directory=ASSETS)),
         ],

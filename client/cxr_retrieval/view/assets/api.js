@@ -21,6 +21,7 @@ const GONE = {
 export const status = async () => (await request("/api/status")).json();
 export const answer = async (id) => (await request(`/api/queries/${id}`)).json();
 export const cases = async (asked) => (await request("/api/cases", { method: "POST", body: JSON.stringify(asked) })).json();
+export const clause = async (typed) => (await request("/api/clause", { method: "POST", body: JSON.stringify(typed) })).json();
 export const worklist = async (asked) => (await request(`/api/worklist?${new URLSearchParams(asked)}`)).json();
 export const ask = async (question) => (await request("/api/queries", { method: "POST", body: JSON.stringify(question) })).json();
 export const signIn = (token) => request("/api/session", { method: "POST", headers: { authorization: `Bearer ${token}` } });

@@ -1,7 +1,8 @@
 // Stored cases, to ask with.
 
 import * as api from "./api.js";
-import { html, useEffect, useState } from "./html.js";
+import { FilterField, filterOf, settled } from "./clause.js";
+import { html, useEffect, useMemo, useState } from "./html.js";
 import { Label, Thumb, Trouble } from "./parts.js";
 import { askFilm, asking } from "./state.js";
 import { briefFacts, labelName } from "./words.js";
@@ -9,8 +10,8 @@ import { briefFacts, labelName } from "./words.js";
 const SHOWN = 60;
 
 export function CasesPage() {
-  const [asked, setAsked] = useState({ where: "", offset: 0 });
-  const [where, setWhere] = useState("");
+  const filter = useMemo(() => filterOf({ where: "", text: "" }), []);
+  const [asked, setAsked] = useState({ where: "", text: "", offset: 0 });
   const [found, setFound] = useState(null);
   const [problem, setProblem] = useState(null);
 
@@ -29,35 +30,18 @@ export function CasesPage() {
     };
   }, [asked]);
 
-  const wrong = problem?.parts?.kind === "ClauseError" ? problem.message : "";
+  const show = async (event) => {
+    event.preventDefault();
+    if (await settled(filter)) setAsked({ where: filter.where.value, text: filter.text.value, offset: 0 });
+  };
   return html`<main class="cases">
-    <form
-      class="list-bar"
-      onSubmit=${(event) => {
-        event.preventDefault();
-        setAsked({ where: where.trim(), offset: 0 });
-      }}
-    >
+    <form class="questions" onSubmit=${show}>
       <h1>Stored cases</h1>
-      <label class="where">
-        <span>Only cases with</span>
-        <input
-          id="where"
-          type="text"
-          value=${where}
-          placeholder='label == "covid19" and age > 60'
-          spellcheck=${false}
-          autocomplete="off"
-          aria-invalid=${wrong !== ""}
-          aria-describedby=${wrong ? "where-wrong" : undefined}
-          onInput=${(event) => setWhere(event.target.value)}
-        />
-      </label>
-      <button type="submit">Show</button>
-      ${wrong && html`<p id="where-wrong" class="wrong" role="alert">${wrong}</p>`}
+      <${FilterField} filter=${filter} />
+      <button type="submit" class="main">Show</button>
     </form>
-    ${problem && !wrong && html`<${Trouble} problem=${problem} title="The gallery cannot be shown" />`}
-    ${found?.length === 0 && !problem && html`<p class="nothing">No case ${asked.where ? "meets this" : "is in the gallery yet: fill it with `cxr ingest`"}.</p>`}
+    ${problem && html`<${Trouble} problem=${problem} title="The gallery cannot be shown" />`}
+    ${found?.length === 0 && !problem && html`<p class="nothing">No case ${asked.where || asked.text ? "meets this" : "is in the gallery yet: fill it with `cxr ingest`"}.</p>`}
     <section class="neighbours">
       <ol>
         ${(found ?? []).map(

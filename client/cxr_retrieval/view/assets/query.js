@@ -1,6 +1,7 @@
 // A film, the vote over its neighbours, and the neighbours.
 
-import { html, useEffect, useMemo, useRef, useState } from "./html.js";
+import { FilterField, filterOf, settled } from "./clause.js";
+import { html, useEffect, useMemo, useRef } from "./html.js";
 import { Label, Thumb, Trouble } from "./parts.js";
 import { answer, askFile, askFilm, asking, failed, nameOf, refreshServer, route, server, settings, showAnswer, toCase } from "./state.js";
 import { OverlayTools, Viewer, looking } from "./viewer.js";
@@ -16,7 +17,7 @@ export function QueryPage() {
   return html`<main class="query" aria-busy=${asking.value !== null}>
     <${Asked} found=${found} key=${found.film} />
     <section class="found" aria-label="Answer">
-      ${failed.value && !isOfFilter() && html`<${Failure} />`}
+      ${failed.value && html`<${Failure} />`}
       <${Verdict} found=${found} />
       <${Questions} />
       <${Neighbours} found=${found} />
@@ -76,40 +77,22 @@ function Trust({ prediction, error_rate }) {
   </div>`;
 }
 
-const isOfFilter = () => failed.value?.problem.parts?.kind === "ClauseError";
-
 /** How the next question is asked. */
 export function Questions() {
-  const filter = useRef(null);
-  const [where, setWhere] = useState(settings.value.where);
-  const wrong = isOfFilter() ? failed.value.problem.message : "";
+  const filter = useMemo(() => filterOf(settings.value), []);
   const set = (change) => {
     settings.value = { ...settings.value, ...change };
   };
-  const again = (event) => {
+  const again = async (event) => {
     event.preventDefault();
-    set({ where: where.trim() });
+    if (!(await settled(filter))) return;
+    set({ where: filter.where.value, text: filter.text.value });
     const film = failed.value?.film ?? answer.value?.film;
     if (film) askFilm(film, answer.value?.image_id ?? film);
   };
   const { status } = server.value;
   return html`<form class="questions" onSubmit=${again}>
-    <label class="where">
-      <span>Only cases with</span>
-      <input
-        ref=${filter}
-        id="where"
-        name="where"
-        type="text"
-        value=${where}
-        placeholder='age >= 60 and sex == "F"'
-        spellcheck=${false}
-        autocomplete="off"
-        aria-invalid=${wrong !== ""}
-        aria-describedby=${wrong ? "where-wrong" : undefined}
-        onInput=${(event) => setWhere(event.target.value)}
-      />
-    </label>
+    <${FilterField} filter=${filter} />
     <label class="how-many">
       <span>Cases</span>
       <input
@@ -139,7 +122,6 @@ export function Questions() {
     </details>
     <button type="submit" class="main" disabled=${asking.value !== null || !(answer.value || failed.value?.film)}>Ask again</button>
     <${FileButton} />
-    ${wrong && html`<p id="where-wrong" class="wrong" role="alert">${wrong}</p>`}
   </form>`;
 }
 

@@ -11,7 +11,7 @@ export const answer = signal(null);
 export const asking = signal(null); // what is being asked: {name}
 export const failed = signal(null); // why the last question has no answer: {problem, film, name}
 export const said = signal(""); // read out by screen readers
-export const settings = signal({ top_k: null, where: "", patient: "", include_own: false, gate: true });
+export const settings = signal({ top_k: null, where: "", text: "", patient: "", include_own: false, gate: true });
 export const overlay = signal({ attention: true, lungs: true, opacity: 0.6 });
 
 /** Names of files that were dropped here, by film: the server never hears them. */
