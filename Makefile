@@ -10,7 +10,7 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots notebook clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -59,6 +59,9 @@ vendor:                         ## the page's libraries anew from npm, in the ve
 	    -e 's#//\# sourceMappingURL=.*##' "$$work/package/$$from" > $(VENDORED)/$$to; \
 	  cp "$$work/package/LICENSE" "$(VENDORED)/LICENSE-$${to%.js}"; \
 	done
+
+notebook: .venv-dev/.installed  ## docs/notebook.ipynb anew, executed over the demo's phantoms
+	@PYTHONPATH=tests .venv-dev/bin/python tests/notebook.py
 
 screenshots: .venv-dev/.installed browser ## the page as its tests see it, into screenshots/; look at them
 	@CXR_SCREENSHOTS=screenshots .venv-dev/bin/python -m pytest -q -m whole tests/browser

@@ -2,11 +2,11 @@
 
 What a program or a notebook uses is here:
 
-    from pathlib import Path
     from cxr_retrieval import Retriever
 
     with Retriever() as retriever:
-        print(retriever.query(Path("film.dcm")).prediction)
+        result = retriever.query("film.dcm")
+    result  # a notebook shows it (docs/notebook.ipynb); result.prediction, result.neighbours, result.to_pandas(), result.as_json()
 
 Names are loaded when first asked for, so that `import cxr_retrieval` costs nothing.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -77,3 +78,9 @@ def demo(
     else:
         print_result(result, image.name)
     console.print(f"picture  {(out / 'query.png').resolve()}\npage     {(out / 'query.html').resolve()}", soft_wrap=True)
+    command = sys.argv[0]
+    console.print(
+        f"\nTo open this gallery in a browser, and drop {image} on it:\n"
+        f"  {command} serve --store {out / 'gallery.db'} &\n  {command} view --pseudonym-key {out / 'pseudonym.key'}     http://127.0.0.1:8080/",
+        soft_wrap=True,
+    )

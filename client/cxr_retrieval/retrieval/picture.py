@@ -45,6 +45,9 @@ _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)
 _WARNING: Final = (255, 190, 90)
 _TILE: Final = 256
+_TEMPLATES: Final = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 _BRIEF_FACTS: Final = ("age", "sex", "spo2", "temperature", "went_icu", "intubated", "survival")
 """What a table or a caption has room for; the page shows all that is known."""
 
@@ -166,24 +169,31 @@ def write_html(result: QueryResult, path: Path, reader: FilmReader, thumbnails: 
     Raises:
         SetupError: The file cannot be written.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    box = result.explanation.box
-    shown = box.crop(
-        overlay(result.explanation.square, result.explanation.lung_mask, result.explanation.attention).transpose(2, 0, 1)
-    ).transpose(1, 2, 0)
-    page = environment.get_template("query.html.j2").render(
+    page = _TEMPLATES.get_template("query.html.j2").render(
         result=result,
         disclaimer=DISCLAIMER,
-        query_image=_data_uri(np.asarray(box.crop(result.explanation.square))),
-        overlay_image=_data_uri(np.asarray(shown)),
+        query_image=_data_uri(np.asarray(result.explanation.box.crop(result.explanation.square))),
+        overlay_image=_overlay_uri(result),
         colour_bar=_data_uri(colour_bar(256, 10)),
         scale=[words for _, words in _SCALE],
         neighbours=_shown(result.neighbours, reader, thumbnails),
         own=_shown(result.own, reader, thumbnails),
     )
     _write(path, page.encode())
+
+
+def fragment(result: QueryResult) -> str:
+    """The answer as HTML that stands in a notebook, without the neighbours' pictures."""
+    return _TEMPLATES.get_template("notebook.html.j2").render(
+        result=result, disclaimer=DISCLAIMER, overlay_image=_overlay_uri(result), facts_line=facts_line, digits=SHOWN_DIGITS
+    )
+
+
+def _overlay_uri(result: QueryResult) -> str:
+    """`overlay` without the bars of the letterbox."""
+    seen = result.explanation
+    drawn = overlay(seen.square, seen.lung_mask, seen.attention)
+    return _data_uri(np.asarray(seen.box.crop(drawn.transpose(2, 0, 1)).transpose(1, 2, 0)))
 
 
 def _shown(hits: Sequence[Neighbour], reader: FilmReader, thumbnails: Thumbnails) -> list[dict[str, Any]]:

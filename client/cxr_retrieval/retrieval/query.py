@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballo
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIN_LUNG_SHARE: Final = 0.05
 """Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
@@ -61,7 +64,7 @@ class Explanation:
     attention: NDArray[np.float32] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QueryResult:
     """The answer to one radiograph.
 
@@ -95,6 +98,29 @@ class QueryResult:
     def summary(self) -> Summary:
         """What is known of the neighbours."""
         return summarise(hit.case for hit in self.neighbours)
+
+    def to_arrow(self) -> Any:
+        """A `pyarrow.Table` with a row for each case (`table.as_table`)."""
+        from cxr_retrieval.retrieval.table import as_table
+
+        return as_table(self)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The same for pandas; what is not known is null there, too (Arrow's types)."""
+        import pandas as pd
+
+        return self.to_arrow().to_pandas(types_mapper=pd.ArrowDtype)
+
+    def __repr__(self) -> str:
+        """In short, and without ids and paths of cases: a notebook keeps it."""
+        said = "no label" if self.prediction.label is None else f"{self.prediction.label}, share {self.prediction.confidence:.2f}"
+        return f"<QueryResult {self.image_id}: {said}, {len(self.neighbours)} neighbours, model {self.model_version}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cxr_retrieval.retrieval.picture import fragment
+
+        return fragment(self)
 
     def as_json(self) -> dict[str, Any]:
         """The published JSON form of a query result."""

@@ -1,19 +1,24 @@
-"""Triton, Milvus and the reader of films held open together, for a program that asks more than one query."""
+"""Triton, Milvus and the reader of films held open together, for a program or a notebook that asks more than one query."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
+from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Retriever:
@@ -55,7 +60,7 @@ class Retriever:
 
     def query(
         self,
-        image: Path,
+        image: str | Path,
         *,
         top_k: int = DEFAULT_K,
         where: str = "",
@@ -67,7 +72,7 @@ class Retriever:
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
-            image,
+            Path(image),
             self.reader,
             self.triton,
             self.store,
@@ -79,3 +84,7 @@ class Retriever:
             gate=gate,
             error_rate=error_rate,
         )
+
+    def picture(self, result: QueryResult) -> Image.Image:
+        """The query with contour and attention, the vote, and the neighbours' films, as `cxr query --picture` writes them."""
+        return montage(result, self.reader, self.store.thumbnails)
