@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
     from cxr_retrieval.retrieval.calibration import Calibration, Trust
+    from cxr_retrieval.retrieval.feedback import Mark, Marked
     from cxr_retrieval.retrieval.gate import Ood
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
@@ -79,6 +80,7 @@ _WHERE = {
     "inference.triton": ("TritonClient",),
     "radiograph.decoding": ("DecodingLimits", "Film", "FilmReader"),
     "retrieval.calibration": ("Calibration", "Trust"),
+    "retrieval.feedback": ("Mark", "Marked"),
     "retrieval.gate": ("Ood",),
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
@@ -109,6 +111,8 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "ManifestRow",
+    "Mark",
+    "Marked",
     "MilvusSettings",
     "Neighbour",
     "Ood",

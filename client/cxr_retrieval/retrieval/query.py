@@ -21,6 +21,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, trust
+from cxr_retrieval.retrieval.feedback import MOVED, Led, Mark, Marked, led
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
@@ -44,7 +45,7 @@ WANTED: Final = (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
 class Asked:
     """A film with what the networks say of it: `outputs` of WANTED, by name, without the batch dimension; attention may be left out.
 
-    `image_id` as a manifest gives it; None: the film's own name, `Film.film_id`.
+    `image_id` as a manifest gives it; None: the film's own name, `Film.film_id`. `marks`: what a reader said of earlier answers' cases.
     """
 
     image_id: str | None
@@ -52,6 +53,7 @@ class Asked:
     outputs: Mapping[str, NDArray[np.generic]]
     patient: str | None
     timings_ms: Mapping[str, float]
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class QueryResult:
         neighbours: The cases that voted, nearest first; of a refused film those that would have, for information.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
         trust: How far to trust the prediction.
+        marked: Cases that a reader marked, which moved the question; those that are not relevant are none of the neighbours.
     """
 
     image_id: str
@@ -86,13 +89,15 @@ class QueryResult:
     ood: Ood
     explanation: Explanation
     trust: Trust
+    marked: tuple[Marked, ...] = ()
 
     @property
     def sentence(self) -> str:
         """The vote and how far to trust it, in plain words; why there is none of a film that was refused."""
         if self.prediction.label is None:
             return self.ood.reason or "refused"
-        return sentence([hit.case.label for hit in self.neighbours], self.prediction, self.trust)
+        said = sentence([hit.case.label for hit in self.neighbours], self.prediction, self.trust)
+        return f"{said}; {MOVED}" if self.marked else said
 
     @property
     def summary(self) -> Summary:
@@ -123,7 +128,8 @@ class QueryResult:
         return fragment(self)
 
     def as_json(self) -> dict[str, Any]:
-        """The published JSON form of a query result."""
+        """The published JSON form of a query result; `marked` is there where a reader marked something."""
+        marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
         return {
             "image_id": self.image_id,
             "model_version": self.model_version,
@@ -139,6 +145,7 @@ class QueryResult:
             "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
             "warnings": list(self.warnings),
             "ood": self.ood.as_json(),
+            **({"marked": marked} if marked else {}),
         }
 
 
@@ -165,6 +172,7 @@ def query(
     include_own: bool = False,
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
+    marks: Sequence[Mark] = (),
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -179,10 +187,12 @@ def query(
         include_own: Let them vote like any other case.
         gate: Give no label to what is no upright frontal chest film (`retrieval/gate.py`); False: say so, and let the cases vote.
         error_rate: Of the set of labels (`retrieval/calibration.py`), 0.01 to 0.5.
+        marks: What a reader said of cases that an earlier answer showed; they move the question (`retrieval/feedback.py`), and those that
+            are not relevant do not come again.
 
     Raises:
         ImageError: The file is unusable.
-        UsageError: No case meets the expression, or no set can be given for that error rate.
+        UsageError: No case meets the expression, no set can be given for that error rate, or there are too many marks.
         ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
@@ -200,6 +210,7 @@ def query(
         include_own=include_own,
         gate=gate,
         error_rate=error_rate,
+        marks=marks,
         timings_ms={"read": read_ms},
     )
 
@@ -215,13 +226,14 @@ def query_film(
     include_own: bool = False,
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
+    marks: Sequence[Mark] = (),
     timings_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """As `query`, of a film that has been read; `timings_ms`: what that took."""
     timings = dict(timings_ms)
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
-    asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings)
+    asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings, marks)
     (result,) = answer(
         [asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own, gate=gate, error_rate=error_rate
     )
@@ -245,24 +257,28 @@ def answer(
 
     Raises:
         StoreError: Milvus cannot serve.
-        UsageError: No set can be given for that error rate.
+        UsageError: No set can be given for that error rate, or there are too many marks.
         SetupError: The gallery's own calibration cannot be read.
     """
     percent(error_rate)
     where = where or Clause("", "")
     embeddings = np.stack([np.asarray(one.outputs[EMBEDDING.name], np.float32) for one in asked])
     started = time.perf_counter()
-    first = store.search_many(embeddings, min(top_k + OWN_EXPECTED, MAX_HITS), where)
+    moved = [led(embedding, one.marks, store) for one, embedding in zip(asked, embeddings, strict=True)]
+    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), where)
     found: list[tuple[list[Neighbour], list[Neighbour]]] = []
-    for one, embedding, hits in zip(asked, embeddings, first, strict=True):
+    for one, way, hits in zip(asked, moved, first, strict=True):
         is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
-        found.append(nearest_others(hits, lambda limit, vector=embedding: store.search(vector, limit, where), top_k, is_own))
+        found.append(_neighbours(hits, way, top_k, is_own, lambda limit, way=way: store.search(way.vector, limit, where)))
     search_ms = 1000 * (time.perf_counter() - started)
-    far = [None if where.asked or not hits else too_far(hits[0].similarity, store.count, model_version) for hits in first]
+    far = [
+        None if where.asked or not hits else too_far(_unmoved(hits, way, own, store), store.count, model_version)
+        for hits, way, own in zip(first, moved, embeddings, strict=True)
+    ]
     rules = _Rules(model_version, top_k, where.given, include_own, error_rate, store.calibration, store.size)
     return [
-        _result(one, *hits, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance))
-        for one, hits, distance in zip(asked, found, far, strict=True)
+        _result(one, way, *hits, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance))
+        for one, way, hits, distance in zip(asked, moved, found, far, strict=True)
     ]
 
 
@@ -300,8 +316,22 @@ class _Rules:
         return "films of the query's own patient may have voted" if self.include_own else None
 
 
+def _unmoved(hits: Sequence[Neighbour], way: Led, own: NDArray[np.float32], store: Store) -> float:
+    """Similarity of the case nearest to the film itself, wherever marks have moved the question."""
+    return (store.search(own, 1) if way.marked else hits)[0].similarity
+
+
+def _neighbours(
+    hits: Sequence[Neighbour], way: Led, top_k: int, is_own: Callable[[Case], bool], search: Callable[[int], Sequence[Neighbour]]
+) -> tuple[list[Neighbour], list[Neighbour]]:
+    """`nearest_others`, where cases marked as not relevant are neither."""
+    aside = way.set_aside
+    others, passed_over = nearest_others(hits, search, top_k, lambda case: case.key in aside or is_own(case))
+    return others, [hit for hit in passed_over if is_own(hit.case)]
+
+
 def _result(
-    asked: Asked, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, rules: _Rules, ood: Ood
+    asked: Asked, way: Led, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, rules: _Rules, ood: Ood
 ) -> QueryResult | UsageError:
     if not neighbours:
         return UsageError(
@@ -313,13 +343,15 @@ def _result(
     timings = {**asked.timings_ms, "search": search_ms}
     with _timed(timings, "vote"):
         prediction = NoVote() if ood.refused else weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
-        known = _trusted(prediction, neighbours, rules, ood)
+        known = _trusted(prediction, neighbours, rules, ood, way)
     timings["total"] = sum(timings.values())
     film, outputs = asked.film, asked.outputs
     mask = np.asarray(outputs[LUNG_MASK.name][0], np.uint8)
     warnings = [*film.warnings, *doubts(film, outputs, ood), *([known.unmeasured] if known.unmeasured else ())]
     if len(neighbours) < rules.top_k:
         warnings.append(f"only {len(neighbours)} of {rules.top_k} neighbours: the gallery holds no more that qualify")
+    if way.gone:
+        warnings.append(f"{way.gone} marked case(s) are no longer in the gallery, and do not count")
     if own:
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
@@ -335,10 +367,11 @@ def _result(
         ood,
         explanation,
         known,
+        way.marked,
     )
 
 
-def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules, ood: Ood) -> Trust:
+def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules, ood: Ood, way: Led) -> Trust:
     if vote.label is None:
         return Trust(None, (), ood.reason)
     return trust(
@@ -348,7 +381,7 @@ def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules
         rules.calibration,
         gallery=rules.gallery,
         error_rate=rules.error_rate,
-        otherwise_asked="the gate was overridden" if ood.reason else rules.unusual,
+        otherwise_asked="the gate was overridden" if ood.reason else MOVED if way.marked else rules.unusual,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
+from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
@@ -69,6 +71,7 @@ class Retriever:
         include_own: bool = False,
         gate: bool = True,
         error_rate: float = DEFAULT_ERROR_RATE,
+        marks: Sequence[Mark] = (),
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -83,6 +86,7 @@ class Retriever:
             include_own=include_own,
             gate=gate,
             error_rate=error_rate,
+            marks=marks,
         )
 
     def picture(self, result: QueryResult) -> Image.Image:
