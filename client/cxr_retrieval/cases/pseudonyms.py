@@ -12,16 +12,13 @@ import hashlib
 import hmac
 import os
 import secrets
-import sqlite3
-import stat
-import threading
-from collections.abc import Collection, Generator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from cxr_retrieval.cases.tables import Layout, PrivateTable, refuse_open_to_others
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import DEFAULT_PSEUDONYM_KEY, MIN_KEY_CHARACTERS, PseudonymSettings
 
@@ -31,15 +28,18 @@ SHOWN_DIGITS: Final = 12
 """As many as a page shows: enough to find a case by, among a million with a chance of one in 500 that any two are alike."""
 MIN_PREFIX: Final = 8
 """Hex digits by which a pseudonym may be asked for."""
-_LAYOUT: Final = 1
 _AT_ONCE: Final = 500
-_BUSY_S: Final = 60.0
-"""How long another process' transaction is waited for."""
-_SCHEMA: Final = (
-    "CREATE TABLE image (key TEXT PRIMARY KEY, image_id TEXT NOT NULL, path BLOB NOT NULL, member TEXT, patient TEXT) WITHOUT ROWID",
-    "CREATE TABLE patient (key TEXT PRIMARY KEY, patient_id TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX image_patient ON image (patient)",
-    f"PRAGMA user_version = {_LAYOUT}",
+_EXPOSED: Final = "if someone may have read it, see docs/privacy.md on a new key"
+_LAYOUT: Final = Layout(
+    "the table of pseudonyms",
+    "give --pseudonym-table",
+    _EXPOSED,
+    1,
+    (
+        "CREATE TABLE image (key TEXT PRIMARY KEY, image_id TEXT NOT NULL, path BLOB NOT NULL, member TEXT, patient TEXT) WITHOUT ROWID",
+        "CREATE TABLE patient (key TEXT PRIMARY KEY, patient_id TEXT NOT NULL) WITHOUT ROWID",
+        "CREATE INDEX image_patient ON image (patient)",
+    ),
 )
 _IMAGES: Final = "SELECT image.key, image_id, path, member, patient_id FROM image LEFT JOIN patient ON patient.key = image.patient"
 
@@ -69,8 +69,7 @@ class Pseudonyms:
         self._key = key
         self.table = table
         self.fingerprint = self._of("fingerprint", "")[:16]
-        self._lock = threading.Lock()
-        self._base: sqlite3.Connection | None = None
+        self._held = PrivateTable(table, _LAYOUT)
 
     def __enter__(self) -> Pseudonyms:
         return self
@@ -80,10 +79,7 @@ class Pseudonyms:
 
     def close(self) -> None:
         """Closes the table."""
-        with self._lock:
-            if self._base is not None:
-                self._base.close()
-                self._base = None
+        self._held.close()
 
     def image(self, image_id: str) -> str:
         """The pseudonym of an image: 32 hex digits, the gallery's primary key."""
@@ -114,7 +110,7 @@ class Pseudonyms:
             )
             for one in originals
         ]
-        with self._open(create=True) as base, _transaction(base):
+        with self._held.writing() as base:
             base.executemany("INSERT INTO patient VALUES (?, ?) ON CONFLICT (key) DO NOTHING", list(patients.items()))
             base.executemany(  # what is there already is not written again
                 "INSERT INTO image VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
@@ -129,7 +125,7 @@ class Pseudonyms:
         Raises:
             SetupError: The table cannot be written.
         """
-        with self._open() as base, _transaction(base):
+        with self._held.writing(create=False) as base:
             base.executemany("DELETE FROM image WHERE key = ?", [(key,) for key in keys])
             base.execute("DELETE FROM patient WHERE key NOT IN (SELECT patient FROM image WHERE patient IS NOT NULL)")
 
@@ -151,7 +147,7 @@ class Pseudonyms:
 
     def patients_like(self, prefix: str) -> dict[str, tuple[str, list[str]]]:
         """Pseudonyms of patients that begin so → patient_id, and the image_ids of this patient's films."""
-        with self._open() as base:
+        with self._held.reading() as base:
             rows = base.execute(
                 "SELECT patient.key, patient_id, image_id FROM patient LEFT JOIN image ON image.patient = patient.key "
                 "WHERE patient.key BETWEEN ? AND ? ORDER BY patient.key, image_id",
@@ -164,33 +160,12 @@ class Pseudonyms:
         return found
 
     def _images(self, condition: str, values: Sequence[str]) -> dict[str, Original]:
-        with self._open() as base:
+        with self._held.reading() as base:
             rows = base.execute(f"{_IMAGES} WHERE {condition} ORDER BY image.key", values).fetchall()
         return {key: Original(image_id, Path(os.fsdecode(path)), member, patient_id) for key, image_id, path, member, patient_id in rows}
 
     def _of(self, kind: str, text: str) -> str:
         return hmac.new(self._key, f"cxr-retrieval {kind}\0{text}".encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:DIGITS]
-
-    @contextmanager
-    def _open(self, *, create: bool = False) -> Generator[sqlite3.Connection]:
-        """The table for one thread's turn; an empty one in memory where there is none and none is to be made."""
-        with self._lock:
-            try:
-                if self._base is None and (create or self.table.exists()):
-                    self._base = _opened(self.table)
-                if self._base is not None:
-                    yield self._base
-                else:
-                    with closing(_with_schema(sqlite3.connect(":memory:", isolation_level=None))) as empty:
-                        yield empty
-            except (OSError, sqlite3.Error) as error:
-                got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                raise SetupError(
-                    f"{self.table}: the table of pseudonyms cannot be used",
-                    expected="an undamaged file that may be written, and room on the disk",
-                    got=got,
-                    next_step="repair that, restore it from a backup, or give --pseudonym-table",
-                ) from error
 
 
 def open_pseudonyms(settings: PseudonymSettings, *, create: bool = False) -> Pseudonyms:
@@ -213,7 +188,7 @@ def _read_key(file: Path, *, create: bool) -> str:
         if create and not file.exists():
             _make_key(file)
         with file.open(encoding="utf-8") as opened:
-            _refuse_open_to_others(file, opened.fileno())
+            refuse_open_to_others(file, opened.fileno(), _EXPOSED)
             key = opened.read().strip()
     except FileNotFoundError as error:
         raise SetupError(
@@ -249,50 +224,3 @@ def _make_key(file: Path) -> None:
         pass
     finally:
         partial.unlink()
-
-
-def _opened(table: Path) -> sqlite3.Connection:
-    """With SQLite's rollback journal, not WAL: home folders lie on network drives, too, where WAL does not work."""
-    table.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(table, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        _refuse_open_to_others(table, descriptor)
-    finally:
-        os.close(descriptor)
-    return _with_schema(sqlite3.connect(table, timeout=_BUSY_S, isolation_level=None, check_same_thread=False))
-
-
-def _with_schema(base: sqlite3.Connection) -> sqlite3.Connection:
-    try:
-        with _transaction(base):
-            (layout,) = base.execute("PRAGMA user_version").fetchone()
-            for statement in _SCHEMA if layout == 0 else ():
-                base.execute(statement)
-        if layout not in (0, _LAYOUT):
-            raise sqlite3.DatabaseError(f"it has the layout {layout} of another version of this system")
-    except BaseException:
-        base.close()
-        raise
-    return base
-
-
-def _refuse_open_to_others(file: Path, descriptor: int) -> None:
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    if mode & 0o077:
-        raise SetupError(
-            f"{file}: others can read or write it",
-            expected="rights 0600",
-            got=f"{mode:04o}",
-            next_step=f"`chmod 600 {file}`; if someone may have read it, see docs/privacy.md on a new key",
-        )
-
-
-@contextmanager
-def _transaction(base: sqlite3.Connection) -> Generator[None]:
-    base.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        base.execute("ROLLBACK")
-        raise
-    base.execute("COMMIT")
