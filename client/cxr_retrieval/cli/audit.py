@@ -70,6 +70,37 @@ def show(
             typer.echo(jsonlib.dumps(entry, ensure_ascii=False))
 
 
+@app.command()
+def pairs(
+    out: Annotated[Path, typer.Option(metavar="CSV", help="Anchor, case, relevant (1 or 0), model version, time.")],
+    file: _File = options.AUDIT_DEFAULT,
+    json: options.Json = False,
+) -> None:
+    """Write what readers marked as training pairs: which cases are relevant to which films, and which are not.
+
+    Of two marks on the same pair the later counts; one that was taken back is none. Pseudonyms alone stand there: `cxr gallery whois` leads
+    those of stored cases back; film-… is the beginning of the SHA-256 of a film's file.
+    """
+    from cxr_retrieval.archive import audit
+    from cxr_retrieval.archive.pairs import pairs as found_in
+    from cxr_retrieval.archive.pairs import write_pairs
+
+    log = file.expanduser()
+    if flaw := audit.verify(log).flaw:
+        raise InputError(
+            f"{file}: {flaw}",
+            expected="a log that holds together: nothing should be learnt from another",
+            next_step="keep the file as it is, and compare it with a copy",
+        )
+    found = found_in(audit.entries(log))
+    write_pairs(found, out)
+    relevant = sum(pair.relevant for pair in found)
+    if json:
+        print_json({"pairs": len(found), "relevant": relevant, "file": str(out)})
+    else:
+        typer.echo(f"{out}: {len(found)} pairs, {relevant} of them relevant")
+
+
 def _named(entry: dict[str, Any]) -> set[str]:
     """Every pseudonym in an entry, however deep."""
     found: set[str] = set()

@@ -62,6 +62,12 @@ def view(
         ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve whoever reaches --host, unlocked.", rich_help_panel=_LOCKED)] = False,
+    collections: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", envvar="CXR_COLLECTIONS", help="Where collections of cases are kept.", show_default="beside the audit log"
+        ),
+    ] = None,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Serve the page that shows a query: drop a film, see its neighbours, compare. Runs until Ctrl-C."""
@@ -90,7 +96,8 @@ def view(
                 f"{path}: no results", expected="a file of `cxr batch --out`", got="nothing there", next_step="correct --results"
             )
     lists = [Results(path) for path in results or ()]
-    with listening(host, port) as at, closing(ReadingRoom(Servers(triton, milvus, pseudonyms), lists, audit.expanduser(), source)) as room:
+    servers, kept = Servers(triton, milvus, pseudonyms), collections and collections.expanduser()
+    with listening(host, port) as at, closing(ReadingRoom(servers, lists, audit.expanduser(), source, kept)) as room:
         app = application(room, access, server_name or (), int(at.getsockname()[1]), max_upload * 2**20)
         threading.Thread(target=room.read_results, name="cxr-results", daemon=True).start()
 

@@ -164,12 +164,19 @@ def write_png(pixels: NDArray[np.uint8], path: Path) -> None:
 
 
 def write_html(result: QueryResult, path: Path, reader: FilmReader, thumbnails: Thumbnails) -> None:
-    """Writes one page that needs no other file and no network; arguments as of `write_montage`.
+    """Writes `html_page`.
 
     Raises:
         SetupError: The file cannot be written.
     """
-    page = _TEMPLATES.get_template("query.html.j2").render(
+    _write(path, html_page(result, reader, thumbnails).encode())
+
+
+def html_page(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> str:
+    """One page that needs no other file and no network, on a screen or on A4; arguments as of `write_montage`."""
+    marks = {one.hit.case.key: one.relevant for one in result.marked}
+    beside = {hit.case.key for hit in (*result.neighbours, *result.own)}
+    return _TEMPLATES.get_template("query.html.j2").render(
         result=result,
         disclaimer=DISCLAIMER,
         query_image=_data_uri(np.asarray(result.explanation.box.crop(result.explanation.square))),
@@ -178,8 +185,9 @@ def write_html(result: QueryResult, path: Path, reader: FilmReader, thumbnails: 
         scale=[words for _, words in _SCALE],
         neighbours=_shown(result.neighbours, reader, thumbnails),
         own=_shown(result.own, reader, thumbnails),
+        marks=marks,
+        marked=_shown([one.hit for one in result.marked if one.hit.case.key not in beside], reader, thumbnails),
     )
-    _write(path, page.encode())
 
 
 def fragment(result: QueryResult) -> str:

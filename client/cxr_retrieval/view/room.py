@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from cxr_retrieval.archive.audit import audited, film_pseudonym
 from cxr_retrieval.archive.inputs import INSIDE
+from cxr_retrieval.archive.pairs import MARK
 from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
 from cxr_retrieval.contract import ATTENTION_MAP, LUNG_MASK
 from cxr_retrieval.errors import ClauseError, GoneError, ImageError, UsageError
@@ -28,19 +29,26 @@ from cxr_retrieval.gallery.store import FILTER_FIELDS, MAX_HITS, Case, Neighbour
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.greys import Greys
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
-from cxr_retrieval.retrieval.picture import DISCLAIMER, named_facts
+from cxr_retrieval.retrieval.feedback import Mark
+from cxr_retrieval.retrieval.picture import DISCLAIMER, html_page, named_facts
 from cxr_retrieval.retrieval.query import QueryResult, query_film
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import ThumbnailKind
 from cxr_retrieval.view.census import Census
 from cxr_retrieval.view.kept import Kept, Uploads
+from cxr_retrieval.view.marks import came_and_went, changed, shown_keys
 from cxr_retrieval.view.pictures import Explained, png
 from cxr_retrieval.view.servers import Reached, Servers
+from cxr_retrieval.view.shelf import Shelf
 from cxr_retrieval.view.worklist import MOST_ROWS, SORTS, Page, Results, sorted_page
 
+COLLECTIONS: Final = "collections.sqlite"
+"""What their file is called."""
 MOST_NEIGHBOURS: Final = 100
 """That a page shows."""
 _ANSWERS: Final = 500
+_RESULTS: Final = 100
+"""Answers that can be marked and saved: each holds its film's pictures, 0.4 MB."""
 _EXPLAINED: Final = 256
 _THUMBNAILS: Final = 2048
 _CLAUSE: Final = 8192
@@ -81,6 +89,17 @@ class Question:
 
 
 @dataclass(frozen=True)
+class _Given:
+    """An answer as it was given: to what, after how many rounds of which marks; and what the page was told."""
+
+    question: Question
+    result: QueryResult
+    told: dict[str, Any]
+    round: int
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
 class _Found:
     """Where a film lies. `original`: whose case it is; `lungs_only`: all outside them is black."""
 
@@ -94,14 +113,21 @@ class _Found:
 class ReadingRoom:
     """One for all who look. Use as a context manager; safe for threads.
 
+    Attributes:
+        shelf: Collections of cases.
+
     Args:
-        audit: Log of who asked what.
+        audit: Log of who asked and marked what.
         source: The hospital that dropped films come from.
+        collections: File that they are kept in; None: beside the log.
     """
 
-    def __init__(self, servers: Servers, results: Sequence[Results], audit: Path, source: str | None = None) -> None:
+    def __init__(
+        self, servers: Servers, results: Sequence[Results], audit: Path, source: str | None = None, collections: Path | None = None
+    ) -> None:
         self._servers, self._results, self._audit, self._source = servers, results, audit, source
         self._answers = Kept[int, dict[str, Any]](_ANSWERS)
+        self._given = Kept[int, _Given](_RESULTS)
         self._explained = Kept[str, Explained](_EXPLAINED)
         self._thumbnails = Kept[str, bytes](_THUMBNAILS)
         self._lock = threading.Lock()
@@ -113,6 +139,8 @@ class ReadingRoom:
             opened.callback(self._census.close)
             self._uploads = Uploads()
             opened.callback(self._uploads.close)
+            self.shelf = Shelf(collections or audit.with_name(COLLECTIONS), servers, audit, _case_json)
+            opened.callback(self.shelf.close)
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -148,9 +176,50 @@ class ReadingRoom:
         That is `film`, `source` and what was `asked`; `status` as a line of a batch has it; the vote as a `sentence`, the summary in words
         (`told`); in each neighbour and earlier film its `key`, `film`, `source`, and `facts` as a reader knows them (name → text).
 
+        After marks (`mark`) also: how many `round`s of them, 0 without any; the `marked` cases, each with `relevant`; `came`, keys of
+        neighbours that the answer before had not, and `went`, its neighbours that are neither here nor marked.
+
         Raises:
             ImageError, UsageError, ServiceError: As of `cxr query`.
         """
+        return self._asked_about(question)
+
+    def mark(self, number: int, marks: Sequence[Mark]) -> dict[str, Any]:
+        """The same question as of an earlier answer, moved by marks: all that hold now, those of earlier rounds among them.
+
+        Before the answer is given the audit log has which marks are new, changed or taken back.
+
+        Raises:
+            GoneError: That answer, or its film, is no longer here.
+            UsageError, ServiceError: As of `ask`; or a mark is of a case that it did not show.
+        """
+        before = self._given_as(number)
+        if {mark.key for mark in marks} - shown_keys(before.told) - {mark.key for mark in before.marks}:
+            raise UsageError("a mark is of a case that was not shown", expected="cases of the answer", next_step="reload the page")
+        return self._asked_about(before.question, before, tuple(marks))
+
+    def page(self, number: int) -> str:
+        """An answer as one HTML page that needs no other file and no network.
+
+        Raises:
+            GoneError: It is no longer here.
+        """
+        given = self._given_as(number)
+        about = {"model_version": given.result.model_version, "film": given.result.image_id}
+        with self._servers.reached() as reached, audited(self._audit, "page save", about):
+            return html_page(given.result, self._reader, reached.store.thumbnails)
+
+    def _given_as(self, number: int) -> _Given:
+        found = self._given.get(number)
+        if found is None:
+            raise GoneError(
+                "this answer is no longer in memory",
+                expected=f"one of the last {_RESULTS} since the page's server was started",
+                next_step="ask again",
+            )
+        return found
+
+    def _asked_about(self, question: Question, before: _Given | None = None, marks: tuple[Mark, ...] = ()) -> dict[str, Any]:
         with ExitStack() as stack:
             reached = stack.enter_context(self._servers.reached())
             found = stack.enter_context(self._lent(question.film, reached))
@@ -160,8 +229,14 @@ class ReadingRoom:
                     expected="the whole film, to ask with",
                     next_step="ask where the case's own file is, or ingest with --thumbnails full",
                 )
-            about = {"model_version": reached.triton.model_version, "film": film_pseudonym(found.path) if found.member is None else None}
-            operation = stack.enter_context(audited(self._audit, "query", about))
+            about: dict[str, Any] = {
+                "model_version": reached.triton.model_version,
+                "film": film_pseudonym(found.path) if found.member is None else None,
+            }
+            if before is not None:
+                about |= {"film": before.result.image_id, "asked": _key_of(question.film), "round": before.round + 1}
+            operation = stack.enter_context(audited(self._audit, "query" if before is None else MARK, about))
+            operation.note(changed(before.marks if before is not None else (), marks))
             started = time.perf_counter()
             film = self._reader.submit(found.path, found.member, _CALLED).result()
             result = query_film(
@@ -174,6 +249,7 @@ class ReadingRoom:
                 include_own=question.include_own,
                 gate=question.gate,
                 error_rate=question.error_rate,
+                marks=marks,
                 timings_ms={"read": 1000 * (time.perf_counter() - started)},
             )
             source = question.source or found.source or self._source
@@ -183,7 +259,7 @@ class ReadingRoom:
         if seen.attention is not None:
             self._explained.put(question.film, Explained.of(seen.lung_mask, seen.attention, seen.box))
         self._thumbnails.put(question.film, png(np.asarray(seen.box.crop(seen.square), np.uint8)))
-        return self._remembered(question, result, unknown, source)
+        return self._remembered(question, result, unknown, source, before, marks)
 
     def answer(self, number: int) -> dict[str, Any]:
         """One that was given before.
@@ -374,11 +450,22 @@ class ReadingRoom:
         mask, attention = outputs[LUNG_MASK.name][0, 0], outputs[ATTENTION_MAP.name][0, 0]
         return Explained.of(np.asarray(mask, np.uint8), np.asarray(attention, np.float32), film.box)
 
-    def _remembered(self, question: Question, result: QueryResult, unknown: list[str], source: str | None) -> dict[str, Any]:
-        answer = result.as_json()
-        for name, hits in (("neighbours", result.neighbours), ("earlier_films", result.own)):
+    def _remembered(
+        self,
+        question: Question,
+        result: QueryResult,
+        unknown: list[str],
+        source: str | None,
+        before: _Given | None,
+        marks: tuple[Mark, ...],
+    ) -> dict[str, Any]:
+        result = replace(result, warnings=(*result.warnings, *unknown))
+        answer = {"marked": [], **result.as_json()}
+        marked = [one.hit for one in result.marked]
+        for name, hits in (("neighbours", result.neighbours), ("earlier_films", result.own), ("marked", marked)):
             answer[name] = [{**shown, **_beside(hit)} for shown, hit in zip(answer[name], hits, strict=True)]
-        answer["warnings"] = [*answer["warnings"], *unknown]
+        answer |= {"came": [], "went": []} if before is None else came_and_went(answer, before.told)
+        answer["round"] = before.round + 1 if before is not None and marks else 0
         answer["status"] = "refused" if result.ood.refused else "answered"
         answer["film"], answer["source"] = question.film, source
         answer["sentence"], answer["told"] = result.sentence, result.summary.lines()
@@ -395,6 +482,7 @@ class ReadingRoom:
             answer["id"] = self._asked[-1] + 1 if self._asked else 1
             self._asked.append(answer["id"])
             del self._asked[:-_ANSWERS]
+        self._given.put(answer["id"], _Given(question, result, answer, answer["round"], marks))
         return self._answers.put(answer["id"], answer)
 
     def _lists(self) -> list[dict[str, str]]:
@@ -413,6 +501,10 @@ def _conditions(where: str) -> tuple[str, ...]:
 
 def _is_case(name: str) -> bool:
     return name.startswith("case-")
+
+
+def _key_of(name: str) -> str | None:
+    return name.removeprefix("case-") if _is_case(name) else None
 
 
 def _holds(reached: Reached, source: str) -> bool:

@@ -7,6 +7,8 @@
     POST /api/queries                     {film, top_k?, where?, text?, patient?, include_own?, gate?, error_rate?, source?}
                                           → an answer
     GET  /api/queries/{id}                an answer that was given before
+    POST /api/queries/{id}/marks          {marks: [{key, relevant}, …]}, all that hold → the same question moved by them, an answer
+    GET  /api/queries/{id}/page           the answer as one HTML file
     GET  /api/films/{film}/greys          the film's own values: uint16, little-endian, row by row; the header X-CXR-Film says the rest,
                                           {width, height, intercept, slope, low, high, inverted, shrunk} (`radiograph.greys.Greys`)
     GET  /api/films/{film}/thumbnail      PNG, at most 256 pixels high and wide
@@ -17,6 +19,14 @@
                                           (`ReadingRoom.clause`)
     GET  /api/worklist?list=&sort=&descending=&limit=&offset=
                                           {lists, rows, total, whole}: `recent` queries, or lines of results files (0, 1, …)
+    GET  /api/collections                 {collections: [{id, name, made, pins}, …]}
+    POST /api/collections                 {name} → the new one
+    GET  /api/collections/{id}            the same with what it holds (`Shelf.one`)
+    POST /api/collections/{id}            {name}: its new name
+    DELETE /api/collections/{id}
+    POST /api/collections/{id}/pins       {film, note?} a stored case, or {answer, note?} an answer's film with what the vote said
+    DELETE /api/collections/{id}/pins/{film}
+    GET  /api/collections/{id}/table      CSV: pseudonyms, facts, notes
 
 An answer is the published form of a query result and what `ReadingRoom.ask` adds. Films are named `film-…`, `case-…`, `line-…`.
 
@@ -47,6 +57,7 @@ from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.serving.access import Access
 from cxr_retrieval.view.access import Door
+from cxr_retrieval.view.marks import parsed
 from cxr_retrieval.view.room import Question, ReadingRoom
 
 ASSETS: Final = Path(__file__).with_name("assets")
@@ -115,6 +126,48 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
 
         return JSONResponse(await run_in_threadpool(page))
 
+    async def marks(request: Request) -> Response:
+        given = parsed(_typed(_given(await _body(request, _JSON_BYTES)), "marks", list[Any]()))
+        return JSONResponse(await run_in_threadpool(room.mark, request.path_params["number"], given))
+
+    async def saved(request: Request) -> Response:
+        number = request.path_params["number"]
+        return _attached(await run_in_threadpool(room.page, number), f"answer-{number}.html", "text/html")
+
+    async def collections(request: Request) -> Response:
+        if request.method == "POST":
+            name = _typed(_given(await _body(request, _JSON_BYTES)), "name", "")
+            return JSONResponse(await run_in_threadpool(room.shelf.create, name), 201)
+        return JSONResponse({"collections": await run_in_threadpool(room.shelf.all)})
+
+    async def collection(request: Request) -> Response:
+        number = request.path_params["number"]
+        if request.method == "POST":
+            name = _typed(_given(await _body(request, _JSON_BYTES)), "name", "")
+            return JSONResponse(await run_in_threadpool(room.shelf.rename, number, name))
+        if request.method == "DELETE":
+            await run_in_threadpool(room.shelf.remove, number)
+            return Response(status_code=204)
+        return JSONResponse(await run_in_threadpool(room.shelf.one, number))
+
+    async def pins(request: Request) -> Response:
+        given = _given(await _body(request, _JSON_BYTES))
+        film, note, asked = _typed(given, "film", ""), _typed(given, "note", ""), _typed(given, "answer", 0)
+        shown = room.answer(asked) if asked else None
+        if shown is not None:
+            film = shown["film"] if shown["film"].startswith("case-") else shown["image_id"]
+        told = None if shown is None else {**shown["prediction"], **shown}
+        await run_in_threadpool(room.shelf.pin, request.path_params["number"], film, note, told)
+        return Response(status_code=204)
+
+    async def pin(request: Request) -> Response:
+        await run_in_threadpool(room.shelf.unpin, request.path_params["number"], request.path_params["film"])
+        return Response(status_code=204)
+
+    async def table(request: Request) -> Response:
+        number = request.path_params["number"]
+        return _attached(await run_in_threadpool(room.shelf.table, number), f"collection-{number}.csv", "text/csv")
+
     async def page(request: Request) -> Response:
         return FileResponse(ASSETS / "index.html")
 
@@ -131,6 +184,13 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
             Route("/api/cases", _safely(cases), methods=["POST"]),
             Route("/api/clause", _safely(clause), methods=["POST"]),
             Route("/api/worklist", _safely(worklist)),
+            Route("/api/queries/{number:int}/marks", _safely(marks), methods=["POST"]),
+            Route("/api/queries/{number:int}/page", _safely(saved)),
+            Route("/api/collections", _safely(collections), methods=["GET", "POST"]),
+            Route("/api/collections/{number:int}", _safely(collection), methods=["GET", "POST", "DELETE"]),
+            Route("/api/collections/{number:int}/pins", _safely(pins), methods=["POST"]),
+            Route("/api/collections/{number:int}/pins/{film}", _safely(pin), methods=["DELETE"]),
+            Route("/api/collections/{number:int}/table", _safely(table)),
             Mount("/assets", StaticFiles(directory=ASSETS)),
         ],
         middleware=[Middleware(Door, access=access, names=names, port=port)],
@@ -234,6 +294,11 @@ def _number(text: str | None, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError("a number is malformed", expected="digits", next_step="reload the page")
     return int(text)
+
+
+def _attached(text: str, name: str, kind: str) -> Response:
+    """A file to be saved."""
+    return Response(text, media_type=kind, headers={"content-disposition": f'attachment; filename="{name}"'})
 
 
 def _png(picture: bytes) -> Response:
