@@ -331,6 +331,124 @@ def test_all_of_it_by_keys(viewed: Viewed, opened: Opened, film: Path) -> None:
     assert {"card A ", " CANVAS ", " INPUT where", " SUMMARY "} <= reached
 
 
+def test_marks_rank_anew(viewed: Viewed, opened: Opened, film: Path) -> None:
+    """By mouse and by keys: what was marked stays marked, what came and went is said, and undone it is as it was."""
+    page = opened(viewed.url)
+    ask(page, film)
+    page.get_by_role("spinbutton", name="Cases").fill("4")
+    page.get_by_role("button", name="Ask again").click()
+    near = page.locator(".neighbours .near")
+    expect(near).to_have_count(4)
+    expect(page.locator(".answer-tools [role=status]")).to_have_text("Mark cases ✓ or ✗, then rank anew.")
+    first = [one.get_attribute("data-case") for one in near.all()]
+    page.get_by_role("button", name=re.compile("^Not relevant: case")).first.click()
+    near.nth(2).locator(".card").focus()
+    page.keyboard.press("y")
+    expect(page.locator(".answer-tools [role=status]")).to_have_text("1 marked relevant, 1 not.")
+    page.keyboard.press("y")
+    expect(page.locator(".answer-tools [role=status]")).to_have_text("0 marked relevant, 1 not.")
+    page.keyboard.press("u")
+    expect(page.locator(".answer-tools [role=status]")).to_have_text("1 marked relevant, 1 not.")
+    page.get_by_role("button", name="Re-rank").click()
+    expect(page.locator(".answer-tools [role=status]")).to_contain_text("Round 1:")
+    expect(page.locator(".sentence")).to_contain_text("a reader's marks moved the question")
+    expect(page.locator(".warnings")).to_contain_text("how often such an answer is right is not known")
+    second = [one.get_attribute("data-case") for one in near.all()]
+    assert len(second) == 4
+    assert first[0] not in second
+    assert second[0] == first[2]
+    expect(page.locator(f"[data-case='{first[0]}'].aside .mark.no[aria-pressed=true]")).to_be_visible()
+    expect(page.locator(f"[data-case='{first[2]}'] .mark.yes[aria-pressed=true]")).to_be_visible()
+    expect(page.locator(".came")).to_have_count(len(set(second) - set(first)))
+    page.locator(".aside .card").click()
+    expect(page.locator(".where-in")).to_have_text("marked, and no longer among the nearest")
+    page.keyboard.press("x")
+    expect(page.locator(".mark.no")).to_have_attribute("aria-pressed", "false")
+    page.keyboard.press("y")
+    page.keyboard.press("a")
+    expect(page.locator(".answer-tools [role=status]")).to_contain_text("Round 2:")
+    expect(page.locator(".answer-tools [role=status]")).to_contain_text("2 marked relevant, 0 not.")
+    page.get_by_role("button", name="Clear marks").click()
+    page.get_by_role("button", name="Re-rank").click()
+    expect(page.locator(".answer-tools [role=status]")).to_have_text("Mark cases ✓ or ✗, then rank anew.")
+    assert [one.get_attribute("data-case") for one in near.all()] == first
+
+
+def test_cases_and_films_are_pinned(viewed: Viewed, opened: Opened, film: Path) -> None:
+    page = opened(viewed.url, expecting="422")
+    ask(page, film)
+    page.locator(".neighbours .card").first.focus()
+    page.keyboard.press("b")
+    sheet = page.get_by_role("dialog")
+    sheet.get_by_label("Into").select_option("A new collection …")
+    sheet.get_by_label("Its name").fill("Teaching <b>& =1+1</b>")
+    sheet.get_by_label("Note").fill("the typical one")
+    sheet.get_by_role("button", name="Pin", exact=True).click()
+    expect(page.locator(".pin-sheet form")).to_have_count(0)
+    page.get_by_role("button", name="Pin this film …").click()
+    expect(sheet.get_by_label("Into")).to_have_value(re.compile(r"\d+"))
+    sheet.get_by_role("button", name="Pin", exact=True).click()
+    expect(page.locator(".pin-sheet form")).to_have_count(0)
+    page.keyboard.press("g")
+    page.keyboard.press("c")
+    page.get_by_role("link", name=re.compile("Teaching")).click()
+    expect(page.locator(".collection h2")).to_have_text("Teaching <b>& =1+1</b>")
+    expect(page.locator(".collection .card")).to_have_count(2)
+    expect(page.locator(".collection .note")).to_have_text("the typical one")
+    expect(page.locator(".collection .card").last).to_contain_text("voted")
+    eventually(page, "[...document.querySelectorAll('.collection .thumb img')].filter(image => image.naturalWidth > 99).length === 2")
+    assert serious(page) == []
+    with page.expect_download() as waited:
+        page.get_by_role("link", name="Export as CSV").click()
+    text = Path(waited.value.path()).read_text("utf-8")
+    assert len(text.splitlines()) == 3
+    assert "the typical one" in text
+    page.get_by_role("button", name="Rename …").click()
+    page.get_by_label("Its new name").fill("Rounds\u202e")
+    page.get_by_role("button", name="Rename", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("characters that cannot be seen")
+    page.get_by_role("button", name="Look again").click()
+    page.get_by_role("button", name=re.compile("^Take case")).click()
+    expect(page.locator(".collection .card")).to_have_count(1)
+    page.get_by_role("button", name="Delete …").click()
+    page.get_by_role("button", name=re.compile("Really delete")).click()
+    expect(page.get_by_text("None yet.")).to_be_visible()
+
+
+def test_an_answer_is_saved_and_printed(viewed: Viewed, opened: Opened, browser: Browser, film: Path, tmp_path: Path) -> None:
+    """As a file that asks nothing of anybody, and on A4 from either page."""
+    page = opened(viewed.url)
+    ask(page, film)
+    page.get_by_role("button", name=re.compile("^Relevant: case")).first.click()
+    page.keyboard.press("a")
+    expect(page.locator(".answer-tools [role=status]")).to_contain_text("Round 1:")
+    with page.expect_download() as waited:
+        page.get_by_role("link", name="Save as HTML").click()
+    waited.value.save_as(tmp_path / waited.value.suggested_filename)
+    (saved,) = tmp_path.glob("answer-*.html")
+    alone = browser.new_context(java_script_enabled=False)
+    asked: list[str] = []
+    alone.on("request", lambda request: asked.append(request.url))
+    kept = alone.new_page()
+    kept.goto(saved.as_uri())
+    expect(kept.get_by_text("✓ marked relevant")).to_have_count(1)
+    expect(kept.get_by_text("Research use only. Not for diagnosis.")).to_be_visible()
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    for name, of in (("saved", kept), ("page", page)):
+        printed = of.pdf(prefer_css_page_size=True)
+        sizes = {tuple(round(float(side)) for side in found) for found in re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", printed)}
+        assert sizes == {(595, 842)}, "A4 in points"
+        assert 1 <= len(re.findall(rb"/Type /Page\b", printed)) <= 3
+        if folder := os.environ.get("CXR_SCREENSHOTS"):
+            (Path(folder) / f"{name}.pdf").write_bytes(printed)
+        of.emulate_media(media="print")
+        assert of.get_by_text("Research use only. Not for diagnosis.").first.is_visible()
+        shown = of.locator("body").inner_text()
+        assert "film-" in shown
+        assert not any(words in shown for words in ("Re-rank", "Save as HTML", film.name))
+    alone.close()
+
+
 def test_a_worklist_is_sorted_and_paged(viewed: Viewed, opened: Opened) -> None:
     page = opened(viewed.url + "#/worklist")
     page.get_by_role("button", name="results.jsonl").click()
@@ -419,7 +537,11 @@ def test_axe_finds_no_serious_fault(viewed: Viewed, opened: Opened, film: Path, 
     page.locator(".card").first.click()
     expect(page.locator(".about .facts")).to_be_visible()
     assert serious(page) == []
-    for name in ("Worklist", "Stored cases"):
+    page.keyboard.press("b")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert serious(page) == []
+    page.keyboard.press("Escape")
+    for name in ("Worklist", "Stored cases", "Collections"):
         page.get_by_role("link", name=name).click()
         expect(page.get_by_role("heading", name=name)).to_be_visible()
         assert serious(page) == []
@@ -442,6 +564,33 @@ def test_screenshots(viewed: Viewed, opened: Opened, film: Path, name: str, view
     shot("welcome")
     ask(page, film)
     shot("query")
+    page.get_by_role("spinbutton", name="Cases").fill("4")
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator(".neighbours .near")).to_have_count(4)
+    for which, key in enumerate("xyy"):
+        page.locator(".neighbours .near .card").nth(which).focus()
+        page.keyboard.press(key)
+    page.keyboard.press("a")
+    expect(page.locator(".answer-tools [role=status]")).to_contain_text("Round 1:")
+    shot("marks")
+    for _ in range(2):
+        page.keyboard.press("b")
+        sheet = page.get_by_role("dialog")
+        expect(sheet.get_by_role("button", name="Pin", exact=True)).to_be_enabled()
+        if sheet.get_by_label("Its name").count():
+            sheet.get_by_label("Its name").fill(f"Teaching {name} {theme}")
+        sheet.get_by_label("Note").fill("Consolidation below the hilum; compare with the next film.")
+        shot("pin")
+        sheet.get_by_role("button", name="Pin", exact=True).click()
+        expect(page.locator(".pin-sheet form")).to_have_count(0)
+        page.locator(".neighbours .card").first.focus()
+    page.keyboard.press("g")
+    page.keyboard.press("c")
+    page.locator(".collections aside a").first.click()
+    expect(page.locator(".collection .card").first).to_be_visible()
+    shot("collections")
+    page.go_back()
+    page.go_back()
     page.keyboard.press("3")
     expect(page.locator("canvas[data-over]")).to_have_count(2)
     shot("compare")

@@ -47,6 +47,7 @@ COMMANDS = (
     "audit",
     "audit verify",
     "audit show",
+    "audit pairs",
     "loadtest",
     "info",
     "train",

@@ -24,6 +24,16 @@ export const cases = async (asked) => (await request("/api/cases", { method: "PO
 export const clause = async (typed) => (await request("/api/clause", { method: "POST", body: JSON.stringify(typed) })).json();
 export const worklist = async (asked) => (await request(`/api/worklist?${new URLSearchParams(asked)}`)).json();
 export const ask = async (question) => (await request("/api/queries", { method: "POST", body: JSON.stringify(question) })).json();
+export const mark = async (id, marks) => (await request(`/api/queries/${id}/marks`, { method: "POST", body: JSON.stringify({ marks }) })).json();
+export const pageOf = (id) => `/api/queries/${id}/page`;
+export const collections = async () => (await (await request("/api/collections")).json()).collections;
+export const collection = async (id) => (await request(`/api/collections/${id}`)).json();
+export const newCollection = async (name) => (await request("/api/collections", { method: "POST", body: JSON.stringify({ name }) })).json();
+export const renameCollection = async (id, name) => (await request(`/api/collections/${id}`, { method: "POST", body: JSON.stringify({ name }) })).json();
+export const removeCollection = (id) => request(`/api/collections/${id}`, { method: "DELETE" });
+export const pin = (id, pinned) => request(`/api/collections/${id}/pins`, { method: "POST", body: JSON.stringify(pinned) });
+export const unpin = (id, film) => request(`/api/collections/${id}/pins/${film}`, { method: "DELETE" });
+export const tableOf = (id) => `/api/collections/${id}/table`;
 export const signIn = (token) => request("/api/session", { method: "POST", headers: { authorization: `Bearer ${token}` } });
 
 /** Sends a file as it is; its name stays here. Returns the film's name. */

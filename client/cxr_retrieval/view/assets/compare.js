@@ -2,6 +2,7 @@
 
 import { html, useEffect, useMemo, useState } from "./html.js";
 import { isElsewhere } from "./keys.js";
+import { CaseTools, shownOf } from "./marks.js";
 import { Facts, Label } from "./parts.js";
 import { answer, askFilm, nameOf, route, showAnswer, toCase, toQuery } from "./state.js";
 import { OverlayTools, Viewer, looking, reset } from "./viewer.js";
@@ -13,8 +14,8 @@ export function ComparePage() {
     showAnswer(id);
   }, [id]);
   const found = answer.value;
-  const hits = found ? [...found.neighbours, ...found.earlier_films] : [];
-  const hit = hits[rank - 1];
+  const hits = found ? shownOf(found) : [];
+  const { hit, kind } = hits[rank - 1] ?? {};
   const [linked, setLinked] = useState(true);
   const mine = useMemo(looking, []);
   const theirs = useMemo(looking, []);
@@ -41,14 +42,14 @@ export function ComparePage() {
       <p class="actions"><a class="button" href=${found ? toQuery(found.id) : "#/"}>Back</a></p>
     </section></main>`;
   }
-  const own = rank > found.neighbours.length;
+  const own = kind === "own";
   const link = (to, enabled, text, key) =>
     enabled ? html`<a class="button" href=${to} title=${key}>${text}</a>` : html`<span class="button off" aria-disabled="true">${text}</span>`;
   return html`<main class="compare">
     <nav class="compare-bar" aria-label="Comparison">
       <a class="button" href=${toQuery(id)} title="Escape">← All neighbours</a>
       ${link(toCase(id, rank - 1), rank > 1, "Previous", "P")} ${link(toCase(id, rank + 1), rank < hits.length, "Next", "N")}
-      <span class="where-in">${own ? "a film of this patient, not in the vote" : `case ${rank} of ${found.neighbours.length}`}</span>
+      <span class="where-in">${PLACES[kind] ?? `case ${rank} of ${found.neighbours.length}`}</span>
       <label><input type="checkbox" checked=${linked} onChange=${(event) => setLinked(event.target.checked)} /> Move both together</label>
     </nav>
     <${Viewer} film=${found.film} title=${`Asked: ${nameOf(found.film, found.image_id)}`} look=${mine} />
@@ -66,10 +67,13 @@ export function ComparePage() {
       </p>
       <${Facts} facts=${{ source: hit.source ?? "unknown", ...withoutNotes(hit.facts) }} />
       ${hit.facts.notes && html`<h2>Clinical notes</h2><p class="notes">${hit.facts.notes}</p>`}
+      <${CaseTools} found=${found} hit=${hit} kind=${kind} />
       <p><button type="button" onClick=${() => askFilm(hit.film, `case ${hit.key.slice(0, 12)}`)}>Ask about this case</button></p>
       <${OverlayTools} />
     </aside>
   </main>`;
 }
+
+const PLACES = { own: "a film of this patient, not in the vote", aside: "marked, and no longer among the nearest", went: "went by the last marks" };
 
 const withoutNotes = ({ notes, ...rest }) => rest;

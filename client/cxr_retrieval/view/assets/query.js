@@ -2,6 +2,7 @@
 
 import { FilterField, filterOf, settled } from "./clause.js";
 import { html, useEffect, useMemo, useRef } from "./html.js";
+import { AnswerTools, CaseTools, shownOf } from "./marks.js";
 import { Label, Thumb, Trouble } from "./parts.js";
 import { answer, askFile, askFilm, asking, failed, nameOf, refreshServer, route, server, settings, showAnswer, toCase } from "./state.js";
 import { OverlayTools, Viewer, looking } from "./viewer.js";
@@ -20,6 +21,7 @@ export function QueryPage() {
       ${failed.value && html`<${Failure} />`}
       <${Verdict} found=${found} />
       <${Questions} />
+      <${AnswerTools} found=${found} />
       <${Neighbours} found=${found} />
     </section>
   </main>`;
@@ -143,24 +145,33 @@ export function FileButton({ text = "Another film …", main = false }) {
   </span>`;
 }
 
+const KINDS = {
+  near: null,
+  own: "Of this patient, or this very picture: not in the vote",
+  aside: "Marked, and no longer among the nearest",
+  went: "Went by the last marks",
+};
+
 function Neighbours({ found }) {
+  const shown = shownOf(found).map((one, place) => ({ ...one, rank: place + 1 }));
   return html`<section class="neighbours" aria-label="Nearest cases">
-    <ol>
-      ${found.neighbours.map((hit) => html`<${Neighbour} key=${hit.key} id=${found.id} hit=${hit} rank=${hit.rank} />`)}
-    </ol>
-    ${found.earlier_films.length > 0 &&
-    html`<h2>Of this patient, or this very picture: not in the vote</h2>
-      <ol>
-        ${found.earlier_films.map(
-          (hit, place) => html`<${Neighbour} key=${hit.key} id=${found.id} hit=${hit} rank=${found.neighbours.length + place + 1} own />`,
-        )}
-      </ol>`}
+    ${Object.entries(KINDS).map(([kind, title]) => {
+      const these = shown.filter((one) => one.kind === kind);
+      return (
+        these.length > 0 &&
+        html`${title && html`<h2>${title}</h2>`}
+          <ol>
+            ${these.map((one) => html`<${Neighbour} key=${one.hit.key} found=${found} ...${one} />`)}
+          </ol>`
+      );
+    })}
   </section>`;
 }
 
-function Neighbour({ id, hit, rank, own = false }) {
-  return html`<li>
-    <a class="card" href=${toCase(id, rank)} aria-label=${`${own ? "Own film" : `Case ${rank}`}: ${labelName(hit.label)}, similarity ${hit.similarity.toFixed(3)}`}>
+function Neighbour({ found, hit, rank, kind }) {
+  const own = kind === "own";
+  return html`<li data-case=${hit.key} class=${kind}>
+    <a class="card" href=${toCase(found.id, rank)} aria-label=${`${own ? "Own film" : `Case ${rank}`}: ${labelName(hit.label)}, similarity ${hit.similarity.toFixed(3)}`}>
       <${Thumb} film=${hit.film} alt="" />
       <span class="text">
         <span class="line"><span>${own ? "own" : rank}</span><span class="similarity">${hit.similarity.toFixed(3)}</span></span>
@@ -169,6 +180,7 @@ function Neighbour({ id, hit, rank, own = false }) {
         <span class="fact quiet">${hit.source ?? "source unknown"}</span>
       </span>
     </a>
+    <${CaseTools} found=${found} hit=${hit} kind=${kind} />
   </li>`;
 }
 

@@ -21,10 +21,13 @@ export const nameOf = (film, otherwise = film) => names.get(film) ?? otherwise;
 export const toQuery = (id) => `#/query/${id}`;
 export const toCase = (id, rank) => `#/query/${id}/case/${rank}`;
 
-/** {page: query | worklist | cases, id, rank} */
+export const toCollection = (id) => `#/collections/${id}`;
+
+/** {page: query | worklist | cases | collections, id, rank} */
 function parsed(hash) {
   const [page = "", id, , rank] = hash.replace(/^#\/?/, "").split("/");
   if (page === "worklist" || page === "cases") return { page };
+  if (page === "collections") return { page, id: Number(id) || null };
   return { page: "query", id: Number(id) || null, rank: Number(rank) || null };
 }
 
@@ -65,7 +68,15 @@ export async function askFile(file) {
 /** Asks about a film that the server knows: one dropped before, a stored case, a line of results. */
 export const askFilm = (film, name) => settled(nameOf(film, name), film, async () => film);
 
-async function settled(name, known, finding) {
+/** Asks what an answer was given to once more, moved by marks. */
+export const askMarked = (found, marks) => settled(nameOf(found.film, found.image_id), found.film, async () => found.film, () => api.mark(found.id, marks));
+
+function asAsked(film) {
+  const { patient, ...rest } = settings.value;
+  return api.ask({ film, ...rest, patient: patient || null });
+}
+
+async function settled(name, known, finding, asks = asAsked) {
   if (asking.value) return;
   batch(() => {
     asking.value = { name };
@@ -75,8 +86,7 @@ async function settled(name, known, finding) {
   let film = known;
   try {
     film = await finding();
-    const { patient, ...rest } = settings.value;
-    const found = await api.ask({ film, ...rest, patient: patient || null });
+    const found = await asks(film);
     batch(() => {
       answer.value = found;
       asking.value = null;
