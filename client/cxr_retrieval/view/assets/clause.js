@@ -8,7 +8,7 @@ export const filterOf = ({ where, text }) => ({
   where: signal(where),
   text: signal(text),
   typed: signal(""),
-  told: signal(null), // what the server last said of it (POST /api/clause)
+  told: signal(null), // what the server last said of it (POST /api/clause), and of what that was `typed`
   wrong: signal(null), // why it could not be settled
   turn: 0,
 });
@@ -29,7 +29,7 @@ async function look(filter, at) {
   const turn = ++filter.turn;
   const typed = filter.typed.value;
   const told = await api.clause({ where: filter.where.value, text: filter.text.value, typed, at: at ?? typed.length });
-  if (turn === filter.turn) filter.told.value = told;
+  if (turn === filter.turn) filter.told.value = { ...told, typed };
   return told;
 }
 
@@ -39,7 +39,8 @@ export function FilterField({ filter }) {
   const [active, setActive] = useState(-1);
   const { completion, cases, meet, standing } = filter.told.value ?? {};
   const chips = standing ?? [];
-  const suggestions = open ? (completion?.suggestions ?? []) : [];
+  const fresh = filter.told.value?.typed === filter.typed.value; // else more was typed meanwhile
+  const suggestions = open && fresh ? (completion?.suggestions ?? []) : [];
   const wrong = filter.wrong.value;
 
   const ask = (at) => look(filter, at).catch(() => {}); // who asks a question is told what is amiss
