@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 from numpy.typing import NDArray
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from certificates import Certificates
 from cxr_retrieval.archive.embedding import ingest
@@ -32,6 +35,28 @@ settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=Tru
 settings.load_profile("cxr")
 
 ROOT = Path(__file__).parents[1]
+ONE_AT_A_TIME: Final = "tests/congruence/"
+"""Of these files each starts the one real Milvus that there may be on a machine: one worker runs them all."""
+LONGEST_FIRST: Final = (ONE_AT_A_TIME, "tests/real_data/", "tests/build/", "tests/training/", "tests/chaos/", "tests/integration/")
+"""Else one worker is left with one of these when the other has nothing more to do."""
+
+
+class Scheduling(LoadFileScheduling):
+    """A file to a worker, as xdist has it, but for those that go to one together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return ONE_AT_A_TIME if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, folder in enumerate(LONGEST_FIRST) if item.nodeid.startswith(folder)), len(LONGEST_FIRST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

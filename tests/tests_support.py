@@ -15,7 +15,9 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,12 +112,34 @@ class Served:
         return self.process.returncode
 
 
-def start_milvus(server: Any) -> None:
-    """Starts a `milvus.MilvusServer`, whose package leaves a socket open; of which some later test would be accused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        server.start()
-        gc.collect()
+@contextmanager
+def real_milvus(**settings: object) -> Generator[Any]:
+    """A real Milvus 2.3.5 standalone (older than nullable fields), as its package's `MilvusServer`, with these settings of its configuration.
+
+    Alone on this machine, whoever else runs tests: the etcd within listens on ports 2379 and 2380 whatever it is told, so that a second server
+    would keep its galleries with the first one's.
+    """
+    from milvus import MilvusServer, MilvusServerConfig
+
+    with (
+        (Path(tempfile.gettempdir()) / "cxr-tests-milvus.lock").open("w") as lock,
+        tempfile.TemporaryDirectory(prefix="cxr-milvus-") as folder,
+    ):
+        flock(lock, LOCK_EX)
+        config = MilvusServerConfig(data_dir=folder)
+        for name, value in {"proxy_port": free_ports(1)[0], **settings}.items():
+            config.set(name, value)
+        server: Any = MilvusServer(config)
+        with (
+            warnings.catch_warnings()
+        ):  # where a port is taken, the package leaves a socket open, of which some later test would be accused
+            warnings.simplefilter("ignore", ResourceWarning)
+            server.start()
+            gc.collect()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 _LIKE_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"

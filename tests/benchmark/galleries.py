@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ from cxr_retrieval.gallery.store import Entry, Store, make_entry
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.query import OWN_EXPECTED
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
+from tests_support import real_milvus
 
 QUERIES: Final = 100
 K: Final = 10
@@ -102,17 +101,5 @@ def resident_mb(process: int | None) -> float:
 @contextmanager
 def milvus_server() -> Generator[tuple[str, int]]:
     """The real Milvus 2.3.5 that comes as a wheel: its URI and process number."""
-    from milvus import MilvusServer
-
-    folder = tempfile.mkdtemp(prefix="cxr-bench-milvus-")
-    server: Any = MilvusServer()
-    server.set_base_dir(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server.listen_port = probe.getsockname()[1]
-    server.start()
-    try:
+    with real_milvus() as server:
         yield f"http://127.0.0.1:{server.listen_port}", server.server_proc.pid
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,33 +1,19 @@
-"""A real Milvus server for the tests of this folder: one for each file, and never two at a time."""
+"""A real Milvus server for the tests of this folder: one for each file."""
 
 from __future__ import annotations
 
-import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests_support import start_milvus
+from tests_support import real_milvus
 
 
 @pytest.fixture(scope="module")
 def milvus_process() -> Iterator[Any]:
-    """A real Milvus 2.3.5 standalone (older than nullable fields)."""
-    from milvus import MilvusServer
-
-    folder = tempfile.mkdtemp(prefix="cxr-milvus-")
-    server = MilvusServer()
-    server.set_base_dir(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server.listen_port = probe.getsockname()[1]
-    start_milvus(server)
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with real_milvus() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

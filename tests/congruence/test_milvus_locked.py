@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from cxr_retrieval.errors import StoreAccessError
 from cxr_retrieval.gallery.store import Store, make_entry
 from cxr_retrieval.serving.server import Endpoints
 from cxr_retrieval.settings import MilvusSettings
-from tests_support import ENVIRONMENT, free_ports, run_cxr, start_milvus
+from tests_support import ENVIRONMENT, real_milvus, run_cxr
 
 pytestmark = pytest.mark.server
 
@@ -27,22 +25,15 @@ FIRST_PASSWORD = "Milvus"  # what a new server lets its user root in with
 
 @pytest.fixture(scope="module")
 def uri(certificates: Certificates) -> Iterator[str]:
-    from milvus import MilvusServer, MilvusServerConfig
-
-    folder = tempfile.mkdtemp(prefix="cxr-milvus-")
-    config = MilvusServerConfig(data_dir=folder)
-    port = free_ports(1)[0]
-    config.set("proxy_port", port)
-    config.set("authorization_enabled", True)
-    config.set("tls_mode", 2)
-    config.set("server_pem_path", str(certificates.path("server.pem")))
-    config.set("server_key_path", str(certificates.path("server.key")))
-    config.set("ca_pem_path", str(certificates.path("ours.pem")))
-    server = MilvusServer(config)
-    start_milvus(server)
-    yield f"https://127.0.0.1:{port}"
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    locked = {
+        "authorization_enabled": True,
+        "tls_mode": 2,
+        "server_pem_path": str(certificates.path("server.pem")),
+        "server_key_path": str(certificates.path("server.key")),
+        "ca_pem_path": str(certificates.path("ours.pem")),
+    }
+    with real_milvus(**locked) as server:
+        yield f"https://127.0.0.1:{server.listen_port}"
 
 
 def test_store_and_search(uri: str, certificates: Certificates, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
