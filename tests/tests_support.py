@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pydicom
+from numpy.typing import NDArray
 from pydicom.config import IGNORE
 from pydicom.dataelem import DataElement
 from pydicom.dataset import FileMetaDataset
@@ -174,6 +176,12 @@ class Viewed:
             self.process.kill()
             raise
         return self.process.returncode
+
+
+def cosine(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
+    """The least cosine over the batch."""
+    x, y = a.astype(float), b.astype(float)
+    return float(((x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min())
 
 
 def leftovers(pid: int) -> set[str]:
