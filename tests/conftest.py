@@ -16,6 +16,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from certificates import Certificates
+from chaos.instant import instant_repository
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
@@ -25,6 +26,7 @@ from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
+from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 from tests_support import KEY_FILE
@@ -35,9 +37,20 @@ settings.register_profile("cxr", deadline=None, max_examples=60, derandomize=Tru
 settings.load_profile("cxr")
 
 ROOT = Path(__file__).parents[1]
-ONE_AT_A_TIME: Final = "tests/congruence/"
-"""Of these files each starts the one real Milvus that there may be on a machine: one worker runs them all."""
-LONGEST_FIRST: Final = (ONE_AT_A_TIME, "tests/real_data/", "tests/build/", "tests/training/", "tests/chaos/", "tests/integration/")
+TOGETHER: Final = (
+    ("tests/congruence/",),  # each file starts the one real Milvus that there may be on a machine
+    (  # `server`
+        "tests/real_data/",
+        "tests/retrieval/",
+        "tests/view/",
+        "tests/browser/",
+        "tests/integration/test_retrieval.py",
+        "tests/integration/test_notebook.py",
+        "tests/integration/test_serving.py",
+    ),
+)
+"""Files that one worker runs, so that what they start is started once."""
+LONGEST_FIRST: Final = (*TOGETHER, ("tests/build/",), ("tests/training/",), ("tests/chaos/",), ("tests/integration/",))
 """Else one worker is left with one of these when the other has nothing more to do."""
 
 
@@ -45,7 +58,7 @@ class Scheduling(LoadFileScheduling):
     """A file to a worker, as xdist has it, but for those that go to one together."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return ONE_AT_A_TIME if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+        return next((paths[0] for paths in TOGETHER if nodeid.startswith(paths)), super()._split_scope(nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
@@ -54,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
-        return next((rank for rank, folder in enumerate(LONGEST_FIRST) if item.nodeid.startswith(folder)), len(LONGEST_FIRST))
+        return next((rank for rank, paths in enumerate(LONGEST_FIRST) if item.nodeid.startswith(paths)), len(LONGEST_FIRST))
 
     items.sort(key=rank)
 
@@ -89,9 +102,53 @@ def phantom_manifest(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[Endpoints]:
-    """The shipped ensemble in a real Triton."""
+    """The shipped ensemble in a real Triton: seconds to start, and a tenth of one for a film. Most tests ask no more than the other two can answer."""
     with embedded_triton(ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
         yield endpoints
+
+
+@pytest.fixture(scope="session")
+def student_server(repository: Path) -> Iterator[Endpoints]:
+    """The shipped weights with one network for the lungs in the place of five: answers of films, in half the time, after a quarter of it."""
+    options = ServerOptions(repository, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+    with embedded_triton(options) as endpoints:
+        yield endpoints
+
+
+@pytest.fixture(scope="session")
+def student(student_server: Endpoints) -> Iterator[TritonClient]:
+    with TritonClient(TritonSettings(student_server.grpc)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def instant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Networks that answer at once, and find lungs where there are none: for what becomes of inputs, whatever is said of them."""
+    return instant_repository(tmp_path_factory.mktemp("instant"))
+
+
+@pytest.fixture(scope="session")
+def quick(instant: Path) -> Iterator[Endpoints]:
+    with embedded_triton(ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
+        yield endpoints
+
+
+@pytest.fixture(scope="session")
+def quick_client(quick: Endpoints) -> Iterator[TritonClient]:
+    with TritonClient(TritonSettings(quick.grpc)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def few_repetitions() -> Iterator[None]:
+    """Networks of this process drop islands of a few pixels, by the operators that drop those of 13, but a third as many: of a network that
+    is exported or traced for a test, the others take as long as all the rest. What ships has them all (tests/build/test_published.py).
+    """
+    from cxr_retrieval_training.segmentation import segmenter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmenter, "_OPENING_RADIUS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def block(kind: str) -> str:
     return found[1]
 
 
-def test_own_cases(server: Endpoints, phantom_manifest: Path, tmp_path: Path) -> None:
+def test_own_cases(student_server: Endpoints, phantom_manifest: Path, tmp_path: Path) -> None:
     """Every line but `cxr serve`, which the session's server stands in for, with a Milvus Lite file."""
     shutil.copytree(phantom_manifest.parent, tmp_path / "cases")
     write_dicom(make_phantom(50, "covid19"), tmp_path / "film.dcm")
@@ -34,7 +34,7 @@ def test_own_cases(server: Endpoints, phantom_manifest: Path, tmp_path: Path) ->
     (tmp_path / "archive").mkdir()
     shutil.copy(tmp_path / "film.dcm", tmp_path / "archive")
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
-    environment = ENVIRONMENT | {"PATH": path, "CXR_TRITON": server.grpc, "CXR_MILVUS": str(tmp_path / "g.db")}
+    environment = ENVIRONMENT | {"PATH": path, "CXR_TRITON": student_server.grpc, "CXR_MILVUS": str(tmp_path / "g.db")}
     result = subprocess.run(
         ["bash", "-euc", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -26,8 +26,8 @@ from sinks import Counting, Numbered
 
 
 @pytest.fixture
-def proxy(server: Endpoints) -> Iterator[Proxy]:
-    with before(server.grpc) as opened:
+def proxy(quick: Endpoints) -> Iterator[Proxy]:
+    with before(quick.grpc) as opened:
         yield opened
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,12 @@ from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
 from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
 from cxr_retrieval_training.embedding.embedder import Embedder
 from cxr_retrieval_training.embedding.train_embedder import build_embedder
-from cxr_retrieval_training.segmentation import segmenter as segmentation
 from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 from tests_support import cosine
 
+pytestmark = pytest.mark.usefixtures("few_repetitions")
+
 MEMBERS = ("linknet", "deeplabv3plus")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_repetitions() -> Iterator[None]:
-    """Islands of a few pixels are dropped, by the same operators a third as often: exporting all of them takes as long as all the rest.
-
-    What ships has them all, and is compared in tests/build/test_published.py.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation, "_OPENING_RADIUS", 2)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -77,10 +77,10 @@ def test_triton_loads_the_contracts_models_explicitly_from_a_read_only_folder(te
     assert "cxr build engines /engines --check &&" in re.sub(r"\s+", " ", source)
 
 
-def test_dashboard_asks_triton_for_what_it_exports(server: Endpoints, triton: TritonClient, squares: Any) -> None:
+def test_dashboard_asks_triton_for_what_it_exports(student_server: Endpoints, student: TritonClient, squares: Any) -> None:
     """GPU figures apart: no GPU is here to be asked."""
-    triton.infer(squares[:1])
-    exported = urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10).read().decode()
+    student.infer(squares[:1])
+    exported = urllib.request.urlopen(f"http://{student_server.metrics}/metrics", timeout=10).read().decode()
     asked = dashboard_metrics("nv_")
     assert {"nv_inference_count", "nv_inference_exec_count", "nv_inference_queue_duration_us"} <= asked
     for name in asked:

@@ -23,7 +23,6 @@ import pytest
 from PIL import Image
 from pymilvus import MilvusClient
 
-from chaos.instant import instant_repository
 from cxr_retrieval.archive.audit import entries, film_pseudonym, verify
 from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
@@ -55,21 +54,9 @@ def filled(folder: Path, manifest: Path, server: Endpoints, *options: str) -> Ge
 
 
 @pytest.fixture(scope="module")
-def gallery(server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with filled(tmp_path_factory.mktemp("milvus"), phantom_manifest, server) as uri:
+def gallery(student_server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with filled(tmp_path_factory.mktemp("milvus"), phantom_manifest, student_server) as uri:
         yield uri
-
-
-@pytest.fixture(scope="module")
-def instant(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Networks that answer at once, and find lungs where there are none: for what becomes of inputs, whatever is said of them."""
-    return instant_repository(tmp_path_factory.mktemp("instant"))
-
-
-@pytest.fixture(scope="module")
-def quick(instant: Path) -> Iterator[Endpoints]:
-    with embedded_triton(ServerOptions(instant, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
-        yield endpoints
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +103,13 @@ def test_clauses_and_words_choose_the_cases(archive: Path, quick: Endpoints, qui
 
 
 def test_answers_are_those_of_query(
-    archive: Path, server: Endpoints, gallery: str, triton: TritonClient, reader: FilmReader, tmp_path: Path, pseudonyms: Pseudonyms
+    archive: Path,
+    student_server: Endpoints,
+    gallery: str,
+    student: TritonClient,
+    reader: FilmReader,
+    tmp_path: Path,
+    pseudonyms: Pseudonyms,
 ) -> None:
     some = tmp_path / "films"
     some.mkdir()
@@ -126,7 +119,7 @@ def test_answers_are_those_of_query(
     (some / "page.png").write_text("no picture")
     out = tmp_path / "results.jsonl"
     log = tmp_path / "audit.jsonl"
-    reach = ("--triton", server.grpc, "--milvus", gallery)
+    reach = ("--triton", student_server.grpc, "--milvus", gallery)
     done = run_cxr("batch", some, "--out", out, *reach, "--attention", tmp_path / "drawn", "--audit", log)
     assert done.returncode == 1, done.stderr
     assert "11 inputs: 10 answered, 1 failed, 1 of them copies of another" in done.stdout
@@ -139,13 +132,13 @@ def test_answers_are_those_of_query(
     films = {film_pseudonym(path) for path in some.glob("?-0.png")}
     assert {name for name, what in named if what == "answered"} == films
     assert [name for name, what in named if what == "failed"] == ["input-10"]
-    assert {(line["action"], line["model_version"]) for line in audited} == {("batch", triton.model_version)}
+    assert {(line["action"], line["model_version"]) for line in audited} == {("batch", student.model_version)}
     assert (audited[0]["state"], audited[-1]["state"], audited[-1]["after"]["answered"]) == ("begun", "done", 10)
     assert verify(log).flaw is None
-    with Store(MilvusSettings(gallery), triton.model_version, pseudonyms) as store:
+    with Store(MilvusSettings(gallery), student.model_version, pseudonyms) as store:
         for number in range(9):
             line = found[f"{number}-0.png"]
-            single = query(some / f"{number}-0.png", reader, triton, store).as_json()
+            single = query(some / f"{number}-0.png", reader, student, store).as_json()
             assert {*single, "input", "status", "attention", "trace_id"} == line.keys()
             for key in ("image_id", "model_version", "earlier_films", "warnings"):
                 assert line[key] == single[key]
@@ -209,13 +202,15 @@ FOUND = [*(f"study.zip!/../study/IM{n}" for n in (0, 1, 2)), *(f"cd/DICOM/IM{n}"
 
 
 def test_every_kind_of_input_is_answered_once_whatever_is_killed(
-    export: Path, server: Endpoints, gallery: str, phantoms: list[Phantom], tmp_path: Path
+    export: Path, student_server: Endpoints, gallery: str, phantoms: list[Phantom], tmp_path: Path
 ) -> None:
     """A folder, what it holds named again, a list on stdin; killed at its first line, so that members are taken up again from the journal."""
     out = tmp_path / "results.jsonl"
     (tmp_path / "list").write_text(f"{export}/6.dcm\n{export}/none.dcm\n")
     ways = [export, export / "cd" / "DICOMDIR", f"{export}/**/*.zip", "-"]
-    command = cxr_command("batch", *ways, "--out", out, "--triton", server.grpc, "--milvus", gallery, "--attention", tmp_path / "drawn")
+    command = cxr_command(
+        "batch", *ways, "--out", out, "--triton", student_server.grpc, "--milvus", gallery, "--attention", tmp_path / "drawn"
+    )
     with (tmp_path / "list").open("rb") as listed:
         process = subprocess.Popen(command, env=ENVIRONMENT, stdin=listed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (out.exists() and out.stat().st_size):
@@ -241,29 +236,29 @@ def test_every_kind_of_input_is_answered_once_whatever_is_killed(
     with (tmp_path / "list").open("rb") as listed:
         again = subprocess.run([*command, "--embed-only"], env=ENVIRONMENT, stdin=listed, capture_output=True, text=True, check=False)
         assert again.returncode == 2
-        parts = ["batch", export, "--out", table, "--format", "csv", "--embed-only", "--triton", server.grpc]
+        parts = ["batch", export, "--out", table, "--format", "csv", "--embed-only", "--triton", student_server.grpc]
         assert run_cxr(*parts).returncode == 1
     with table.open(encoding="utf-8", newline="") as file:
         rows = {row["input"]: row for row in csv.DictReader(file)}
     assert {name for name, row in rows.items() if row["embedding"]} == {f"{export}/{name}" for name in FOUND}
 
 
-def test_overlays_drawn_into_the_archive_are_no_inputs(export: Path, server: Endpoints, gallery: str, tmp_path: Path) -> None:
+def test_overlays_drawn_into_the_archive_are_no_inputs(export: Path, student_server: Endpoints, gallery: str, tmp_path: Path) -> None:
     shutil.copytree(export, tmp_path / "all", symlinks=True)
     shutil.rmtree(tmp_path / "all" / "cd")
     command = ["batch", tmp_path / "all", "--out", tmp_path / "all" / "results.jsonl", "--attention", tmp_path / "all" / "drawn"]
     for _ in range(2):
-        done = run_cxr(*command, "--triton", server.grpc, "--milvus", gallery)
+        done = run_cxr(*command, "--triton", student_server.grpc, "--milvus", gallery)
         assert "8 inputs: 6 answered, 2 failed" in done.stdout, done.stderr
     assert len(list((tmp_path / "all" / "drawn").iterdir())) == 6
 
 
 def test_an_ingest_takes_the_same_inputs(
-    export: Path, server: Endpoints, phantoms: list[Phantom], tmp_path: Path, pseudonyms: Pseudonyms
+    export: Path, student_server: Endpoints, phantoms: list[Phantom], tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Films are called after their bytes; DICOM's patient is theirs, so that a patient's own film does not vote; a copy is no further case."""
     shutil.copy(export / "6.dcm", tmp_path / "copy.dcm")
-    reach = ("--triton", server.grpc, "--milvus", str(tmp_path / "g.db"))
+    reach = ("--triton", student_server.grpc, "--milvus", str(tmp_path / "g.db"))
     command = ("ingest", export, tmp_path / "copy.dcm", *reach, "--source", "north", "--split", "train")
     first = run_cxr(*command, "--label", "control")
     assert first.returncode == 1, first.stderr
@@ -273,7 +268,7 @@ def test_an_ingest_takes_the_same_inputs(
     assert again.stdout == "0 stored, 10 unchanged, 2 failed; the gallery holds 9 cases\n"
     other = run_cxr(*command, "--label", "covid19")
     assert other.stdout == "0 stored, 1 unchanged, 2 failed, 9 corrected; the gallery holds 9 cases\n"
-    with Store(MilvusSettings(str(tmp_path / "g.db")), version(server), pseudonyms) as store:
+    with Store(MilvusSettings(str(tmp_path / "g.db")), version(student_server), pseudonyms) as store:
         cases = store.vectors()[0]
     with zipfile.ZipFile(export / "study.zip") as archive:
         films = [archive.read(f"../study/IM{number}") for number in (0, 1, 2)]
@@ -471,19 +466,19 @@ def test_an_ingest_waits_for_triton_and_stores_each_case_once(archive: Path, ins
 
 
 def test_an_ingest_has_a_milvus_that_was_started_anew_load_its_gallery(
-    phantom_manifest: Path, reader: FilmReader, triton: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
+    phantom_manifest: Path, reader: FilmReader, student: TritonClient, tmp_path: Path, pseudonyms: Pseudonyms
 ) -> None:
     """Milvus Lite forgets at its start what was loaded; `release_collection` stands for that."""
     with (
         embedded_milvus(tmp_path / "g.db", "127.0.0.1", 0) as uri,
-        Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store,
+        Store(MilvusSettings(uri), student.model_version, pseudonyms, create=True) as store,
         closing(MilvusClient(uri)) as beside,
     ):
         rows = read_manifest(phantom_manifest).rows
         beside.release_collection(store.collection)
         with pytest.raises(StoreDownError, match="started anew"):
             store.held(["0"])
-        assert ingest(rows, reader, triton, store, lambda _: None).stored == len(rows)
+        assert ingest(rows, reader, student, store, lambda _: None).stored == len(rows)
 
 
 def test_patience_ends(archive: Path, instant: Path, tmp_path: Path) -> None:

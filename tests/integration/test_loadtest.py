@@ -28,7 +28,7 @@ def program() -> PerfAnalyzer:
     return find_perf_analyzer()
 
 
-def test_ensemble_and_step_are_measured(server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
+def test_ensemble_and_step_are_measured(student_server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     loads = [
         Load("attention_map", "concurrency", 4),
         Load("attention_map", "rate", 20, shared_memory=True),
@@ -36,7 +36,7 @@ def test_ensemble_and_step_are_measured(server: Endpoints, program: PerfAnalyzer
     ]
     seen: list[str] = []
     found = run_loads(
-        loads, squares[:2], TritonSettings(server.grpc), program, Window(2.0, 100.0, 6), lambda one: seen.append(one.load.model)
+        loads, squares[:2], TritonSettings(student_server.grpc), program, Window(2.0, 100.0, 6), lambda one: seen.append(one.load.model)
     )
     assert seen == [load.model for load in loads]
     alone, _, ensemble = found
@@ -53,12 +53,12 @@ def test_ensemble_and_step_are_measured(server: Endpoints, program: PerfAnalyzer
     assert segmentation.batch >= 1
 
 
-def test_unstable_is_never_called_stable(server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
+def test_unstable_is_never_called_stable(student_server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     """Three windows of half a second never agree to a ten-thousandth of a percent."""
     (found,) = run_loads(
         [Load("attention_map", "rate", 7)],
         squares[:1],
-        TritonSettings(server.grpc),
+        TritonSettings(student_server.grpc),
         program,
         replace(QUICK, stable_percent=1e-4, trials=3),
         print,
@@ -68,9 +68,9 @@ def test_unstable_is_never_called_stable(server: Endpoints, program: PerfAnalyze
     assert "Failed to obtain stable measurement" in found.said
 
 
-def test_command_writes_table_json_and_plot_and_fails_when_unstable(server: Endpoints, tmp_path: Path) -> None:
+def test_command_writes_table_json_and_plot_and_fails_when_unstable(student_server: Endpoints, tmp_path: Path) -> None:
     common = ("loadtest", "--model", "attention_map", "--concurrency", "2", "--rate", "20", "--shared-memory", "off")
-    more = ("--triton", server.grpc, "--out", str(tmp_path))
+    more = ("--triton", student_server.grpc, "--out", str(tmp_path))
     result = run_cxr(*common, *more, "--seconds", "0.5", "--stable", "100")
     written = json.loads((tmp_path / "loadtest.json").read_text())["loads"]
     assert [(one["kind"], one["level"]) for one in written] == [("concurrency", 2), ("rate", 20)]
@@ -85,10 +85,12 @@ def test_command_writes_table_json_and_plot_and_fails_when_unstable(server: Endp
     assert f"{len(unstable)} of 2 loads were not stable, and have no figures" in " ".join(result.stderr.split())
 
 
-def test_shared_memory_out_of_tritons_sight_is_an_error_and_no_figure(server: Endpoints, tmp_path: Path) -> None:
+def test_shared_memory_out_of_tritons_sight_is_an_error_and_no_figure(student_server: Endpoints, tmp_path: Path) -> None:
     """A client with a /dev/shm of its own, as a container has (compose.yaml has its client join Triton's)."""
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
-    command = cxr_command("loadtest", "--model", "attention_map", "--concurrency", "1", "--shared-memory", "on", "--triton", server.grpc)
+    command = cxr_command(
+        "loadtest", "--model", "attention_map", "--concurrency", "1", "--shared-memory", "on", "--triton", student_server.grpc
+    )
     result = subprocess.run(
         [*own, *command, "--out", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -103,9 +105,9 @@ def test_no_server(program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
         run_loads([Load("embedder", "concurrency", 1)], squares[:1], TritonSettings("127.0.0.1:9"), program, QUICK, print)
 
 
-def test_perf_analyzers_own_complaint_is_passed_on(server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
+def test_perf_analyzers_own_complaint_is_passed_on(student_server: Endpoints, program: PerfAnalyzer, squares: NDArray[np.uint8]) -> None:
     with pytest.raises(InferenceError, match="perf_analyzer failed on embedder"):
-        run_loads([Load("embedder", "concurrency", 1, batch=65)], squares[:1], TritonSettings(server.grpc), program, QUICK, print)
+        run_loads([Load("embedder", "concurrency", 1, batch=65)], squares[:1], TritonSettings(student_server.grpc), program, QUICK, print)
 
 
 def test_input_data_holds_the_images(tmp_path: Path, squares: NDArray[np.uint8]) -> None:

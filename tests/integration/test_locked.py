@@ -203,7 +203,7 @@ def test_perf_analyzer_goes_through_tls_and_is_not_told_secrets(locked: Locked, 
 
 
 def test_the_ten_lines_of_the_document_work(phantom_manifest: Path, tmp_path: Path) -> None:
-    """As they stand there, but for address and ports."""
+    """As they stand there, but for address and ports, and the five networks, of which one takes the place."""
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
     lines = text.split("```sh\n")[1].split("```")[0].splitlines()
     assert len(lines) == 10
@@ -225,7 +225,7 @@ def test_the_ten_lines_of_the_document_work(phantom_manifest: Path, tmp_path: Pa
     shell(lines[:at], ("10.0.0.5", LOCAL))
     words = [LOCAL if word == "10.0.0.5" else word for word in lines[at].removesuffix(" &").split()[2:]]
     options = [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words]
-    served = Served(tmp_path, *options)
+    served = Served(tmp_path, *options, "--segmentation", "student")
     try:
         triton, milvus = served.servers[1], served.servers[3].removeprefix("http://")
         said = shell(lines[at + 1 :], ("10.0.0.5:8001", triton), ("10.0.0.5:19530", milvus))

@@ -142,7 +142,7 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(server: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def ran(student_server: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """Ingest with thumbnails, query with page and picture, batch with and without the table, removal; through proxies that keep all."""
     base = tmp_path_factory.mktemp("privacy")
     films, out, store = base / f"{STEM}, John", base / "out", base / "gallery.db"
@@ -169,7 +169,7 @@ def ran(server: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     pydicom.dcmwrite(films / "new" / f"{STEM}-odd.dcm", dataset)
 
     said: dict[str, str] = {}
-    with embedded_milvus(store, "127.0.0.1", 0) as uri, Wire(server.grpc) as triton, Wire(uri) as milvus:
+    with embedded_milvus(store, "127.0.0.1", 0) as uri, Wire(student_server.grpc) as triton, Wire(uri) as milvus:
         servers = ("--triton", triton.address, "--milvus", f"http://{milvus.address}")
         audit, later_film = out / "audit.jsonl", films / "new" / f"{STEM}-later.dcm"
 
@@ -214,7 +214,7 @@ def test_forms_are_recognised() -> None:
     assert found_in(b"Qzjxv", b"k", bytes(range(256)) * 50) == []
 
 
-def test_nothing_of_it_is_on_a_wire(ran: Ran, server: Endpoints, reader: FilmReader) -> None:
+def test_nothing_of_it_is_on_a_wire(ran: Ran, student_server: Endpoints, reader: FilmReader) -> None:
     assert found_in(*ran.triton.streams, *ran.milvus.streams) == []
     square = reader.read(ran.films / "new" / f"{STEM}-later.dcm").square
     assert any(square[128].tobytes() in stream for stream in ran.triton.streams), "the proxy saw the pictures"
@@ -319,15 +319,15 @@ def test_pages_and_pictures_hold_no_words_of_it(ran: Ran, pseudonyms: Pseudonyms
     assert pseudonyms.image(f"{STEM}-img-0")[:12] in page
 
 
-def test_thumbnails_of_lungs_hold_nothing_outside_them(ran: Ran, pseudonyms: Pseudonyms, reader: FilmReader, triton: TritonClient) -> None:
+def test_thumbnails_of_lungs_hold_nothing_outside_them(ran: Ran, pseudonyms: Pseudonyms, reader: FilmReader, student: TritonClient) -> None:
     """Burned-in text is gone; the case that was removed has no picture any more."""
     keys = [pseudonyms.image(f"{STEM}-img-{number}") for number in range(4)]
-    with Store(MilvusSettings(f"http://{ran.milvus.address}"), triton.model_version, pseudonyms) as store:
+    with Store(MilvusSettings(f"http://{ran.milvus.address}"), student.model_version, pseudonyms) as store:
         kept = store.thumbnails(keys)
     assert kept.keys() == set(keys[:3])
     for number, key in enumerate(keys[:3]):
         square = reader.read(ran.films / f"{STEM}-{number}.dcm").square
-        mask = triton.infer(square[None, None], (LUNG_MASK,))[LUNG_MASK.name][0, 0] > 0
+        mask = student.infer(square[None, None], (LUNG_MASK,))[LUNG_MASK.name][0, 0] > 0
         assert kept[key].kind is ThumbnailKind.lungs
         assert np.array_equal(kept[key].square, np.where(mask, square, 0))
         text = np.concatenate([square[:20], square[-20:]])

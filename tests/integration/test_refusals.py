@@ -28,9 +28,9 @@ from tests_support import run_cxr
 
 
 @pytest.fixture(scope="module")
-def gallery(server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gallery(student_server: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
-        done = run_cxr("ingest", "--manifest", phantom_manifest, "--triton", server.grpc, "--milvus", uri)
+        done = run_cxr("ingest", "--manifest", phantom_manifest, "--triton", student_server.grpc, "--milvus", uri)
         assert done.returncode == 0, done.stderr
         yield uri
 
@@ -45,8 +45,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_query_says_no_in_words_and_exit_code(server: Endpoints, gallery: str, pictures: Path, tmp_path: Path) -> None:
-    servers = ("--triton", server.grpc, "--milvus", gallery)
+def test_query_says_no_in_words_and_exit_code(student_server: Endpoints, gallery: str, pictures: Path, tmp_path: Path) -> None:
+    servers = ("--triton", student_server.grpc, "--milvus", gallery)
     said = run_cxr("query", pictures / "upside-down.png", "--html", tmp_path / "page.html", *servers)
     assert said.returncode == 1
     assert "no label, it seems to be upside down" in said.stdout
@@ -75,8 +75,8 @@ def test_query_says_no_in_words_and_exit_code(server: Endpoints, gallery: str, p
     assert [words for words in answer["warnings"] if "the gate was overridden" in words]
 
 
-def test_batch_counts_and_lists_refusals(server: Endpoints, gallery: str, pictures: Path, tmp_path: Path) -> None:
-    servers = ("--triton", server.grpc, "--milvus", gallery)
+def test_batch_counts_and_lists_refusals(student_server: Endpoints, gallery: str, pictures: Path, tmp_path: Path) -> None:
+    servers = ("--triton", student_server.grpc, "--milvus", gallery)
     done = run_cxr("batch", pictures, "--out", tmp_path / "r.jsonl", *servers)
     assert done.returncode == 1
     assert "3 inputs: 1 answered, 2 refused" in done.stdout
@@ -99,20 +99,20 @@ def test_batch_counts_and_lists_refusals(server: Endpoints, gallery: str, pictur
 
 
 def test_ingest_stores_no_letter_unless_told_to(
-    pictures: Path, reader: FilmReader, triton: TritonClient, pseudonyms: Pseudonyms, tmp_path: Path
+    pictures: Path, reader: FilmReader, student: TritonClient, pseudonyms: Pseudonyms, tmp_path: Path
 ) -> None:
     names = sorted(path.stem for path in pictures.iterdir())
     manifest = tmp_path / "m.csv"
     manifest.write_text("image_id,path,label\n" + "".join(f"{name},{pictures / name}.png,control\n" for name in names))
     rows = read_manifest(manifest).rows
-    with Store(MilvusSettings(str(tmp_path / "g.db")), triton.model_version, pseudonyms, create=True) as store:
-        report = ingest(rows, reader, triton, store, lambda count: None)
+    with Store(MilvusSettings(str(tmp_path / "g.db")), student.model_version, pseudonyms, create=True) as store:
+        report = ingest(rows, reader, student, store, lambda count: None)
         assert (report.stored, store.count()) == (1, 1)
         assert {problem.image_id for problem in report.problems} == {"letter", "upside-down"}
         assert "upside down" in str(next(problem.error for problem in report.problems if problem.image_id == "upside-down"))
-        told = ingest(rows, reader, triton, store, lambda count: None, gate=False)
+        told = ingest(rows, reader, student, store, lambda count: None, gate=False)
         assert (told.stored, told.unchanged, store.count()) == (2, 1, 3)
-        refused = query(pictures / "letter.png", reader, triton, store)
+        refused = query(pictures / "letter.png", reader, student, store)
         assert refused.prediction.label is None
         assert montage(refused, reader, store.thumbnails).width > 1200
         write_html(refused, tmp_path / "page.html", reader, store.thumbnails)

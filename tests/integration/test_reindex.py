@@ -1,4 +1,4 @@
-"""`cxr reindex` between the two model versions that there are: the five networks' gallery, and the small one's."""
+"""`cxr reindex` from the gallery of networks that answer at once to that of the shipped weights with the small network for the lungs."""
 
 from __future__ import annotations
 
@@ -31,24 +31,11 @@ from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.phantoms import Phantom
-from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind, TritonSettings
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
 
 COPIES = 12
-
-
-@pytest.fixture(scope="module")
-def student_server(repository: Path) -> Iterator[Endpoints]:
-    with embedded_triton(ServerOptions(repository, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def student(student_server: Endpoints) -> Iterator[TritonClient]:
-    with TritonClient(TritonSettings(student_server.grpc)) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +64,12 @@ def drawn(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def embedded(drawn: Path, reader: FilmReader, triton: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms) -> list[dict[str, Any]]:
-    """All films' rows by the five networks."""
-    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
-        ingest(read_manifest(drawn / "manifest.csv").rows, reader, triton, store, lambda _: None)
+def embedded(
+    drawn: Path, reader: FilmReader, quick_client: TritonClient, milvus: MilvusSettings, pseudonyms: Pseudonyms
+) -> list[dict[str, Any]]:
+    """All films' rows by the former networks."""
+    with Store(milvus, quick_client.model_version, pseudonyms, create=True) as store:
+        ingest(read_manifest(drawn / "manifest.csv").rows, reader, quick_client, store, lambda _: None, gate=False)
         found = list(store.rows(["*"]))
     drop_gallery(milvus, store.collection)
     return found
@@ -98,14 +87,16 @@ def gallery(
     films: list[ManifestRow],
     embedded: list[dict[str, Any]],
     reader: FilmReader,
-    triton: TritonClient,
+    quick_client: TritonClient,
     milvus: MilvusSettings,
     pseudonyms: Pseudonyms,
 ) -> Iterator[Store]:
-    """Of the five networks, with all films in it; none of the small one's."""
-    with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
+    """Of the former networks, with all films in it; none of the shipped ones."""
+    with Store(milvus, quick_client.model_version, pseudonyms, create=True) as store:
         store.put(embedded)
-        assert ingest(films, reader, triton, store, lambda _: None).unchanged == len(films), "and the local table has their new paths"
+        assert ingest(films, reader, quick_client, store, lambda _: None, gate=False).unchanged == len(films), (
+            "and the local table has their new paths"
+        )
         yield store
     for name in list_galleries(milvus):
         drop_gallery(milvus, name)
@@ -132,7 +123,7 @@ def test_the_other_versions_gallery_is_filled_compared_and_switched_to(
     films: list[ManifestRow],
     student_server: Endpoints,
     student: TritonClient,
-    server: Endpoints,
+    quick: Endpoints,
     milvus: MilvusSettings,
     reader: FilmReader,
     tmp_path: Path,
@@ -158,7 +149,7 @@ def test_the_other_versions_gallery_is_filled_compared_and_switched_to(
         for row, vector in zip(films, expected, strict=False):
             assert stored[pseudonyms.image(row.image_id)] == pytest.approx(vector, abs=5e-3)
     again = run_cxr(
-        *arguments(milvus, student_server, log), "--switch", "--compare", tmp_path / "manifest.csv", "--former-triton", server.grpc
+        *arguments(milvus, student_server, log), "--switch", "--compare", tmp_path / "manifest.csv", "--former-triton", quick.grpc
     )
     assert again.returncode == 0, again.stderr
     assert f"{len(films)} kept; the gallery from now on" in again.stdout
@@ -169,8 +160,8 @@ def test_the_other_versions_gallery_is_filled_compared_and_switched_to(
     assert back.returncode == 0, back.stderr
     assert f"cxr gallery use {student.model_version}" in back.stdout
     assert the_gallery(milvus) == [gallery.collection]
-    for one, version in ((server, gallery.collection), (student_server, f"cxr_{student.model_version}")):
-        asked = run_cxr("query", films[0].path, "--json", "--triton", one.grpc, "--milvus", milvus.uri)
+    for one, version in ((quick, gallery.collection), (student_server, f"cxr_{student.model_version}")):
+        asked = run_cxr("query", films[0].path, "--json", "--no-gate", "--triton", one.grpc, "--milvus", milvus.uri)
         assert f"cxr_{json.loads(asked.stdout)['model_version']}" == version, asked.stderr
     assert [(line["action"], line["state"]) for line in entries(log)] == [
         (action, state) for action in ("reindex", "reindex", "gallery use") for state in ("begun", "done")
@@ -223,7 +214,7 @@ def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
     gallery: Store,
     films: list[ManifestRow],
     student: TritonClient,
-    triton: TritonClient,
+    quick_client: TritonClient,
     milvus: MilvusSettings,
     reader: FilmReader,
     tmp_path: Path,
@@ -244,7 +235,7 @@ def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
 
     def ask() -> int:
         asked = 0
-        with Store(milvus, triton.model_version, pseudonyms) as store:
+        with Store(milvus, quick_client.model_version, pseudonyms) as store:
             while not ended.is_set():
                 for hits in store.search_many(probes, 3):
                     assert hits[0].similarity == pytest.approx(1, abs=1e-3), "its own vector, as this version made it"
@@ -253,8 +244,8 @@ def test_what_happens_meanwhile_is_caught_up_and_every_answer_is_of_one_version(
 
     def change() -> None:
         begun.wait()
-        with Store(milvus, triton.model_version, pseudonyms) as store:
-            ingest(read_manifest(late).rows, reader, triton, store, lambda _: None)
+        with Store(milvus, quick_client.model_version, pseudonyms) as store:
+            ingest(read_manifest(late).rows, reader, quick_client, store, lambda _: None, gate=False)
         remove_cases(milvus, pseudonyms, f'key in ["{pseudonyms.image(films[-1].image_id)}", "{pseudonyms.image(films[5].image_id)}"]')
 
     with ThreadPoolExecutor(3) as pool, Store(milvus, student.model_version, pseudonyms, fill=True) as new:
@@ -315,15 +306,15 @@ def test_stored_pictures_need_no_files(
     gallery: Store,
     films: list[ManifestRow],
     student: TritonClient,
-    triton: TritonClient,
+    quick_client: TritonClient,
     milvus: MilvusSettings,
     reader: FilmReader,
     pseudonyms: Pseudonyms,
 ) -> None:
     """Whole ones; of one that shows the lungs alone the file is needed."""
     expected = student.embed(np.stack([reader.read(row.path).square for row in films[:5]])[:, None])
-    ingest(films[:4], reader, triton, gallery, lambda _: None, thumbnails=ThumbnailKind.full)
-    ingest(films[4:5], reader, triton, gallery, lambda _: None, thumbnails=ThumbnailKind.lungs)
+    ingest(films[:4], reader, quick_client, gallery, lambda _: None, thumbnails=ThumbnailKind.full, gate=False)
+    ingest(films[4:5], reader, quick_client, gallery, lambda _: None, thumbnails=ThumbnailKind.lungs, gate=False)
     for row in films[:5]:
         row.path.unlink()
     with Store(milvus, student.model_version, pseudonyms, fill=True, beside=gallery) as new:
@@ -362,8 +353,8 @@ def test_cases_without_their_picture_are_named_and_the_switch_is_refused(
     assert {key for line in entries(log) if line["state"] == "done" for key in line["missing"]} == {lost, other}
 
 
-def test_a_gallery_is_not_filled_from_itself(gallery: Store, server: Endpoints, milvus: MilvusSettings, tmp_path: Path) -> None:
-    refused = run_cxr(*arguments(milvus, server, tmp_path / "audit.jsonl"))
+def test_a_gallery_is_not_filled_from_itself(gallery: Store, quick: Endpoints, milvus: MilvusSettings, tmp_path: Path) -> None:
+    refused = run_cxr(*arguments(milvus, quick, tmp_path / "audit.jsonl"))
     assert refused.returncode == 2
     assert "cannot be filled from itself" in refused.stderr
     assert not [name for name, aliases in list_galleries(milvus).items() if any("filling" in alias for alias in aliases)]
@@ -405,6 +396,6 @@ def test_nothing_is_compared_with_nothing(gallery: Store, student: TritonClient,
         compare_on_gallery(gallery, new, sample=10, k=10)
 
 
-def test_same_version_is_an_error_of_the_library_too(gallery: Store, triton: TritonClient, reader: FilmReader) -> None:
+def test_same_version_is_an_error_of_the_library_too(gallery: Store, quick_client: TritonClient, reader: FilmReader) -> None:
     with pytest.raises(UsageError, match="cannot be filled from itself"):
-        reindex(gallery, gallery, reader, triton)
+        reindex(gallery, gallery, reader, quick_client)

@@ -58,7 +58,7 @@ def started(*arguments: str | Path, **environment: str) -> Generator[subprocess.
             process.kill()
 
 
-def test_a_batch_begun_before_its_server_waits_and_is_seen(server: Endpoints, films: Path, tmp_path: Path) -> None:
+def test_a_batch_begun_before_its_server_waits_and_is_seen(student_server: Endpoints, films: Path, tmp_path: Path) -> None:
     out, port = tmp_path / "results.jsonl", free_port()
     arguments = ("batch", films, "--out", out, "--embed-only", "--triton", f"127.0.0.1:{port}")
     with collecting() as collector, started(*arguments, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint) as run:
@@ -71,7 +71,7 @@ def test_a_batch_begun_before_its_server_waits_and_is_seen(server: Endpoints, fi
             metrics = answer.read().decode()
         assert 'cxr_breaker_open{service="triton"} 1.0' in metrics
         assert (log[-1]["service"], log[-1]["error"]) == ("triton", "ServerDownError")
-        with before(server.grpc, port) as proxy:
+        with before(student_server.grpc, port) as proxy:
             said, talk = run.communicate(timeout=240)
     assert run.returncode == 1
     assert "10 inputs: 9 answered, 1 failed" in said
@@ -99,11 +99,11 @@ def test_a_batch_begun_before_its_server_waits_and_is_seen(server: Endpoints, fi
     assert NAME.encode() not in b"".join(request.SerializeToString() for request in collector.requests)
 
 
-def test_an_ingest_is_seen_without_a_name(server: Endpoints, films: Path, milvus: str, tmp_path: Path) -> None:
+def test_an_ingest_is_seen_without_a_name(student_server: Endpoints, films: Path, milvus: str, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     rows = "".join(f"{NAME}-{path.stem},{path},control\n" for path in sorted(films.iterdir()))
     manifest.write_text(f"image_id,path,label\n{rows}")
-    with started("ingest", "--manifest", manifest, "--triton", server.grpc, "--milvus", milvus, "--json") as run:
+    with started("ingest", "--manifest", manifest, "--triton", student_server.grpc, "--milvus", milvus, "--json") as run:
         said, talk = run.communicate(timeout=240)
     assert run.returncode == 1
     assert json.loads(said)["stored"] == 9

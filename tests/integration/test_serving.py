@@ -190,18 +190,9 @@ def test_no_server() -> None:
 # ----------------------------------------------------------------------------------------------- starting, stopping
 
 
-def copy_of(repository: Path, folder: Path) -> Path:
-    """The repository with its weights linked."""
-    target = folder / "repository"
-    shutil.copytree(repository, target, copy_function=lambda a, b: os.link(a, b) if str(a).endswith(".onnx") else shutil.copy(a, b))
-    return target
-
-
-def test_a_model_that_cannot_load_is_named_with_the_servers_reason(repository: Path, tmp_path: Path) -> None:
-    broken = copy_of(repository, tmp_path)
-    onnx = broken / "embedder" / "1" / "model.onnx"
-    onnx.unlink()
-    onnx.write_bytes(b"no graph")
+def test_a_model_that_cannot_load_is_named_with_the_servers_reason(tiny: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "repository")
+    (broken / "embedder" / "1" / "model.onnx").write_bytes(b"no graph")
     before = leftovers(os.getpid())
     with pytest.raises(SetupError) as caught, embedded_triton(ServerOptions(broken, grpc_port=0, http_port=0, metrics_port=0)):
         pytest.fail("must not become ready")
@@ -222,7 +213,9 @@ def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
 
 def test_nothing_is_left_behind(repository: Path) -> None:
     before = leftovers(os.getpid())
-    with embedded_triton(ServerOptions(repository, Precision.bf16, grpc_port=0, http_port=0, metrics_port=0)) as endpoints:
+    with embedded_triton(
+        ServerOptions(repository, Precision.bf16, Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+    ) as endpoints:
         assert leftovers(os.getpid()) != before
         group = endpoints.process.pid
         with TritonClient(TritonSettings(endpoints.grpc)) as client:

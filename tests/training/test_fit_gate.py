@@ -26,28 +26,28 @@ def manifest(phantom_manifest: Path) -> Manifest:
     return replace(read, rows=tuple(replace(row, split="val" if number % 3 == 2 else "train") for number, row in enumerate(read.rows)))
 
 
-def test_fits_and_repeats(manifest: Manifest, triton: TritonClient, tmp_path: Path) -> None:
+def test_fits_and_repeats(manifest: Manifest, student: TritonClient, tmp_path: Path) -> None:
     seen = {"train": 0, "val": 0}
 
     def advance(part: str, count: int) -> None:
         seen[part] += count
 
-    said = fit_gate(manifest, triton, tmp_path / "gate.npz", FEW, advance)
+    said = fit_gate(manifest, student, tmp_path / "gate.npz", FEW, advance)
     assert "of 3 films of val" in said
     assert seen["val"] == 3
     gate = Gate.load(tmp_path / "gate.npz")
-    assert gate.about["model_version"] == triton.model_version
+    assert gate.about["model_version"] == student.model_version
     assert gate.about["manifest_sha256"] == manifest.sha256
     assert gate.about["train_pictures"] == seen["train"]
     assert gate.weights.shape == (len(KINDS), len(gate.mean))
-    fit_gate(manifest, triton, tmp_path / "again.npz", FEW)
+    fit_gate(manifest, student, tmp_path / "again.npz", FEW)
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "gate.npz").read_bytes()
 
 
-def test_a_film_that_cannot_be_read_is_named(manifest: Manifest, triton: TritonClient, tmp_path: Path) -> None:
+def test_a_film_that_cannot_be_read_is_named(manifest: Manifest, student: TritonClient, tmp_path: Path) -> None:
     broken = replace(manifest, rows=tuple(replace(row, path=tmp_path / "gone.png") for row in manifest.rows))
     with pytest.raises(ManifestError, match=f"{manifest.rows[0].image_id}.*gone.png"):
-        fit_gate(broken, triton, tmp_path / "gate.npz", FEW)
+        fit_gate(broken, student, tmp_path / "gate.npz", FEW)
 
 
 @pytest.fixture(scope="module")

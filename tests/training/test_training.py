@@ -52,6 +52,8 @@ from cxr_retrieval_training.segmentation.lungs import find_lungs, find_probabili
 from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 from cxr_retrieval_training.segmentation.train_segmenter import load_masked, train_segmentation, train_student
 
+pytestmark = pytest.mark.usefixtures("few_repetitions")
+
 CPU = torch.device("cpu")
 
 
