@@ -15,7 +15,7 @@ FILES ?= 100000
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
-# Two at a time, a file to a worker; PyTorch of one thread each, for two of two threads on two cores wait for each other.
+# Two at a time, a file to a worker or several together (tests/conftest.py); PyTorch of one thread each, for two of two threads on two cores wait for each other.
 test: .venv-dev/.installed browser compose ## every test
 	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 2 --dist loadfile
 
