@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests_support import real_milvus
+from tests_support import HURRIED, real_milvus
 
 
 @pytest.fixture(scope="module")
 def milvus_process() -> Iterator[Any]:
-    with real_milvus() as server:
+    with real_milvus(**HURRIED) as server:
         yield server
 
 

@@ -16,7 +16,7 @@ from cxr_retrieval.errors import StoreAccessError
 from cxr_retrieval.gallery.store import Store, make_entry
 from cxr_retrieval.serving.server import Endpoints
 from cxr_retrieval.settings import MilvusSettings
-from tests_support import ENVIRONMENT, real_milvus, run_cxr
+from tests_support import ENVIRONMENT, HURRIED, real_milvus, run_cxr
 
 pytestmark = pytest.mark.server
 
@@ -26,6 +26,7 @@ FIRST_PASSWORD = "Milvus"  # what a new server lets its user root in with
 @pytest.fixture(scope="module")
 def uri(certificates: Certificates) -> Iterator[str]:
     locked = {
+        **HURRIED,
         "authorization_enabled": True,
         "tls_mode": 2,
         "server_pem_path": str(certificates.path("server.pem")),
