@@ -10,7 +10,7 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots notebook clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed notebook clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -64,14 +64,17 @@ notebook: .venv-dev/.installed  ## docs/notebook.ipynb anew, executed over the d
 	@PYTHONPATH=tests .venv-dev/bin/python tests/notebook.py
 
 screenshots: .venv-dev/.installed browser ## the page as its tests see it, into screenshots/; look at them
-	@CXR_SCREENSHOTS=screenshots .venv-dev/bin/python -m pytest -q -m whole tests/browser
+	@CXR_SCREENSHOTS=screenshots .venv-dev/bin/python -m pytest -q -m whole -k screenshots tests/browser
+
+map-speed: .venv-dev/.installed browser ## how fluently a map of 50,000 points is panned, in Chromium; minutes
+	@.venv-dev/bin/python -m pytest -q -s -m whole -k fifty_thousand tests/browser
 
 clean:                          ## remove environments and everything made by demo and tests
 	rm -rf .venv .venv-dev cxr-demo .pytest_cache .ruff_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
 	@touch $@
 
 .venv-dev/.installed: pyproject.toml constraints.txt | prerequisites

@@ -31,13 +31,14 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 KEPT = Path(tempfile.mkdtemp(prefix="cxr-tests-"))
-"""What else would lie in the user's home: this test process' own pseudonym key with its table, and its audit log."""
+"""What else would lie in the user's home: this test process' own pseudonym key with its table, its audit log, and maps."""
 atexit.register(shutil.rmtree, KEPT, ignore_errors=True)
 KEY_FILE = KEPT / "pseudonym.key"
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("CXR_")} | {
     "COLUMNS": "100",
     "CXR_AUDIT": str(KEPT / "audit.jsonl"),
+    "CXR_MAPS": str(KEPT / "maps"),
     "NO_COLOR": "1",
     "TERM": "dumb",
     "CXR_PSEUDONYM_KEY_FILE": str(KEY_FILE),

@@ -24,6 +24,8 @@ DEFAULT_STORE: Final = Path("~/.local/share/cxr-retrieval/gallery.db")
 """Where `cxr serve` keeps the gallery."""
 DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
 """Where it is written down who did what."""
+DEFAULT_MAPS: Final = Path("~/.local/share/cxr-retrieval/maps")
+"""Where maps of galleries are kept."""
 DEFAULT_PSEUDONYM_KEY: Final = Path("~/.local/share/cxr-retrieval/pseudonym.key")
 """Made by the first ingest; the table that leads back lies beside it."""
 MIN_KEY_CHARACTERS: Final = 32

@@ -8,43 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from browsing import LAPTOP, WALL, Opened, ask, eventually, serious
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
 from cxr_retrieval.serving.server import Endpoints, embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
 from tests_support import ENVIRONMENT, Viewed, free_ports
 
-LAPTOP, WALL = {"width": 1366, "height": 768}, {"width": 2560, "height": 1440}
 TOKEN = "planted-token-5d20c8a1f3"
-Opened = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "chromium is a test requirement: `make test` installs it on Debian"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("asked") / "film of today.dcm"
-    write_dicom(make_phantom(1000, "covid19"), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -68,51 +47,6 @@ def viewed(server: Endpoints, served_gallery: str, results: Path) -> Iterator[Vi
         yield running
         running.stop()
         assert "unexpected" not in running.said
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Opened]:
-    """Opens a page and keeps what it complains of; none may, and none may ask another host."""
-    complaints: list[str] = []
-    contexts: list[Any] = []
-
-    def open_page(url: str, expecting: str = "", **options: Any) -> Page:
-        context = browser.new_context(viewport=options.pop("viewport", LAPTOP), **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        host = re.match("https?://[^/]+/", url)
-        assert host
-
-        def told(message: Any) -> None:
-            if message.type in ("error", "warning") and not (expecting and re.search(expecting, message.text)):
-                complaints.append(message.text)
-
-        page.on("console", told)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda asked: None if asked.url.startswith((host[0], "blob:")) else complaints.append(f"asked {asked.url}"))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def ask(page: Page, film: Path) -> None:
-    page.set_input_files("input[type=file]", film)
-    expect(page.locator(".verdict")).to_be_visible()
-    expect(page.locator("canvas[data-drawn]").first).to_be_visible()
-
-
-def eventually(page: Page, true: str) -> None:
-    """Waits for an expression; Playwright's own way would need what the page's policy forbids."""
-    for _ in range(100):
-        if page.evaluate(true):
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(true)
 
 
 def drawn(page: Page, which: int = 0) -> list[int]:
@@ -509,14 +443,6 @@ def test_a_gallery_that_is_not_there_and_one_that_is_empty(
         Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True).close()
         page.get_by_role("button", name="Try again", exact=True).click()
         expect(page.get_by_role("alert")).to_contain_text("The gallery is empty")
-
-
-def serious(page: Page) -> list[str]:
-    """What axe-core finds that keeps somebody from using the page."""
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{fault['id']}: {node['html'][:200]}" for fault in found if fault["impact"] in ("serious", "critical") for node in fault["nodes"]
-    ]
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])

@@ -198,6 +198,42 @@ def import_(
         typer.echo(f"{about.rows} cases restored to the gallery of model version {about.model_version}")
 
 
+@app.command(name="map")
+@options.with_servers
+def map_(
+    milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
+    model_version: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")
+    ] = None,
+    maps: options.Maps = options.MAPS_DEFAULT,
+    audit: options.Audit = options.AUDIT_DEFAULT,
+    json: options.Json = False,
+) -> None:
+    """Compute the map that `cxr view` shows of a gallery, and keep it on this machine. Needs the extra `map`; minutes for 50,000 cases."""
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.aliases import the_version
+    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.retrieval.atlas import PASSES, draw, keep, kept_at
+
+    version = model_version or the_version(milvus)
+    with (
+        audited(audit.expanduser(), "gallery map", {"model_version": version}) as operation,
+        open_pseudonyms(pseudonyms) as keys,
+        Store(milvus, version, keys) as store,
+    ):
+        with progress("reading, comparing, laying out", PASSES * store.count()) as advance:
+            drawn = draw(store, advance)
+        path = kept_at(maps, milvus, store)
+        keep(drawn, path, store)
+        operation.outcome["cases"] = len(drawn.keys)
+    if json:
+        print_json({"model_version": version, "cases": len(drawn.keys), "file": str(path)})
+    else:
+        typer.echo(f"{path}: {len(drawn.keys)} cases of model version {version}")
+
+
 @app.command()
 @options.with_servers
 def use(

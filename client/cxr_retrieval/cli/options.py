@@ -16,6 +16,7 @@ from cxr_retrieval.cli.watched import Watched, watched
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import (
     DEFAULT_AUDIT,
+    DEFAULT_MAPS,
     DEFAULT_MILVUS,
     DEFAULT_PSEUDONYM_KEY,
     DEFAULT_TRITON,
@@ -44,6 +45,7 @@ Repository = Annotated[
 ]
 Patience = Annotated[float, typer.Option("--patience", min=0, help="Seconds to wait for a server that is away, from the start on.")]
 Audit = Annotated[Path, typer.Option("--audit", envvar="CXR_AUDIT", help="Log of who did what to which cases, and when; see `cxr audit`.")]
+Maps = Annotated[Path, typer.Option("--maps", envvar="CXR_MAPS", help="Folder in which maps of galleries are kept.")]
 
 Where = Annotated[
     str,
@@ -67,6 +69,7 @@ ErrorRate = Annotated[
 ]
 
 AUDIT_DEFAULT = DEFAULT_AUDIT
+MAPS_DEFAULT = DEFAULT_MAPS
 ERROR_RATE_DEFAULT: Final = 0.1
 PATIENCE_DEFAULT: Final = 3600.0
 

@@ -68,6 +68,7 @@ def view(
             metavar="FILE", envvar="CXR_COLLECTIONS", help="Where collections of cases are kept.", show_default="beside the audit log"
         ),
     ] = None,
+    maps: options.Maps = options.MAPS_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Serve the page that shows a query: drop a film, see its neighbours, compare. Runs until Ctrl-C."""
@@ -97,7 +98,7 @@ def view(
             )
     lists = [Results(path) for path in results or ()]
     servers, kept = Servers(triton, milvus, pseudonyms), collections and collections.expanduser()
-    with listening(host, port) as at, closing(ReadingRoom(servers, lists, audit.expanduser(), source, kept)) as room:
+    with listening(host, port) as at, closing(ReadingRoom(servers, lists, audit.expanduser(), source, kept, maps)) as room:
         app = application(room, access, server_name or (), int(at.getsockname()[1]), max_upload * 2**20)
         threading.Thread(target=room.read_results, name="cxr-results", daemon=True).start()
 

@@ -175,6 +175,14 @@ class Snapshot:
         spread = Spread(*(float(value) for value in np.percentile(numbers, [0, 25, 50, 75, 100]))) if numbers else None
         return Described(one, len(self.rows) - len(values), tuple(Counted(*pair) for pair in most), len(counted), spread)
 
+    def values(self, field: str) -> list[Value | None]:
+        """What each case has in a field, in the order of `rows`.
+
+        Args:
+            field: As `fields` names it.
+        """
+        return [self._value(row, field) for row in self.rows]
+
     def complete(self, where: str, at: int, limit: int = 12) -> Completion:
         """What may stand at a place of a clause that is being typed: fields, operators, or values that these cases have.
 

@@ -33,7 +33,8 @@ from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.picture import DISCLAIMER, html_page, named_facts
 from cxr_retrieval.retrieval.query import QueryResult, query_film
 from cxr_retrieval.retrieval.voting import DEFAULT_K
-from cxr_retrieval.settings import ThumbnailKind
+from cxr_retrieval.settings import DEFAULT_MAPS, ThumbnailKind
+from cxr_retrieval.view.atlas import MOST_CORNERS, MapRoom
 from cxr_retrieval.view.census import Census
 from cxr_retrieval.view.kept import Kept, Uploads
 from cxr_retrieval.view.marks import came_and_went, changed, shown_keys
@@ -115,15 +116,23 @@ class ReadingRoom:
 
     Attributes:
         shelf: Collections of cases.
+        map: The gallery at a glance.
 
     Args:
         audit: Log of who asked and marked what.
         source: The hospital that dropped films come from.
         collections: File that they are kept in; None: beside the log.
+        maps: Folder in which the gallery's map is kept; None: beside the log.
     """
 
     def __init__(
-        self, servers: Servers, results: Sequence[Results], audit: Path, source: str | None = None, collections: Path | None = None
+        self,
+        servers: Servers,
+        results: Sequence[Results],
+        audit: Path,
+        source: str | None = None,
+        collections: Path | None = None,
+        maps: Path | None = None,
     ) -> None:
         self._servers, self._results, self._audit, self._source = servers, results, audit, source
         self._answers = Kept[int, dict[str, Any]](_ANSWERS)
@@ -137,6 +146,8 @@ class ReadingRoom:
             opened.callback(servers.close)
             self._census = Census(servers)
             opened.callback(self._census.close)
+            self.map = MapRoom(servers, self._census, maps or audit.with_name(DEFAULT_MAPS.name), source)
+            opened.callback(self.map.close)
             self._uploads = Uploads()
             opened.callback(self._uploads.close)
             self.shelf = Shelf(collections or audit.with_name(COLLECTIONS), servers, audit, _case_json)
@@ -299,6 +310,28 @@ class ReadingRoom:
             raise UsageError("the page of cases is out of range", expected=f"at most {MOST_ROWS} of the first {MAX_HITS}")
         with self._servers.reached() as reached:
             return [_case_json(case) for case in reached.store.browse(reached.store.clause(where, text), limit, offset)]
+
+    def brushed(self, number: int, corners: Sequence[Sequence[float]], limit: int, offset: int) -> dict[str, Any]:
+        """What the map of this number has in a region: how many cases, some of them, and what is known of them all.
+
+        Raises:
+            UsageError: It is no region.
+        """
+        if not (0 < limit <= MOST_ROWS and offset >= 0):
+            raise UsageError("the page of cases is out of range", expected=f"at most {MOST_ROWS}")
+        if not 3 <= len(corners) <= MOST_CORNERS:
+            raise UsageError("this is no region of the map", expected=f"3 to {MOST_CORNERS} corners", got=str(len(corners)))
+        sheet = self.map.sheet(number)
+        keys = sheet.inside(corners)
+        shown, summary = keys[offset : offset + limit], sheet.summary(keys)
+        with self._servers.reached() as reached:
+            held = reached.store.cases(shown)
+        cases = [_case_json(held[key]) for key in shown if key in held]
+        return {"total": len(keys), "cases": cases, "summary": summary.as_json(), "told": summary.lines()}
+
+    def marked(self, number: int, answer: int) -> dict[str, Any]:
+        """Where the map of this number has an answer's film and its neighbours (`Sheet.marks`)."""
+        return self.map.sheet(number).marks([(hit["key"], hit["similarity"]) for hit in self.answer(answer)["neighbours"]])
 
     def clause(self, where: str, text: str, typed: str, at: int) -> dict[str, Any]:
         """What a filter says, and what may be written next.

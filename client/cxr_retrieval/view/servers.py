@@ -34,10 +34,14 @@ class Servers:
 
     After a failure the next request opens them anew: other weights, a gallery that was made again or a server that came back are then met
     as they are. What others still use is closed when they have done.
+
+    Attributes:
+        milvus: Where the gallery is.
     """
 
     def __init__(self, triton: TritonSettings, milvus: MilvusSettings, pseudonyms: PseudonymSettings) -> None:
         self._settings = triton, milvus, pseudonyms
+        self.milvus = milvus
         self._lock = threading.Lock()
         self._now: Reached | None = None
 

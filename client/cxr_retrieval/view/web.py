@@ -17,6 +17,13 @@
                                           so is in no address
     POST /api/clause                      {where?, text?, typed?, at?} → what a filter says, and what may be written next
                                           (`ReadingRoom.clause`)
+    GET  /api/map                         the gallery at a glance, how far it is (`MapRoom.state`); the map has an id, which changes with it
+    POST /api/map                         {anew?} → {}: try again after a failure, or compute it anew
+    GET  /api/map/{map}/points            x and y of each case, in [−1, 1]: float32, little-endian
+    GET  /api/map/{map}/colours?field=    a byte for each case, in the same order; the header X-CXR-Legend says what they mean,
+                                          {kind, ends, entries: [{name, low, high, cases, voted, agree}]} (`Coloured`)
+    GET  /api/map/{map}/queries/{id}      where an answer's film and its neighbours lie: {query: [x, y], neighbours: [{rank, x, y}]}
+    POST /api/map/{map}/cases             {corners: [[x, y], …], limit?, offset?} → {total, cases, summary, told} of a region
     GET  /api/worklist?list=&sort=&descending=&limit=&offset=
                                           {lists, rows, total, whole}: `recent` queries, or lines of results files (0, 1, …)
     GET  /api/collections                 {collections: [{id, name, made, pins}, …]}
@@ -40,6 +47,7 @@ import json
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -91,9 +99,7 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
         height, width = found.stored.shape
         about: dict[str, Any] = {"width": width, "height": height, "intercept": found.intercept, "slope": found.slope}
         about |= {"low": found.low, "high": found.high, "inverted": found.inverted, "shrunk": found.shrunk}
-        return Response(
-            found.stored.astype("<u2").tobytes(), media_type="application/octet-stream", headers={"x-cxr-film": json.dumps(about)}
-        )
+        return _octets(found.stored.astype("<u2").tobytes(), {"x-cxr-film": json.dumps(about)})
 
     async def thumbnail(request: Request) -> Response:
         return _png(await run_in_threadpool(room.thumbnail, request.path_params["film"]))
@@ -111,6 +117,30 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
         given = _given(await _body(request, _JSON_BYTES))
         where, text, typed = (_typed(given, name, "") for name in ("where", "text", "typed"))
         return JSONResponse(await run_in_threadpool(room.clause, where, text, typed, _typed(given, "at", len(typed))))
+
+    async def map_state(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(room.map.state))
+
+    async def map_again(request: Request) -> Response:
+        room.map.again(anew=_typed(_given(await _body(request, _JSON_BYTES)), "anew", default=False))
+        return JSONResponse({}, 202)
+
+    async def points(request: Request) -> Response:
+        return _octets(room.map.sheet(request.path_params["map"]).points.tobytes())
+
+    async def colours(request: Request) -> Response:
+        field = request.query_params.get("field", "label")
+        found = await run_in_threadpool(room.map.sheet(request.path_params["map"]).coloured, field)
+        about = {"kind": found.kind, "ends": found.ends, "entries": [asdict(entry) for entry in found.entries]}
+        return _octets(found.codes.tobytes(), {"x-cxr-legend": json.dumps(about)})
+
+    async def map_marks(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(room.marked, request.path_params["map"], request.path_params["number"]))
+
+    async def brushed(request: Request) -> Response:
+        given = _given(await _body(request, _JSON_BYTES))
+        limit, offset = _typed(given, "limit", 60), _typed(given, "offset", 0)
+        return JSONResponse(await run_in_threadpool(room.brushed, request.path_params["map"], _corners(given), limit, offset))
 
     async def worklist(request: Request) -> Response:
         asked = request.query_params
@@ -183,6 +213,12 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
             Route("/api/films/{film}/explanation", _safely(explanation)),
             Route("/api/cases", _safely(cases), methods=["POST"]),
             Route("/api/clause", _safely(clause), methods=["POST"]),
+            Route("/api/map", _safely(map_state)),
+            Route("/api/map", _safely(map_again), methods=["POST"]),
+            Route("/api/map/{map:int}/points", _safely(points)),
+            Route("/api/map/{map:int}/colours", _safely(colours)),
+            Route("/api/map/{map:int}/queries/{number:int}", _safely(map_marks)),
+            Route("/api/map/{map:int}/cases", _safely(brushed), methods=["POST"]),
             Route("/api/worklist", _safely(worklist)),
             Route("/api/queries/{number:int}/marks", _safely(marks), methods=["POST"]),
             Route("/api/queries/{number:int}/page", _safely(saved)),
@@ -294,6 +330,18 @@ def _number(text: str | None, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError("a number is malformed", expected="digits", next_step="reload the page")
     return int(text)
+
+
+def _corners(given: dict[str, Any]) -> list[list[float]]:
+    corners = _typed(given, "corners", list[Any]())
+    for corner in corners:
+        if not (isinstance(corner, list) and len(corner) == 2 and all(type(part) in (int, float) and abs(part) <= 1e6 for part in corner)):
+            raise _malformed("corners as pairs of numbers")
+    return corners
+
+
+def _octets(data: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(data, media_type="application/octet-stream", headers=headers)
 
 
 def _attached(text: str, name: str, kind: str) -> Response:

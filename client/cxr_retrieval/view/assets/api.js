@@ -22,6 +22,11 @@ export const status = async () => (await request("/api/status")).json();
 export const answer = async (id) => (await request(`/api/queries/${id}`)).json();
 export const cases = async (asked) => (await request("/api/cases", { method: "POST", body: JSON.stringify(asked) })).json();
 export const clause = async (typed) => (await request("/api/clause", { method: "POST", body: JSON.stringify(typed) })).json();
+export const map = async () => (await request("/api/map")).json();
+export const mapAgain = (asked) => request("/api/map", { method: "POST", body: JSON.stringify(asked) });
+export const mapPoints = async (id) => new Float32Array(await (await request(`/api/map/${id}/points`)).arrayBuffer());
+export const mapMarks = async (id, query) => (await request(`/api/map/${id}/queries/${query}`)).json();
+export const mapCases = async (id, asked) => (await request(`/api/map/${id}/cases`, { method: "POST", body: JSON.stringify(asked) })).json();
 export const worklist = async (asked) => (await request(`/api/worklist?${new URLSearchParams(asked)}`)).json();
 export const ask = async (question) => (await request("/api/queries", { method: "POST", body: JSON.stringify(question) })).json();
 export const mark = async (id, marks) => (await request(`/api/queries/${id}/marks`, { method: "POST", body: JSON.stringify({ marks }) })).json();
@@ -55,6 +60,12 @@ export async function explanation(film, signal) {
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(picture, 0, 0);
   return { width, height, pixels: context.getImageData(0, 0, width, height).data };
+}
+
+/** A map's colours by a field: {codes: Uint8Array, kind, ends, entries}. */
+export async function mapColours(id, field) {
+  const response = await request(`/api/map/${id}/colours?${new URLSearchParams({ field })}`);
+  return { ...JSON.parse(response.headers.get("x-cxr-legend")), codes: new Uint8Array(await response.arrayBuffer()) };
 }
 
 export const thumbnail = (film) => `/api/films/${film}/thumbnail`;

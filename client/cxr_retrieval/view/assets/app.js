@@ -6,17 +6,20 @@ import { CollectionsPage, PinSheet } from "./collections.js";
 import { ComparePage } from "./compare.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { isElsewhere } from "./keys.js";
+import { MapPage } from "./map.js";
 import { useMarkKeys } from "./marks.js";
 import { QueryPage } from "./query.js";
 import { answer, askFile, asking, overlay, refreshServer, route, said, server, signedOut, toCase, toQuery } from "./state.js";
 import { WorklistPage } from "./worklist.js";
 
+const PAGES = { worklist: WorklistPage, cases: CasesPage, collections: CollectionsPage, map: MapPage };
 const THEMES = ["dark", "light", "system"];
 
 const KEYS = [
-  ["Anywhere", [["1 … 9, 0", "open neighbour 1 … 9, 10"], ["/", "to the filter"], ["O", "attention on and off"], ["C", "lung outline on and off"], ["G then Q, W, S, C", "query, worklist, stored cases, collections"], ["?", "this sheet"]]],
+  ["Anywhere", [["1 … 9, 0", "open neighbour 1 … 9, 10"], ["/", "to the filter"], ["O", "attention on and off"], ["C", "lung outline on and off"], ["G then Q, W, S, C, M", "query, worklist, stored cases, collections, map"], ["?", "this sheet"]]],
   ["On a film", [["Arrows", "pan; so does dragging"], ["+ and −", "zoom; so does the wheel"], ["0", "fit"], ["Shift + arrows", "level (up, down) and width (left, right)"], ["Right drag", "the same; so does W while dragging"], ["R", "reset; so does a double click"]]],
   ["Marks and pins", [["Y and X", "the case that has the focus, or lies beside the film, is relevant or not"], ["A", "ask anew with the marks"], ["U", "undo the last mark"], ["B", "pin that case, else the film"]]],
+  ["On the map", [["Arrows", "pan; so does dragging"], ["+ and −", "zoom; so does the wheel"], ["0", "all of it"], ["Enter", "the cases inside the dashed frame"], ["Shift while dragging", "the cases inside a rectangle"], ["Escape", "no region"]]],
   ["Comparing", [["N and P", "next and previous case"], ["L", "move both together, or each alone"], ["Escape", "back to all neighbours"]]],
 ];
 
@@ -43,6 +46,7 @@ function App() {
       <nav aria-label="Pages">
         ${link("query", answer.value ? toQuery(answer.value.id) : "#/", "Query", page)} ${link("worklist", "#/worklist", "Worklist", page)}
         ${link("cases", "#/cases", "Stored cases", page)} ${link("collections", "#/collections", "Collections", page)}
+        ${link("map", "#/map", "Map", page)}
       </nav>
       <strong class="disclaimer">Research use only. Not for diagnosis.</strong>
       <${Server} />
@@ -53,7 +57,7 @@ function App() {
     </header>
     <p class="unseen" role="status" aria-live="polite">${said.value}</p>
     ${asking.value && html`<p class="asking"><span>Asking about ${asking.value.name} …</span></p>`}
-    ${page === "worklist" ? html`<${WorklistPage} />` : page === "cases" ? html`<${CasesPage} />` : page === "collections" ? html`<${CollectionsPage} />` : rank ? html`<${ComparePage} />` : html`<${QueryPage} />`}
+    <${PAGES[page] ?? (rank ? ComparePage : QueryPage)} />
     ${dragging && html`<div class="dropping"><p>Drop the film to ask about it</p></div>`}
     <${Sheet} dialog=${sheet} />
     <${PinSheet} />
@@ -115,7 +119,7 @@ function SignIn() {
 function useKeys(sheet) {
   useEffect(() => {
     let going = 0;
-    const pages = { q: answer.value ? toQuery(answer.value.id) : "#/", w: "#/worklist", s: "#/cases", c: "#/collections" };
+    const pages = { q: answer.value ? toQuery(answer.value.id) : "#/", w: "#/worklist", s: "#/cases", c: "#/collections", m: "#/map" };
     const key = (event) => {
       if (isElsewhere(event) || signedOut.value) return;
       const found = answer.value;

@@ -44,18 +44,7 @@ export function CasesPage() {
     ${found?.length === 0 && !problem && html`<p class="nothing">No case ${asked.where || asked.text ? "meets this" : "is in the gallery yet: fill it with `cxr ingest`"}.</p>`}
     <section class="neighbours">
       <ol>
-        ${(found ?? []).map(
-          (held) => html`<li key=${held.key}>
-            <button type="button" class="card" disabled=${asking.value !== null} onClick=${() => askFilm(held.film, `case ${held.key.slice(0, 12)}`)} aria-label=${`Ask about case ${held.key.slice(0, 12)}: ${labelName(held.label)}`}>
-              <${Thumb} film=${held.film} alt="" />
-              <span class="text">
-                <span class="line"><${Label} label=${held.label} /></span>
-                ${briefFacts(held.facts).map((line) => html`<span class="fact">${line}</span>`)}
-                <span class="fact quiet">${held.source ?? "source unknown"}</span>
-              </span>
-            </button>
-          </li>`,
-        )}
+        ${(found ?? []).map((held) => html`<${StoredCase} key=${held.key} held=${held} />`)}
       </ol>
     </section>
     ${(asked.offset > 0 || found?.length === SHOWN) &&
@@ -65,4 +54,19 @@ export function CasesPage() {
       <button type="button" disabled=${(found?.length ?? 0) < SHOWN} onClick=${() => setAsked({ ...asked, offset: asked.offset + SHOWN })}>Next</button>
     </nav>`}
   </main>`;
+}
+
+/** A case, to ask about. */
+export function StoredCase({ held }) {
+  const name = `case ${held.key.slice(0, 12)}`;
+  return html`<li>
+    <button type="button" class="card" disabled=${asking.value !== null} onClick=${() => askFilm(held.film, name)} aria-label=${`Ask about ${name}: ${labelName(held.label)}`}>
+      <${Thumb} film=${held.film} alt="" />
+      <span class="text">
+        <span class="line"><${Label} label=${held.label} /></span>
+        ${briefFacts(held.facts).map((line) => html`<span class="fact">${line}</span>`)}
+        <span class="fact quiet">${held.source ?? "source unknown"}</span>
+      </span>
+    </button>
+  </li>`;
 }

@@ -23,10 +23,10 @@ export const toCase = (id, rank) => `#/query/${id}/case/${rank}`;
 
 export const toCollection = (id) => `#/collections/${id}`;
 
-/** {page: query | worklist | cases | collections, id, rank} */
+/** {page: query | worklist | cases | collections | map, id, rank} */
 function parsed(hash) {
   const [page = "", id, , rank] = hash.replace(/^#\/?/, "").split("/");
-  if (page === "worklist" || page === "cases") return { page };
+  if (["worklist", "cases", "map"].includes(page)) return { page };
   if (page === "collections") return { page, id: Number(id) || null };
   return { page: "query", id: Number(id) || null, rank: Number(rank) || null };
 }
