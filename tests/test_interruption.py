@@ -4,11 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from cxr_retrieval.interruption import uninterrupted, until_interrupted
 from tests_support import as_at_a_terminal
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """As Python has it at a terminal: what is run in the background by a shell is deaf to it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def test_a_signal_waits_for_the_end_of_the_block() -> None:

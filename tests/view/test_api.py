@@ -6,8 +6,8 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,19 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(server: Endpoints, served_gallery: str, dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    folder = tmp_path_factory.mktemp("page")
+    with opened(server, served_gallery, dicom, tmp_path_factory.mktemp("page")) as one:
+        yield one
+
+
+@pytest.fixture
+def fresh(server: Endpoints, served_gallery: str, dicom: Path, tmp_path: Path) -> Iterator[Page]:
+    """One that nobody has asked anything."""
+    with opened(server, served_gallery, dicom, tmp_path) as one:
+        yield one
+
+
+@contextmanager
+def opened(server: Endpoints, served_gallery: str, dicom: Path, folder: Path) -> Generator[Page]:
     servers = Servers(TritonSettings(server.grpc), MilvusSettings(served_gallery), PseudonymSettings(KEY_FILE))
     with closing(ReadingRoom(servers, [Results(results_of(folder, dicom))], folder / "audit.jsonl", "phantom-north")) as room:
         client = TestClient(application(room, Access(), (), 8080, MOST), "http://127.0.0.1:8080", raise_server_exceptions=False)
@@ -196,7 +208,7 @@ def test_the_hospital_of_dropped_films(page: Page, dicom: Path) -> None:
 
 
 def test_a_case_whose_file_is_gone_or_another_is_shown_as_the_gallery_keeps_it(
-    page: Page, gallery: Store, phantom_manifest: Path, tmp_path: Path, reader: FilmReader
+    fresh: Page, gallery: Store, phantom_manifest: Path, tmp_path: Path, reader: FilmReader
 ) -> None:
     rows = read_manifest(phantom_manifest).rows
     row, other = rows[0], rows[1]
@@ -204,26 +216,26 @@ def test_a_case_whose_file_is_gone_or_another_is_shown_as_the_gallery_keeps_it(
     original, name = reader.read(row.path), f"case-{key}"
     shutil.move(row.path, tmp_path / "kept.png")
     try:
-        gone = page.get(f"/api/films/{name}/greys", status=422)["error"]
+        gone = fresh.get(f"/api/films/{name}/greys", status=422)["error"]
         assert gone["what"] == "no picture of this case: its file is no longer where it was"
         shutil.copy(other.path, row.path)
-        changed = page.get(f"/api/films/{name}/thumbnail", status=422)["error"]
+        changed = fresh.get(f"/api/films/{name}/thumbnail", status=422)["error"]
         assert "its file has changed since it was ingested" in changed["message"]
         assert "--thumbnails" in changed["next_step"]
         lungs = np.where(np.arange(256) < 128, original.square, 0).astype(np.uint8)
         for kind, square in ((ThumbnailKind.lungs, lungs), (ThumbnailKind.full, original.square)):
             gallery.keep_thumbnails([Thumbnail(key, kind, kind.value * 8, square)])
-            assert (page.greys(name)[1] + page.greys(name)[0]["intercept"] == square).all()
+            assert (fresh.greys(name)[1] + fresh.greys(name)[0]["intercept"] == square).all()
             whole = kind is ThumbnailKind.full
-            asked = page.post("/api/queries", json={"film": name}, status=200 if whole else 422)
+            asked = fresh.post("/api/queries", json={"film": name}, status=200 if whole else 422)
             assert whole or "only the lungs are kept" in asked["error"]["what"]
-            page.client.get(f"/api/films/{name}/explanation").raise_for_status() if whole else page.get(
+            fresh.client.get(f"/api/films/{name}/explanation").raise_for_status() if whole else fresh.get(
                 f"/api/films/{name}/explanation", status=422
             )
     finally:
         gallery.remove_thumbnails([key])
         shutil.move(tmp_path / "kept.png", row.path)
-    assert page.greys(name)[1].shape == original_shape(row.path)
+    assert fresh.greys(name)[1].shape == original_shape(row.path)
 
 
 def original_shape(path: Path) -> tuple[int, int]:

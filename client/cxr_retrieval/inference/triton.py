@@ -29,7 +29,7 @@ from cxr_retrieval.settings import Tls, TritonSettings
 BATCH_SIZE: Final = 8
 """Radiographs per request in bulk work; the ensemble itself never batches, its steps do."""
 
-_TRUSTED_S: Final = 1.0
+TRUSTED_S: Final = 1.0
 """How long an answer is taken to come from the weights that were last announced: no Triton restarts and loads others within."""
 
 Images = NDArray[np.uint8]
@@ -146,7 +146,7 @@ class TritonClient:
         tensor.set_data_from_numpy(images)
         wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
         result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted, trace)
-        if time.monotonic() > self._announced_at + _TRUSTED_S:
+        if time.monotonic() > self._announced_at + TRUSTED_S:
             self.probe()
         return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
 
