@@ -225,15 +225,17 @@ def test_axe_finds_no_serious_fault(viewed: Viewed, opened: Opened, theme: str) 
 
 @pytest.fixture(scope="module")
 def phantoms_viewed(
-    server: Endpoints, triton: TritonClient, reader: FilmReader, pseudonyms: Pseudonyms, tmp_path_factory: pytest.TempPathFactory
+    student_server: Endpoints, student: TritonClient, reader: FilmReader, pseudonyms: Pseudonyms, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Viewed]:
     """A gallery of phantoms, whose map the page computes."""
     folder = tmp_path_factory.mktemp("phantoms")
-    manifest = write_phantoms(folder, [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(2000, 2100)])
+    manifest = write_phantoms(folder, [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(2000, 2080)])
     with embedded_milvus(folder / "gallery.db", "127.0.0.1", 0) as uri:
-        with Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store:
-            ingest(read_manifest(manifest).rows, reader, triton, store, lambda _: None)
-        with Viewed("--triton", server.grpc, "--milvus", uri, environment=ENVIRONMENT | {"CXR_MAPS": str(folder / "maps")}) as running:
+        with Store(MilvusSettings(uri), student.model_version, pseudonyms, create=True) as store:
+            ingest(read_manifest(manifest).rows, reader, student, store, lambda _: None)
+        with Viewed(
+            "--triton", student_server.grpc, "--milvus", uri, environment=ENVIRONMENT | {"CXR_MAPS": str(folder / "maps")}
+        ) as running:
             yield running
 
 

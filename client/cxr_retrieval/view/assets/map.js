@@ -153,9 +153,10 @@ function Stage({ sheet, colours, chosen, cases }) {
     const [width, height] = [Math.round(clientWidth * dots()), Math.round(clientHeight * dots())];
     for (const canvas of [points.current, over.current]) if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     const { zoom } = view.value;
-    const dot = Math.min(9, Math.max(2, (0.55 * Math.min(clientWidth, clientHeight)) / Math.sqrt(cases))) * Math.min(2.5, zoom ** 0.35);
+    const side = Math.min(clientWidth, clientHeight);
+    const dot = Math.min(0.013 * side, Math.max(2, (0.55 * side) / Math.sqrt(cases))) * Math.min(2.5, zoom ** 0.35);
     scene.painter.draw(view.value, dot * dots());
-    drawOver(over.current.getContext("2d"), scene, width, height, dots(), points.current.matches(":focus-visible"));
+    drawOver(over.current.getContext("2d"), scene, width, height, dots() * (parseFloat(getComputedStyle(document.documentElement).fontSize) / 14), points.current.matches(":focus-visible"));
     points.current.dataset.drawn = scene.painter.kind;
   };
   const redraw = () => {
