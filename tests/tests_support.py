@@ -135,16 +135,14 @@ def real_milvus(**settings: object) -> Generator[Any]:
     ):
         flock(lock, LOCK_EX)
         config = MilvusServerConfig(data_dir=folder)
-        for name, value in {"proxy_port": free_ports(1)[0], **settings}.items():
+        for name, value in settings.items():
             config.set(name, value)
         server: Any = MilvusServer(config)
-        with (
-            warnings.catch_warnings()
-        ):  # where a port is taken, the package leaves a socket open, of which some later test would be accused
-            warnings.simplefilter("ignore", ResourceWarning)
-            server.start()
-            gc.collect()
         try:
+            with warnings.catch_warnings():  # the package forgets its socket where a port is taken; some later test would be accused of it
+                warnings.simplefilter("ignore", ResourceWarning)
+                server.start()
+                gc.collect()
             yield server
         finally:
             server.stop()
