@@ -27,7 +27,7 @@ from cxr_retrieval.serving.server import Endpoints, embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
 from tests_support import ENVIRONMENT, Viewed
 
-CASES, MANY = 5000, 50_000
+CASES, MANY = 3000, 50_000
 READ_BACK = "GPU stall"
 """What Chromium complains of where a test looks at what was drawn."""
 
@@ -46,10 +46,11 @@ def made_up(clusters: Clusters, store: Store) -> Atlas:
 
 def viewing(count: int, folder: Path, server: Endpoints, triton: TritonClient, pseudonyms: Pseudonyms) -> Iterator[Viewed]:
     with embedded_milvus(folder / "gallery.db", "127.0.0.1", 0) as uri:
-        with Store(MilvusSettings(uri), triton.model_version, pseudonyms, create=True) as store:
+        milvus = MilvusSettings(uri, timeout_s=300)  # others may want the machine, too
+        with Store(milvus, triton.model_version, pseudonyms, create=True) as store:
             clusters = fill(store, count, clusters=8)
-            keep(made_up(clusters, store), kept_at(folder / "maps", MilvusSettings(uri), store), store)
-        options = ("--triton", server.grpc, "--milvus", uri, "--source", "north", "--timeout", "60")
+            keep(made_up(clusters, store), kept_at(folder / "maps", milvus, store), store)
+        options = ("--triton", server.grpc, "--milvus", uri, "--source", "north", "--timeout", "300")
         with Viewed(*options, environment=ENVIRONMENT | {"CXR_MAPS": str(folder / "maps")}) as running:
             yield running
             running.stop()
@@ -81,7 +82,7 @@ def colours(page: Page) -> list[int]:
 def test_a_gallery_is_coloured_looked_at_and_brushed(viewed: Viewed, opened: Opened, film: Path) -> None:
     page = opened(viewed.url + "#/map", expecting=f"422|{READ_BACK}")
     shown(page)
-    for words in ("5,000 cases of 4 sources", "agrees with the label of", "are of north, your hospital"):
+    for words in ("3,000 cases of 4 sources", "agrees with the label of", "are of north, your hospital"):
         expect(page.locator(".legend-side")).to_contain_text(words)
     expect(page.locator(".entry-name")).to_have_count(3)
     whole = colours(page)
@@ -94,7 +95,7 @@ def test_a_gallery_is_coloured_looked_at_and_brushed(viewed: Viewed, opened: Ope
     expect(page.locator(".entry-name").last).to_have_text("unknown")
     assert colours(page) != whole
     page.get_by_label("Coloured by").select_option("source")
-    expect(page.locator(".entry-name").first).to_have_text("north")
+    expect(page.locator(".entry-name").filter(has_text="north")).to_have_count(1)
     canvas = page.locator("canvas[data-drawn]")
     before = colours(page)
     canvas.focus()
@@ -123,9 +124,9 @@ def test_a_gallery_is_coloured_looked_at_and_brushed(viewed: Viewed, opened: Ope
         for dx, dy in ((1, 0), (1, 1), (0, 1))[0 if tool == "Lasso" else 1 :][: 3 if tool == "Lasso" else 1]:
             page.mouse.move(box["x"] + 5 + dx * (box["width"] - 10), box["y"] + 5 + dy * (box["height"] - 10), steps=4)
         page.mouse.up()
-        expect(page.locator(".region h2")).to_have_text("5,000 cases in this region")
+        expect(page.locator(".region h2")).to_have_text("3,000 cases in this region")
     page.get_by_role("button", name="Next").click()
-    expect(page.locator(".region .pager span")).to_have_text("25 to 48 of 5,000")
+    expect(page.locator(".region .pager span")).to_have_text("25 to 48 of 3,000")
 
 
 def test_a_film_lies_among_its_neighbours(viewed: Viewed, opened: Opened, film: Path) -> None:
