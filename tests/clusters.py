@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.gallery.balance import VECTOR_SIZE
 from cxr_retrieval.gallery.store import Store, make_entry
+from vectors import with_unit_parts
 
 LABELS = ("control", "covid19", "non_covid_pneumonia")
 SOURCES = ("north", "south", "east", "west")
@@ -27,13 +28,12 @@ class Clusters:
 def fill(store: Store, count: int, *, clusters: int = 3, start: int = 0, patients_of: int = 2, seed: int = 3) -> Clusters:
     """Stores cases `start` to `start + count`, `patients_of` films of each patient; a cluster is mostly of one label and one source."""
     random = np.random.default_rng((seed, start))
-    centres = np.random.default_rng(seed).normal(size=(clusters, EMBEDDING_SIZE))
+    centres = np.random.default_rng(seed).normal(size=(clusters, VECTOR_SIZE))
     of = random.integers(clusters, size=count)
     keys: list[str] = []
     for first in range(0, count, 5000):
         some = range(first, min(first + 5000, count))
-        vectors = centres[of[first : some.stop]] + 0.7 * random.normal(size=(len(some), EMBEDDING_SIZE))
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = centres[of[first : some.stop]] + 0.7 * random.normal(size=(len(some), VECTOR_SIZE))
         rows: list[ManifestRow] = []
         for number in some:
             name, stray = f"case-{start + number}", random.random() < 0.1
@@ -43,7 +43,7 @@ def fill(store: Store, count: int, *, clusters: int = 3, start: int = 0, patient
             patient, source = f"patient-{(start + number) // patients_of}", SOURCES[of[number] % len(SOURCES)]
             rows.append(ManifestRow(Path("/nowhere"), name, Path("/nowhere") / f"{name}.png", label, patient, source, None, facts))
         entries = [make_entry(row, "", store.pseudonyms) for row in rows]
-        store.upsert(entries, [""] * len(entries), vectors.astype(np.float32))
+        store.upsert(entries, [""] * len(entries), with_unit_parts(vectors))
         keys += [entry.key for entry in entries]
     store.publish()
     return Clusters(keys, of)

@@ -42,6 +42,7 @@ def test_ensemble(repository: Path) -> None:
     assert sorted(specs(config.output)) == sorted(
         [
             ("EMBEDDING", "FP32", (64,)),
+            ("APPEARANCE", "FP32", (56,)),
             ("LUNG_MASK", "UINT8", (1, 256, 256)),
             ("ATTENTION_MAP", "FP32", (1, 256, 256)),
             ("FEATURES", "FP32", (2048,)),

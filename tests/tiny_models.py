@@ -42,8 +42,8 @@ def tiny_graph(name: str) -> onnx.ModelProto:
             node("Sub", ["limit", "mean"], ["left"]),
             node("Log", ["left"], ["log"]),
             node("Flatten", ["log"], ["flat"]),
-            *(part for spec in leaf.outputs[:2] for part in (shape(spec), node("Expand", ["flat", f"shape_{spec.name}"], [spec.name]))),
-            shape(leaf.outputs[2]),
+            *(part for spec in leaf.outputs[:3] for part in (shape(spec), node("Expand", ["flat", f"shape_{spec.name}"], [spec.name]))),
+            shape(leaf.outputs[3]),
             node("Sigmoid", ["log"], ["gate"]),
             node("Expand", ["gate", "shape_ATTENTION"], ["ATTENTION"]),
         ]

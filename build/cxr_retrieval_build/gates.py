@@ -23,8 +23,9 @@ from rich.text import Text
 from torch import nn
 
 from cxr_retrieval.cases.manifest import Manifest
-from cxr_retrieval.contract import EMBEDDER, EMBEDDING, IMAGE, LUNG_MASK, LUNG_SEGMENTATION, LUNGS
+from cxr_retrieval.contract import EMBEDDER, IMAGE, LUNG_MASK, LUNG_SEGMENTATION, LUNGS
 from cxr_retrieval.errors import SetupError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval.serving.choices import (
@@ -50,7 +51,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Answers:
-    """LUNG_MASK `[n, 1, 256, 256]` and EMBEDDING `[n, 64]` of the same images."""
+    """LUNG_MASK `[n, 1, 256, 256]` of images, and `[n, 120]` by which they are compared at the default balance."""
 
     masks: Images
     embeddings: Vectors
@@ -58,7 +59,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Embeddings `[m, 64]` with their labels."""
+    """What images are compared by `[m, 120]`, with their labels."""
 
     embeddings: Vectors
     labels: Sequence[str]
@@ -244,8 +245,8 @@ def pytorch_answers(segmenter: nn.Module, embedder: nn.Module, images: Images) -
     for i in track(range(len(images)), "PyTorch fp32"):
         mask, lungs, _ = segmenter(torch.from_numpy(images[i : i + 1]))
         masks[i] = mask[0].numpy()
-        embeddings.append(embedder(lungs)[0][0].numpy())
-    return Answers(masks, np.stack(embeddings))
+        embeddings.append(_compared_by([part.numpy() for part in embedder(lungs)]))
+    return Answers(masks, np.concatenate(embeddings))
 
 
 def openvino_answers(repository: Path, graph: Path, precision: Precision, images: Images) -> Answers:
@@ -256,9 +257,9 @@ def openvino_answers(repository: Path, graph: Path, precision: Precision, images
 
 
 def embed(repository: Path, lungs: Images) -> Vectors:
-    """EMBEDDING of LUNGS by the served embedder."""
+    """What LUNGS are compared by, from the served embedder."""
     path = graph_file(repository, EMBEDDER, Segmentation.ensemble)
-    return CpuEngine(path)(lungs, "embedding")[0]
+    return _compared_by(CpuEngine(path)(lungs, "embedding"))
 
 
 def engine_graph_answers(measure: Measure, precision: EnginePrecision) -> Answers:
@@ -275,9 +276,14 @@ def engine_graph_answers(measure: Measure, precision: EnginePrecision) -> Answer
     for i in track(range(len(images)), f"ONNX Runtime {precision.value}"):
         found: Any = segment.run([LUNG_MASK.name, LUNGS.name], {IMAGE.name: images[i : i + 1]})
         masks[i] = found[0][0]
-        vector: Any = embedder.run([EMBEDDING.name], {LUNGS.name: found[1]})
-        embeddings.append(vector[0][0])
-    return Answers(masks, np.stack(embeddings))
+        parts: Any = embedder.run([part.name for part in PARTS], {LUNGS.name: found[1]})
+        embeddings.append(_compared_by(parts))
+    return Answers(masks, np.concatenate(embeddings))
+
+
+def _compared_by(outputs: Sequence[NDArray[Any]]) -> Vectors:
+    """`[n, 120]` of the embedder's outputs, of which PARTS are the first."""
+    return comparable(side_by_side({part.name: values for part, values in zip(PARTS, outputs, strict=False)}), DEFAULT_BALANCE)
 
 
 def _nearest(embeddings: Vectors, gallery: Gallery) -> list[tuple[list[int], list[float]]]:

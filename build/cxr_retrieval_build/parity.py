@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cxr_retrieval.contract import (
+    APPEARANCE,
     ATTENTION,
     ATTENTION_MAP,
     EMBEDDING,
@@ -48,6 +49,7 @@ TOLERANCES: Final = {
     LUNGS.name: Tolerance(255.0, 0.998),
     LUNG_AGREEMENT.name: Tolerance(0.005, 0.9999),
     EMBEDDING.name: Tolerance(0.01, 0.9995),
+    APPEARANCE.name: Tolerance(0.01, 0.9995),
     FEATURES.name: Tolerance(0.1, 0.999),
     ATTENTION.name: Tolerance(0.02, 0.9999),
     ATTENTION_MAP.name: Tolerance(0.001, 0.99999),

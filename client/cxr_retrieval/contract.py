@@ -12,6 +12,7 @@ from typing import Final, Literal
 IMAGE_SIZE: Final = 256
 """Side of the square radiograph on the wire, in pixels."""
 EMBEDDING_SIZE: Final = 64
+APPEARANCE_SIZE: Final = 56
 FEATURE_SIZE: Final = 2048
 ATTENTION_SIZE: Final = 16
 
@@ -55,7 +56,9 @@ LUNG_AGREEMENT: Final = TensorSpec("LUNG_AGREEMENT", "FP32", (1,))
 MASK: Final = TensorSpec("MASK", "UINT8", (1, IMAGE_SIZE, IMAGE_SIZE))
 """LUNG_MASK as the last step receives it (a graph cannot call its input and its output the same)."""
 EMBEDDING: Final = TensorSpec("EMBEDDING", "FP32", (EMBEDDING_SIZE,))
-"""Unit length (L2)."""
+"""What was learnt from labels: the metric embedding, of unit length (L2)."""
+APPEARANCE: Final = TensorSpec("APPEARANCE", "FP32", (APPEARANCE_SIZE,))
+"""What the lungs look like, of unit length (L2); no label was looked at to find it."""
 FEATURES: Final = TensorSpec("FEATURES", "FP32", (FEATURE_SIZE,))
 ATTENTION: Final = TensorSpec("ATTENTION", "FP32", (1, ATTENTION_SIZE, ATTENTION_SIZE))
 """The embedder's attention mask in [0, 1] over the lungs' bounding box (between the last two steps only).
@@ -66,7 +69,7 @@ stand out from the rest of that film; the values of two films do not compare, an
 ATTENTION_MAP: Final = TensorSpec("ATTENTION_MAP", "FP32", (1, IMAGE_SIZE, IMAGE_SIZE))
 """ATTENTION at image size, on its scale, 0 outside the lungs."""
 
-ENSEMBLE_OUTPUTS: Final = (EMBEDDING, LUNG_MASK, ATTENTION_MAP, FEATURES, LUNG_AGREEMENT)
+ENSEMBLE_OUTPUTS: Final = (EMBEDDING, APPEARANCE, LUNG_MASK, ATTENTION_MAP, FEATURES, LUNG_AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,6 @@ class LeafSpec:
 
 LEAVES: Final = (
     LeafSpec(LUNG_SEGMENTATION, (IMAGE,), (LUNG_MASK, LUNGS, LUNG_AGREEMENT)),
-    LeafSpec(EMBEDDER, (LUNGS,), (EMBEDDING, FEATURES, ATTENTION)),
+    LeafSpec(EMBEDDER, (LUNGS,), (EMBEDDING, APPEARANCE, FEATURES, ATTENTION)),
     LeafSpec(ATTENTION_MAP_MODEL, (ATTENTION, MASK), (ATTENTION_MAP, LUNG_MASK)),
 )

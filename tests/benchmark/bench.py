@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
-from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, EMBEDDING, LUNG_SEGMENTATION
+from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, LUNG_SEGMENTATION
+from cxr_retrieval.gallery.balance import PARTS, side_by_side
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
@@ -126,7 +127,7 @@ def _service(precision: Precision, segmentation: Segmentation) -> dict[str, Any]
     with serving(precision, segmentation) as (client, process), ThreadPoolExecutor(IN_FLIGHT) as pool:
 
         def ask(batch: Images) -> None:
-            client.infer(batch, (EMBEDDING, ATTENTION_MAP))
+            client.infer(batch, (*PARTS, ATTENTION_MAP))
 
         def served(size: int, count: int) -> float:
             requests = [images[i % 2 : i % 2 + size] for i in range(max(1, count // size))]
@@ -221,8 +222,8 @@ def peer() -> dict[str, Any]:
                 with serving(precision, segmentation) as (client, _):
 
                     def query(i: int, client: TritonClient = client) -> None:
-                        outputs = client.infer(images[i % len(images)][None], (EMBEDDING, ATTENTION_MAP))
-                        store.search(np.asarray(outputs[EMBEDDING.name][0], np.float32), 10 + OWN_EXPECTED)
+                        outputs = client.infer(images[i % len(images)][None], (*PARTS, ATTENTION_MAP))
+                        store.search(side_by_side(outputs)[0], 10 + OWN_EXPECTED)
 
                     rate = in_flight(query, seconds=8.0)
                 found["ours"][f"{segmentation.value} {precision.value}"] = {

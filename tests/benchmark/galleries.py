@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.store import Entry, Store, make_entry
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.query import OWN_EXPECTED
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 from tests_support import real_milvus
+from vectors import with_unit_parts
 
 QUERIES: Final = 100
 K: Final = 10
@@ -28,11 +29,11 @@ Vectors = NDArray[np.float32]
 
 
 def synthetic_embeddings(count: int, seed: int) -> Vectors:
-    """Unit vectors in clumps, as embeddings lie: uniform ones would make approximate search look worse than it is."""
+    """Vectors in clumps, as embeddings lie: uniform ones would make approximate search look worse than it is."""
     random = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).normal(size=(200, EMBEDDING_SIZE))
-    vectors = centres[random.integers(0, len(centres), count)] + 0.6 * random.normal(size=(count, EMBEDDING_SIZE))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    centres = np.random.default_rng(0).normal(size=(200, VECTOR_SIZE))
+    vectors = centres[random.integers(0, len(centres), count)] + 0.6 * random.normal(size=(count, VECTOR_SIZE))
+    return with_unit_parts(vectors)
 
 
 def synthetic_entries(start: int, count: int, pseudonyms: Pseudonyms) -> list[Entry]:
@@ -52,7 +53,7 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
         process: Whose memory to read; None where the store lives in this process.
     """
     queries = synthetic_embeddings(QUERIES, seed=9)
-    gallery = np.empty((0, EMBEDDING_SIZE), np.float32)
+    gallery = np.empty((0, VECTOR_SIZE), np.float32)
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder,
@@ -68,7 +69,7 @@ def measure_gallery(settings: MilvusSettings, sizes: tuple[int, ...], process: i
             store.publish()
             seconds = time.perf_counter() - started
             gallery = np.concatenate([gallery, fresh])
-            exact = np.argsort(-(queries @ gallery.T), axis=1)[:, :K]
+            exact = np.argsort(-(comparable(queries, DEFAULT_BALANCE) @ comparable(gallery, DEFAULT_BALANCE).T), axis=1)[:, :K]
             store.search(queries[0], K + OWN_EXPECTED)
             times, hits = [], 0
             for query, nearest in zip(queries, exact, strict=True):

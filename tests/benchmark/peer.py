@@ -17,7 +17,8 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 
-from cxr_retrieval.contract import EMBEDDING_SIZE, IMAGE_SIZE
+from cxr_retrieval.contract import IMAGE_SIZE
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, blended
 from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
 from cxr_retrieval_training.embedding.embedder import AttentionMapHead
 from cxr_retrieval_training.embedding.train_embedder import build_embedder
@@ -29,9 +30,9 @@ at_once = Semaphore(int(os.environ["CXR_PEER_AT_ONCE"]))
 segmenter = LungSegmenter().eval()
 embedder = build_embedder(load_config(config_path("embedder"), EmbedderConfig), (128, 192)).eval()
 attention_map = AttentionMapHead().eval()
-gallery = np.random.default_rng(0).normal(size=(int(os.environ["CXR_PEER_GALLERY"]), EMBEDDING_SIZE)).astype(np.float32)
+gallery = np.random.default_rng(0).normal(size=(int(os.environ["CXR_PEER_GALLERY"]), VECTOR_SIZE)).astype(np.float32)
 faiss.normalize_L2(gallery)
-index: Any = faiss.IndexFlatIP(EMBEDDING_SIZE)
+index: Any = faiss.IndexFlatIP(VECTOR_SIZE)
 index.add(gallery)
 app = FastAPI()
 
@@ -53,7 +54,7 @@ async def query(request: Request) -> dict[str, list[float]]:
 def _answer(pixels: Any) -> dict[str, list[float]]:
     with at_once:
         mask, lungs, _ = segmenter(torch.from_numpy(pixels.copy()))
-        embedding, _, attention = embedder(lungs)
+        embedding, appearance, _, attention = embedder(lungs)
         attention_map(attention, mask)
-        similarity, nearest = index.search(np.nan_to_num(embedding.numpy()), 10)
+        similarity, nearest = index.search(np.nan_to_num(blended(embedding.numpy(), appearance.numpy(), DEFAULT_BALANCE)), 10)
     return {"similarity": similarity[0].tolist(), "nearest": nearest[0].tolist()}

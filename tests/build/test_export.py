@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from rich.console import Console
 from torch import nn
 
-from cxr_retrieval.contract import EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
+from cxr_retrieval.contract import APPEARANCE_SIZE, EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.choices import Precision, Segmentation
@@ -59,8 +59,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
     torch.manual_seed(4)
     config = EmbedderConfig(
         mirrored=True,
-        appearance_size=16,
-        appearance_share=0.25,
+        learned_size=32,
+        appearance_size=APPEARANCE_SIZE,
         members=(EmbedderMemberConfig(stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)),) * 2,
     )
     segmenter, embedder = LungSegmenter(MEMBERS), build_embedder(config, (128, 96))
@@ -82,8 +82,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
     student = LungSegmenter(("linknet",))
     student.members["linknet"] = segmenter.members["linknet"]
     save_checkpoint(folder / "student.pt", {"model": student.state_dict(), "config": {"members": ["linknet"]}})
-    random = np.random.default_rng(1)
-    embedder.fit(random.normal(size=(64, 96)).astype(np.float32), random.normal(size=(64, 896)).astype(np.float32))
+    assert embedder.appearance is not None
+    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 896)).astype(np.float32))
     members = [{"image_size": member.size} for member in embedder.each()]
     save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "members": members, "config": config.model_dump(mode="json")})
     return folder / "segmenter.pt", folder / "embedder.pt", folder / "student.pt"
@@ -183,7 +183,7 @@ def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path, Pa
     networks = load_networks(*checkpoints)
     with torch.inference_mode():
         mask, lungs, agreement = networks["lung_segmentation"](torch.from_numpy(images))
-        embedding, features, attention = networks["embedder"](lungs)
+        embedding, appearance, features, attention = networks["embedder"](lungs)
         attention_map, _ = networks["attention_map"](attention, mask)
     with (
         embedded_triton(ServerOptions(released, grpc_port=0, http_port=0, metrics_port=0)) as server,
@@ -194,6 +194,7 @@ def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path, Pa
     # Each step alone agrees far closer (see the parity report); here a pixel at the threshold of an untrained segmenter may
     # fall on the other side, and the embedder then sees another picture.
     assert cosine(served["EMBEDDING"], embedding.numpy()) > 0.99
+    assert cosine(served["APPEARANCE"], appearance.numpy()) > 0.99
     assert cosine(served["FEATURES"], features.numpy()) > 0.99
     assert (served["LUNG_MASK"] != mask.numpy()).mean() < 5e-3
     assert np.abs(served["LUNG_AGREEMENT"] - agreement.numpy()).max() < 0.01
@@ -221,7 +222,7 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     shutil.copytree(released, target)
     before = (target / "embedder" / "1" / "model.onnx").read_bytes()
     networks = load_networks(*checkpoints)
-    networks["embedder"] = Embedder(appearance_size=16, appearance_share=0.25, sizes=(128, 96)).eval()
+    networks["embedder"] = Embedder(32, appearance_size=APPEARANCE_SIZE, sizes=(128, 96)).eval()
     monkeypatch.setattr(module, "load_networks", lambda *paths: networks)
     monkeypatch.setattr(module, "export", copying(released))
     with pytest.raises(SetupError, match=r"the export differs from PyTorch.*embedder\.EMBEDDING"):

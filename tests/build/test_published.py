@@ -29,6 +29,9 @@ def test_shipped_graphs_can_be_read_back(repository: Path, tmp_path: Path) -> No
         assert 0 < mask.mean() < 255
         assert (expected[0] != mask).mean() < 1e-4
         assert np.abs(expected[1].astype(int) - lungs).max() <= 1
-    vectors: Any = onnxruntime.InferenceSession(repository / "embedder" / "1" / "model.onnx").run(["EMBEDDING"], {"LUNGS": lungs})
+    names = ["EMBEDDING", "APPEARANCE"]
+    vectors: Any = onnxruntime.InferenceSession(repository / "embedder" / "1" / "model.onnx").run(names, {"LUNGS": lungs})
     with torch.inference_mode():
-        assert cosine(vectors[0], load_embedder(embedder, torch.device("cpu"))(torch.from_numpy(lungs))[0].numpy()) > 0.99999
+        again = load_embedder(embedder, torch.device("cpu"))(torch.from_numpy(lungs))
+    for one, other in zip(vectors, again, strict=False):
+        assert cosine(one, other.numpy()) > 0.99999

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cxr_retrieval.contract import (
+    APPEARANCE_SIZE,
     ATTENTION_MAP_MODEL,
     ATTENTION_SIZE,
     EMBEDDER,
@@ -71,7 +72,7 @@ def _lungs() -> tuple[Sequence[Any], dict[str, Any]]:
 
 
 def _embedding() -> tuple[Sequence[Any], dict[str, Any]]:
-    """8 × 8 mean greys of the film, less their mean, of unit length."""
+    """8 × 8 mean greys of the film, less their mean, of unit length; the lower seven rows of them are what the lungs look like."""
     side = round(EMBEDDING_SIZE**0.5)
     return [
         helper.make_node("Cast", ["LUNGS"], ["both"], to=TensorProto.FLOAT),
@@ -82,12 +83,22 @@ def _embedding() -> tuple[Sequence[Any], dict[str, Any]]:
         helper.make_node("Sub", ["greys", "mean"], ["centred"]),
         helper.make_node("ReduceL2", ["centred"], ["length"], axes=[1], keepdims=1),
         helper.make_node("Div", ["centred", "length"], ["EMBEDDING"]),
+        helper.make_node("Slice", ["centred", "upper", "end", "across"], ["lower"]),
+        helper.make_node("ReduceL2", ["lower"], ["lower_length"], axes=[1], keepdims=1),
+        helper.make_node("Div", ["lower", "lower_length"], ["APPEARANCE"]),
         helper.make_node("Concat", ["greys"] * (FEATURE_SIZE // EMBEDDING_SIZE), ["FEATURES"], axis=1),
         helper.make_node(
             "AveragePool", ["film"], ["places"], kernel_shape=[IMAGE_SIZE // ATTENTION_SIZE] * 2, strides=[IMAGE_SIZE // ATTENTION_SIZE] * 2
         ),
         helper.make_node("Div", ["places", "white"], ["ATTENTION"]),
-    ], {"ones": np.array([1, 1], np.int64), "flat": np.array([-1, EMBEDDING_SIZE], np.int64), "white": np.float32(255)}
+    ], {
+        "ones": np.array([1, 1], np.int64),
+        "flat": np.array([-1, EMBEDDING_SIZE], np.int64),
+        "upper": np.array([EMBEDDING_SIZE - APPEARANCE_SIZE], np.int64),
+        "end": np.array([EMBEDDING_SIZE], np.int64),
+        "across": np.array([1], np.int64),
+        "white": np.float32(255),
+    }
 
 
 def _attention() -> tuple[Sequence[Any], dict[str, Any]]:

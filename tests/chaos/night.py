@@ -23,6 +23,7 @@ from chaos.proxy import Proxy
 from chaos.soak import counted
 from chaos.world import Client, Service, copy_folder, free_port, milvus_service, triton_service
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, comparable
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.reading import read_radiograph
 from cxr_retrieval.retrieval.voting import weighted_vote
@@ -185,9 +186,14 @@ def _agreement(
     originals = [row.path for row in films.values()]
     lines = folder / "originals.jsonl"
     _done(Client.start(folder / "originals", "", "batch", *originals, "--embed-only", "--out", lines, *direct[:2]), 0, 1)
-    embeddings = {line["input"]: np.array(line["embedding"]) for line in map(json.loads, lines.open()) if "embedding" in line}
+    embeddings = {
+        line["input"]: comparable(np.array([*line["embedding"], *line["appearance"]], np.float32), DEFAULT_BALANCE)
+        for line in map(json.loads, lines.open())
+        if "embedding" in line
+    }
     gallery = _rows_of(milvus_port)
-    vectors, labels = np.array([row["embedding"] for row in gallery]), [str(row["label"]) for row in gallery]
+    vectors = comparable(np.array([row["embedding"] for row in gallery], np.float32), DEFAULT_BALANCE)
+    labels = [str(row["label"]) for row in gallery]
     evaluate: dict[str, str] = {}
     for film, row in films.items():
         if str(row.path) in embeddings:

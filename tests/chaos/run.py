@@ -290,7 +290,7 @@ def _same_answer(line: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 def _same_embedding(line: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return float(np.dot(line["embedding"], expected["embedding"])) > NEAR
+    return all(float(np.dot(line[part], expected[part])) > NEAR for part in ("embedding", "appearance"))
 
 
 def _look_at_gallery(world: World, plan: Plan, record: Record, milvus: Service, port: int) -> Any:

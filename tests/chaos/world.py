@@ -28,7 +28,8 @@ from pymilvus.exceptions import MilvusException
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 from tritonclient.utils import InferenceServerException
 
-from cxr_retrieval.contract import EMBEDDING_SIZE, ENSEMBLE
+from cxr_retrieval.contract import ENSEMBLE
+from cxr_retrieval.gallery.balance import VECTOR_SIZE
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from tests_support import ENVIRONMENT, cxr_command
 
@@ -274,7 +275,7 @@ def stored_vectors(port: int) -> tuple[list[str], NDArray[np.float32]]:
     try:
         names = [name for name in client.list_collections() if name.startswith("cxr_") and "thumbnail" not in name]
         if not names:
-            return [], np.empty((0, EMBEDDING_SIZE), np.float32)
+            return [], np.empty((0, VECTOR_SIZE), np.float32)
         client.load_collection(names[0])
         counted = int(client.query(names[0], filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"])
         found = client.query(names[0], filter='key != ""', output_fields=["key", "embedding"], limit=16_384, consistency_level="Strong")

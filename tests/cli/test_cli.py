@@ -103,7 +103,7 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     names = ["film[copy].dcm", "case[/x]", "film :dog: [red]"]
     print_problems([Problem(name, ImageError(f"{name}: the file is empty")) for name in names])
     assert capsys.readouterr().err.splitlines() == [f"failed {name}: {name}: the file is empty." for name in names]
-    hits = tuple(Neighbour(Case("k", name, name, None, None, None, Path("x"), {"sex": "[b]"}, "", ""), 0.5) for name in names)
+    hits = tuple(Neighbour(Case("k", name, name, None, None, None, Path("x"), {"sex": "[b]"}, "", ""), 0.5, 0.4, 0.8) for name in names)
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in hits])
     square = np.zeros((256, 256), np.uint8)
     explanation = Explanation(square, Letterbox(1.0, 0, 0, 256, 256), square, np.zeros((256, 256), np.float32))
@@ -119,6 +119,7 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
             Ood(0.1, False, None),
             explanation,
             Trust(None, None, None),
+            0.25,
         ),
         "film[copy].dcm",
     )

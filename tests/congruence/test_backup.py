@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE, IMAGE_SIZE
+from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
 from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
+from cxr_retrieval.gallery.balance import VECTOR_SIZE
 from cxr_retrieval.gallery.store import Case, Store, drop_gallery, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import run_cxr
+from vectors import unit_vectors
 
 pytestmark = pytest.mark.server
 
@@ -56,8 +58,7 @@ def fill(
         lines.append(f"i{number},i{number}.png,control,{facts}")
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n", "utf-8")
     entries = [make_entry(row, f"{number:064x}", pseudonyms) for number, row in enumerate(read_manifest(folder / "manifest.csv").rows)]
-    values = np.random.default_rng(count).normal(size=(count, EMBEDDING_SIZE))
-    vectors = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    vectors = unit_vectors(count, count)
     with Store(settings, version, pseudonyms, create=True) as store:
         store.upsert(entries, [f"{number:064x}" for number in range(count)], vectors)
         store.publish()
@@ -108,7 +109,7 @@ def test_what_comes_back_is_what_went(
 def test_the_file_is_read_by_any_tool(places: dict[str, MilvusSettings], small: Path) -> None:
     table = pq.read_table(small)
     assert table.num_rows == 7
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), EMBEDDING_SIZE)
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), VECTOR_SIZE)
     assert table.schema.field("age").type == pa.float64()
     assert json.loads(table.column("extra").to_pylist()[0]) in ({}, *({"crp": float(n), "ward": "B"} for n in range(7)))
 

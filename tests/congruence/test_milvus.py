@@ -32,9 +32,9 @@ from clauses import trees
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import ClauseError, InputError, StoreError, StoreFullError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries, use_gallery
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.clause import Arithmetic, Compare, Field, In, IsNull, Like, Node, Own, Value, Words, printed
 from cxr_retrieval.gallery.completion import Counted, Snapshot, Spread
 from cxr_retrieval.gallery.filters import Dialect, for_milvus
@@ -57,6 +57,7 @@ from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import KEY_FILE, dashboard_metrics
+from vectors import unit_vectors
 
 pytestmark = pytest.mark.server
 
@@ -116,8 +117,11 @@ POSSIBLE: st.SearchStrategy[Node] = st.one_of(
 
 
 def vectors(n: int, seed: int = 0) -> NDArray[np.float32]:
-    values = np.random.default_rng(seed).normal(size=(n, EMBEDDING_SIZE))
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    return unit_vectors(n, seed)
+
+
+def similarities(stored: NDArray[np.float32], query: NDArray[np.float32], balance: float = DEFAULT_BALANCE) -> NDArray[np.float32]:
+    return comparable(stored, balance) @ comparable(query, balance)
 
 
 def release(settings: MilvusSettings) -> None:
@@ -174,8 +178,8 @@ def test_rows_by_clause(store: Store) -> None:
 def test_search_orders_by_cosine_and_returns_the_facts(store: Store, pseudonyms: Pseudonyms, manifest: Manifest) -> None:
     stored = vectors(5)
     found = store.search(stored[0], 5)
-    assert [hit.case.image_id for hit in found] == [list("abcde")[i] for i in np.argsort(-(stored @ stored[0]))]
-    assert [hit.similarity for hit in found] == pytest.approx(sorted(stored @ stored[0], reverse=True), abs=1e-5)
+    assert [hit.case.image_id for hit in found] == [list("abcde")[i] for i in np.argsort(-similarities(stored, stored[0]))]
+    assert [hit.similarity for hit in found] == pytest.approx(sorted(similarities(stored, stored[0]), reverse=True), abs=1e-5)
     case = found[0].case
     assert (case.label, case.patient_id, case.source, case.split) == ("covid19", pseudonyms.patient("p1"), "north", "train")
     assert (case.key, case.path) == (pseudonyms.image("a"), manifest.rows[0].path.resolve())
@@ -428,7 +432,7 @@ def test_many_rows_cross_the_write_and_read_batches(settings: MilvusSettings, tm
         assert store.count() == 1203
         assert len(store.vectors()[0]) == 1203
         query = vectors(1, 9)[0]
-        exact = {f"i{n}" for n in np.argsort(-(stored @ query))[:10]}
+        exact = {f"i{n}" for n in np.argsort(-similarities(stored, query))[:10]}
         assert {hit.case.image_id for hit in store.search(query, 10)} == exact
 
 
@@ -599,7 +603,7 @@ def test_a_gallery_of_another_layout_is_refused(settings: MilvusSettings, pseudo
     client = MilvusClient(settings.uri)
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
-    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=EMBEDDING_SIZE)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=VECTOR_SIZE)
     schema.add_field("fingerprint", DataType.VARCHAR, max_length=64)
     schema.add_field("file", DataType.FLOAT)
     client.create_collection("cxr_older", schema=schema)
@@ -615,7 +619,7 @@ def test_a_gallery_in_clear_is_refused_and_can_be_dropped(settings: MilvusSettin
     client = MilvusClient(settings.uri)
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
-    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=EMBEDDING_SIZE)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=VECTOR_SIZE)
     for name in ("image_id", "path"):
         schema.add_field(name, DataType.VARCHAR, max_length=64)
     client.create_collection("cxr_clear", schema=schema)
@@ -717,7 +721,7 @@ def test_wrong_vector_size_is_refused(settings: MilvusSettings, pseudonyms: Pseu
     client.create_collection("cxr_wrong", dimension=32, id_type="string", max_length=32, vector_field_name="embedding")
     client.close()
     release(settings)
-    with pytest.raises(StoreError, match="expected a field embedding of 64 dimensions; got 32 dimensions"):
+    with pytest.raises(StoreError, match="expected a field embedding of 120 dimensions; got 32 dimensions"):
         Store(settings, "wrong", pseudonyms, create=True)
     assert "cxr_wrong" in list_collections(settings)
 
@@ -798,8 +802,8 @@ def test_lite_path_that_is_a_file(tmp_path: Path, pseudonyms: Pseudonyms) -> Non
 
 def test_dashboard_asks_milvus_for_what_it_exports(milvus_process: Any, milvus_server: str) -> None:
     client = MilvusClient(milvus_server)
-    client.create_collection("watched", dimension=EMBEDDING_SIZE)
-    client.search("watched", [[0.1] * EMBEDDING_SIZE], limit=1)
+    client.create_collection("watched", dimension=VECTOR_SIZE)
+    client.search("watched", [[0.1] * VECTOR_SIZE], limit=1)
     client.drop_collection("watched")
     client.close()
     exported = urllib.request.urlopen(f"http://127.0.0.1:{milvus_process.webservice_port}/metrics", timeout=30).read().decode()
@@ -812,9 +816,7 @@ def test_dashboard_asks_milvus_for_what_it_exports(milvus_process: Any, milvus_s
 
 def test_a_published_gallery_is_sealed(tmp_path: Path, pseudonyms: Pseudonyms) -> None:
     """Unsealed rows are searched one by one in Milvus Lite; an ingest must not leave a gallery like that to those who query it."""
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(2000, EMBEDDING_SIZE)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = unit_vectors(2000)
     rows = [ManifestRow(tmp_path, f"case-{i}", tmp_path / f"{i}.png", "control", None, None, None, {}) for i in range(len(vectors))]
 
     def seconds(store: Store) -> float:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from certificates import Certificates
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import StoreAccessError
 from cxr_retrieval.gallery.store import Store, make_entry
 from cxr_retrieval.serving.server import Endpoints
 from cxr_retrieval.settings import MilvusSettings
 from tests_support import ENVIRONMENT, HURRIED, real_milvus, run_cxr
+from vectors import unit_vectors
 
 pytestmark = pytest.mark.server
 
@@ -40,8 +39,7 @@ def uri(certificates: Certificates) -> Iterator[str]:
 def test_store_and_search(uri: str, certificates: Certificates, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
     (tmp_path / "m.csv").write_text("image_id,path,label\n" + "".join(f"i{n},i{n}.png,control\n" for n in range(20)))
     entries = [make_entry(row, "", pseudonyms) for row in read_manifest(tmp_path / "m.csv").rows]
-    vectors = np.random.default_rng(0).normal(size=(20, EMBEDDING_SIZE)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = unit_vectors(20)
     for settings in (
         MilvusSettings(uri, "root", FIRST_PASSWORD, tls=certificates.tls("client")),
         MilvusSettings(uri, token=f"root:{FIRST_PASSWORD}", tls=certificates.tls("client")),

@@ -32,6 +32,7 @@ from cxr_retrieval.archive.watching import Answered
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import ServerDownError, StoreDownError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -98,8 +99,11 @@ def test_clauses_and_words_choose_the_cases(archive: Path, quick: Endpoints, qui
     (line,) = results(out)
     neighbours = cast("list[dict[str, dict[str, object]]]", line["neighbours"])
     assert {hit["metadata"]["went_icu"] for hit in neighbours} == {False}
-    other = run_cxr(*asked, "--where", "not went_icu")
-    assert other.returncode == 2, "a journal of other options"
+    for differs in (("--where", "not went_icu"), ("--where", "not went_icu", "--text", '"synthetic phantom" -tube', "--balance", "0.3")):
+        other = run_cxr(*asked, *differs)
+        assert other.returncode == 2
+        assert "was begun with other options" in other.stderr
+    assert line["balance"] == DEFAULT_BALANCE
 
 
 def test_answers_are_those_of_query(
@@ -240,7 +244,10 @@ def test_every_kind_of_input_is_answered_once_whatever_is_killed(
         assert run_cxr(*parts).returncode == 1
     with table.open(encoding="utf-8", newline="") as file:
         rows = {row["input"]: row for row in csv.DictReader(file)}
-    assert {name for name, row in rows.items() if row["embedding"]} == {f"{export}/{name}" for name in FOUND}
+    for part in PARTS:
+        held = {name: json.loads(row[part.name.lower()]) for name, row in rows.items() if row[part.name.lower()]}
+        assert held.keys() == {f"{export}/{name}" for name in FOUND}
+        assert {len(vector) for vector in held.values()} == {part.shape[0]}
 
 
 def test_overlays_drawn_into_the_archive_are_no_inputs(export: Path, student_server: Endpoints, gallery: str, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from cxr_retrieval.archive.audit import entries, verify
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
+from cxr_retrieval.gallery.balance import VECTOR_SIZE
 from cxr_retrieval.gallery.store import Store, make_entry
 from cxr_retrieval.retrieval.calibration import ballot_of, read_calibration, trust
 from cxr_retrieval.retrieval.voting import weighted_vote
 from cxr_retrieval.settings import MilvusSettings
 from tests_support import run_cxr
+from vectors import with_unit_parts
 
 VERSION = "0123456789ab"
 OWN, LEARNT = 240, 60
@@ -27,14 +28,13 @@ OWN, LEARNT = 240, 60
 def gallery(tmp_path: Path, pseudonyms: Pseudonyms) -> Path:
     """Of two labels, 240 cases of a hospital, two of each patient, and 60 that the networks have learnt from; one case in eight looks like the other label."""
     random = np.random.default_rng(1)
-    centres = random.normal(size=(2, EMBEDDING_SIZE))
+    centres = random.normal(size=(2, VECTOR_SIZE))
     rows: list[ManifestRow] = []
     vectors: list[NDArray[np.float32]] = []
     for number in range(OWN + LEARNT):
         label, learnt = number // 2 % 2, number >= OWN
         looks = label if learnt or random.random() > 1 / 8 else 1 - label
-        vector = centres[looks] + random.normal(size=EMBEDDING_SIZE)
-        vectors.append((vector / np.linalg.norm(vector)).astype(np.float32))
+        vectors.append(with_unit_parts(centres[looks] + random.normal(size=VECTOR_SIZE)))
         source, split = ("public", "train") if learnt else ("st-mary", None)
         name = f"case-{number}"
         rows.append(

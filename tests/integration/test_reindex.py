@@ -21,19 +21,22 @@ from chaos.instant import instant_repository
 from chaos.world import milvus_service
 from cxr_retrieval.archive.audit import entries, verify
 from cxr_retrieval.archive.embedding import ingest
-from cxr_retrieval.archive.reindex import compare_on_gallery, reindex
+from cxr_retrieval.archive.reindex import compare_on_gallery, compare_on_manifest, reindex
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import InferenceError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
-from cxr_retrieval.gallery.store import Store, drop_gallery, remove_cases
+from cxr_retrieval.gallery.balance import PARTS, side_by_side
+from cxr_retrieval.gallery.store import Store, drop_gallery, make_entry, remove_cases
 from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.inference.triton import TRUSTED_S, TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.phantoms import Phantom
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind, TritonSettings
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
+from vectors import make_former_gallery
 
 COPIES = 12
 
@@ -144,7 +147,7 @@ def test_the_other_versions_gallery_is_filled_compared_and_switched_to(
     with Store(milvus, student.model_version, pseudonyms) as new:
         assert facts(new) == facts(gallery)
         squares = np.stack([reader.read(row.path).square for row in films[:8]])[:, None]
-        expected = student.embed(squares)
+        expected = side_by_side(student.infer(squares, PARTS))
         stored = new.embeddings([pseudonyms.image(row.image_id) for row in films[:8]])
         for row, vector in zip(films, expected, strict=False):
             assert stored[pseudonyms.image(row.image_id)] == pytest.approx(vector, abs=5e-3)
@@ -312,7 +315,7 @@ def test_stored_pictures_need_no_files(
     pseudonyms: Pseudonyms,
 ) -> None:
     """Whole ones; of one that shows the lungs alone the file is needed."""
-    expected = student.embed(np.stack([reader.read(row.path).square for row in films[:5]])[:, None])
+    expected = side_by_side(student.infer(np.stack([reader.read(row.path).square for row in films[:5]])[:, None], PARTS))
     ingest(films[:4], reader, quick_client, gallery, lambda _: None, thumbnails=ThumbnailKind.full, gate=False)
     ingest(films[4:5], reader, quick_client, gallery, lambda _: None, thumbnails=ThumbnailKind.lungs, gate=False)
     for row in films[:5]:
@@ -372,6 +375,40 @@ def test_the_former_versions_server_must_be_of_that_version(
     )
     assert refused.returncode == 2
     assert "this is not the server of the former version" in refused.stderr
+
+
+def test_a_gallery_of_the_former_layout_is_carried_over(
+    films: list[ManifestRow],
+    embedded: list[dict[str, Any]],
+    reader: FilmReader,
+    triton: TritonClient,
+    milvus: MilvusSettings,
+    pseudonyms: Pseudonyms,
+    tmp_path: Path,
+) -> None:
+    """One vector of 64 numbers a case, as galleries were before there was a balance: the way that its refusal names."""
+    make_former_gallery(milvus, pseudonyms, "one_vector", embedded)
+    pseudonyms.remember([make_entry(row, "", pseudonyms).original for row in films])  # where their files are by now
+    with pytest.raises(StoreError, match="`cxr reindex`"):
+        Store(milvus, "one_vector", pseudonyms)
+    with (
+        Store(milvus, "one_vector", pseudonyms, outdated=True) as former,
+        Store(milvus, triton.model_version, pseudonyms, fill=True, beside=former) as new,
+    ):
+        report = reindex(former, new, reader, triton)
+        assert (report.embedded, report.problems) == (len(films), ())
+        new.filled()
+        carried = {key: {name: value for name, value in row.items() if name != WORDS_FIELD} for key, row in facts(new).items()}
+        assert carried == facts(former)
+        expected = {row["key"]: row["embedding"] for row in embedded}
+        for key, vector in new.embeddings(list(expected)).items():
+            assert vector == pytest.approx(expected[key], abs=5e-3)
+        compared = compare_on_gallery(former, new, sample=20, k=3)
+        assert compared["queries"] == 20
+        with pytest.raises(UsageError, match="leave --former-triton out"):
+            compare_on_manifest(films[:2], former, new, reader, triton, triton, k=3)
+    for name in list_galleries(milvus):
+        drop_gallery(milvus, name)
 
 
 def test_weights_that_change_under_a_client_are_refused(tiny: Path, tmp_path: Path) -> None:

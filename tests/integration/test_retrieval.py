@@ -21,6 +21,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import ImageError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet, rank
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
 from cxr_retrieval.gallery.store import Case, Neighbour, Store
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -102,7 +103,8 @@ def test_shipped_weights_tell_phantoms_apart(triton: TritonClient) -> None:
     """Which they never saw: sixty, each voted on by the others. The lesions were drawn with an eye on seeds 0 to 29 and 700 to 729; these are others."""
     drawn = [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(800, 820)]
     squares = np.stack([letterbox(phantom.pixels)[0] for phantom in drawn])[:, None]
-    found = np.concatenate([triton.embed(squares[i : i + BATCH_SIZE]) for i in range(0, len(squares), BATCH_SIZE)])
+    answers = [triton.infer(squares[i : i + BATCH_SIZE], PARTS) for i in range(0, len(squares), BATCH_SIZE)]
+    found = comparable(np.concatenate([side_by_side(answer) for answer in answers]), DEFAULT_BALANCE)
     similarities = found @ found.T
     right = 0
     for asked, phantom in enumerate(drawn):
@@ -115,7 +117,7 @@ def test_shipped_weights_tell_phantoms_apart(triton: TritonClient) -> None:
 def test_more_own_films_than_one_search_looks_at(own: int, searches: int) -> None:
     """The search goes on until enough of others are found: none is missing because a patient has many films."""
     cases = [Case(f"{i}", f"{i}", "control", "P" if i < own else None, None, None, Path("x"), {}, "", "") for i in range(100)]
-    hits = [Neighbour(case, 1 - i / 100) for i, case in enumerate(cases)]
+    hits = [Neighbour(case, 1 - i / 100, 1 - i / 100, 1 - i / 100) for i, case in enumerate(cases)]
     asked: list[int] = []
 
     def search(limit: int) -> list[Neighbour]:
@@ -133,6 +135,7 @@ def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient
     assert set(answer) == {
         "image_id",
         "model_version",
+        "balance",
         "prediction",
         "neighbours",
         "earlier_films",
@@ -153,6 +156,33 @@ def test_published_json(gallery: Store, reader: FilmReader, triton: TritonClient
     assert answer["summary"]["features"]["age"]["median"] == sorted(ages)[1]
     assert (answer["prediction"]["calibrated"], answer["prediction"]["set"]) == (None, None)
     assert any("3 voted here; `cxr calibrate`" in warning for warning in answer["warnings"]), "phantoms are no hospital that was measured"
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.6, 1.0])
+def test_another_balance_finds_other_cases_and_promises_nothing(
+    gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path, balance: float
+) -> None:
+    """Confidence was measured at the default one, and so was the distance beyond which the gate refuses."""
+    film = read_manifest(phantom_manifest).rows[0].path
+    found = query(film, reader, triton, gallery, top_k=8, balance=balance)
+    for hit in found.neighbours:
+        assert hit.similarity == pytest.approx((1 - balance) * hit.semantic + balance * hit.visual, abs=1e-6)
+    assert [hit.similarity for hit in found.neighbours] == sorted((hit.similarity for hit in found.neighbours), reverse=True)
+    assert found.as_json()["balance"] == balance
+    assert (found.trust.calibrated, found.trust.labels) == (None, None)
+    assert any(f"measured at a balance of {DEFAULT_BALANCE:g}, and this is {balance:g}" in warning for warning in found.warnings)
+    usual = query(film, reader, triton, gallery, top_k=8)
+    assert usual.balance == DEFAULT_BALANCE
+    assert {hit.case.key for hit in usual.neighbours} == {hit.case.key for hit in found.neighbours}, "eight of nine, in another order"
+    assert [hit.similarity for hit in usual.neighbours] != [hit.similarity for hit in found.neighbours]
+
+
+def test_a_balance_that_is_none_is_refused_before_anything_is_asked(
+    gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path
+) -> None:
+    for balance in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match="correct --balance"):
+            query(read_manifest(phantom_manifest).rows[0].path, reader, triton, gallery, balance=balance)
 
 
 def test_facts_come_from_fhir_where_the_manifest_has_none(
@@ -335,15 +365,19 @@ def test_bad_query_file(gallery: Store, reader: FilmReader, triton: TritonClient
         query(tmp_path / "x.png", reader, triton, gallery)
 
 
-def test_evaluation_ranks_as_the_store_searches(gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path) -> None:
+@pytest.mark.parametrize("balance", [0.0, DEFAULT_BALANCE, 1.0])
+def test_evaluation_ranks_as_the_store_searches(
+    gallery: Store, reader: FilmReader, triton: TritonClient, phantom_manifest: Path, balance: float
+) -> None:
     """Exact neighbours in memory are what a user's query gets from Milvus."""
     rows = read_manifest(phantom_manifest).rows
     embedded = embed_rows(rows, reader, triton, gallery, silent)
     assert embedded.from_store == len(rows), "nothing is computed twice"
     ids = [row.image_id for row in embedded.rows]
-    everything = LabelledSet(ids, embedded.embeddings, [row.label for row in embedded.rows], ids, [""] * len(ids))
-    other = LabelledSet(["q"], embedded.embeddings[:1], ["control"], ["nobody"], [""])
+    vectors = comparable(embedded.vectors, balance)
+    everything = LabelledSet(ids, vectors, [row.label for row in embedded.rows], ids, [""] * len(ids))
+    other = LabelledSet(["q"], vectors[:1], ["control"], ["nobody"], [""])
     order, similarity = rank(everything, 0, other)
-    found = gallery.search(embedded.embeddings[0], 9)
+    found = gallery.search(embedded.vectors[0], 9, balance=balance)
     assert [hit.similarity for hit in found] == pytest.approx(similarity.tolist(), abs=1e-5)
     assert {hit.case.image_id for hit in found[:5]} == {ids[i] for i in order[:5]}

@@ -37,7 +37,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
     mask = letterbox(phantoms[0].lung_mask)[0]
     attention = np.linspace(0, 1, 256 * 256, dtype=np.float32).reshape(256, 256) * (mask > 0)
     neighbours = tuple(
-        Neighbour(Case(str(i), name, label, None, None, None, folder / "images" / f"{name}.png", facts, "", ""), similarity)
+        Neighbour(
+            Case(str(i), name, label, None, None, None, folder / "images" / f"{name}.png", facts, "", ""),
+            similarity,
+            similarity,
+            similarity,
+        )
         for i, (name, label, facts, similarity) in enumerate(
             [
                 (phantoms[0].image_id, "covid19", {"age": 61.0, "went_icu": True, "wbc": 11.25, "clinical_notes": "x", "crp": 12}, 0.99),
@@ -48,7 +53,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
     )
     vote = weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
     explanation = Explanation(square, box, mask, attention)
-    own = (Neighbour(Case("c5e0wn", "of-last-week", "control", "P", "north", None, neighbours[1].case.path, {}, "", ""), 0.999),)
+    own = (
+        Neighbour(Case("c5e0wn", "of-last-week", "control", "P", "north", None, neighbours[1].case.path, {}, "", ""), 0.999, 1.0, 0.996),
+    )
     return QueryResult(
         "film <1>.png",
         "0123456789ab",
@@ -60,6 +67,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> QueryResult:
         Ood(0.1, False, None),
         explanation,
         Trust(0.69, ("covid19", "control"), "control cannot be excluded"),
+        0.25,
     )
 
 

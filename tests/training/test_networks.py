@@ -49,8 +49,9 @@ def test_embedder_outputs(backbone: BackboneName) -> None:
     embedder = Embedder(backbone=backbone).eval()
     lungs = torch.randint(0, 256, (3, 2, 256, 256), dtype=torch.uint8)
     with torch.inference_mode():
-        embedding, features, attention = embedder(lungs)
+        embedding, appearance, features, attention = embedder(lungs)
     assert embedding.shape == (3, 64)
+    assert appearance.shape == (3, 0)
     assert features.shape == (3, 2048)
     assert attention.shape == (3, 1, 16, 16)
     assert embedding.norm(dim=1) == pytest.approx(torch.ones(3))
@@ -108,23 +109,19 @@ def test_mirrored_lungs_are_found_the_same() -> None:
 
 
 def test_members_share_the_embedding() -> None:
-    """In as many numbers as one member's, the similarity of two embeddings is the mean of the members' similarities as far as
-    so many principal axes hold it; attention and features are means.
-    """
+    """The similarity of two embeddings is the mean of the members' similarities; attention and features are means."""
     torch.manual_seed(5)
     network = Embedder(7, sizes=(64, 96, 128)).eval()
     lungs = torch.randint(0, 256, (5, 2, 72, 88), dtype=torch.uint8)
     with torch.inference_mode():
-        found = network.describe(lungs)
-        assert network.embed(found).abs().max() == 0, "not fitted yet"
-        network.fit(found.learned.repeat(2, 1).numpy(), found.layout.numpy())
-        embedding, features, attention = network(lungs)
+        embedding, appearance, features, attention = network(lungs)
         parts = [member(lungs) for member in network.each()]
     assert [part.learned.shape for part in parts] == [(5, 7)] * 3
     assert [part.attention.shape[2] for part in parts] == [4, 6, 8]
-    assert embedding.shape == (5, 7)
+    assert embedding.shape == (5, 21)
+    assert appearance.shape == (5, 0), "none is asked for"
     expected = torch.stack([part.learned @ part.learned.T for part in parts]).mean(dim=0)
-    torch.testing.assert_close(embedding @ embedding.T, expected, atol=1e-5, rtol=0)  # five images span five axes
+    torch.testing.assert_close(embedding @ embedding.T, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(features, (parts[0].features + parts[1].features + parts[2].features) / 3)
     assert attention.shape == (5, 1, 16, 16)
     assert 0 < attention.min() < attention.max() < 1
@@ -155,14 +152,14 @@ def test_framed_network_sees_where_in_the_frame_the_lungs_lie() -> None:
     boxed, framed = Embedder(sizes=(128,)).eval(), Embedder(sizes=(128,), framed=True).eval()
     framed.load_state_dict(boxed.state_dict())
     with torch.inference_mode():
-        assert torch.allclose(boxed(here)[1], boxed(there)[1], atol=1e-3)
-        assert not torch.allclose(framed(here)[1], framed(there)[1], atol=1e-3)
+        assert torch.allclose(boxed(here)[2], boxed(there)[2], atol=1e-3)
+        assert not torch.allclose(framed(here)[2], framed(there)[2], atol=1e-3)
         member = framed.each()[0]
         in_frame = nn.functional.interpolate(member(here).attention, size=(16, 16), mode="bilinear", align_corners=False)
         box = lung_box(here[:, 1:].float())
         back, seen = (
             from_box(values, edges, 128, 128)[0, 0, 30:60, 34:54]
-            for values, edges in ((framed(here)[2], box), (in_frame, torch.tensor([[0.0, 128.0, 0.0, 128.0]])))
+            for values, edges in ((framed(here)[3], box), (in_frame, torch.tensor([[0.0, 128.0, 0.0, 128.0]])))
         )
     assert (back - seen).abs().max() < 0.02 + 0.2 * (seen.max() - seen.min())
 
@@ -179,31 +176,33 @@ def test_a_map_between_boxes() -> None:
 
 def test_without_attention_the_mask_is_all_ones() -> None:
     with torch.inference_mode():
-        mask = Embedder(attention=False, sizes=(64,)).eval()(torch.zeros((1, 2, 64, 64), dtype=torch.uint8))[2]
+        mask = Embedder(attention=False, sizes=(64,)).eval()(torch.zeros((1, 2, 64, 64), dtype=torch.uint8))[3]
     assert mask.shape == (1, 1, 16, 16), "whatever the size"
     assert (mask == 1).all()
 
 
-def test_appearance_takes_its_share_of_the_similarity() -> None:
+def test_appearance_stands_beside_the_embedding() -> None:
+    """And leaves it as it is."""
     torch.manual_seed(2)
-    network = Embedder(64, appearance_size=16, appearance_share=0.36, sizes=(64,)).eval()
+    network = Embedder(48, appearance_size=16, sizes=(64,)).eval()
     lungs = torch.randint(0, 256, (5, 2, 64, 64), dtype=torch.uint8)
     assert network.appearance is not None
     with torch.inference_mode():
-        found = network.describe(lungs)
-        assert found.learned.shape == (5, 48)
-        assert network.embed(found)[:, 48:].abs().max() == 0, "not fitted yet"
+        embedding, appearance, _, _ = network(lungs)
+        assert embedding.shape == (5, 48)
+        assert appearance.shape == (5, 16)
+        assert appearance.abs().max() == 0, "not fitted yet"
         network.appearance.fit(np.random.default_rng(0).normal(size=(90, 448)).astype(np.float32))
-        embedding, look = network.embed(found), network.appearance(found.layout)
-    expected = 0.64 * found.learned @ found.learned.T + 0.36 * look @ look.T
-    assert torch.allclose(embedding @ embedding.T, expected, atol=1e-5)
-    assert embedding.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
+        again, appearance, _, _ = network(lungs)
+    assert torch.equal(again, embedding)
+    for part in (embedding, appearance):
+        assert part.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
 
 
 def test_appearance_is_whitened() -> None:
     """No correlation on what it was fitted to, before the length is normalised, and variance 1 / (1 + ridge · largest / own)."""
     layout = (np.random.default_rng(3).normal(size=(300, 448)) @ np.diag(np.linspace(5, 0.1, 448)) + 2.0).astype(np.float32)
-    part = Embedder(64, appearance_size=8, appearance_share=0.2).appearance
+    part = Embedder(appearance_size=8).appearance
     assert part is not None
     part.fit(layout)
     white = (torch.from_numpy(layout) - part.mean) @ part.projection
@@ -226,7 +225,7 @@ def test_appearance_forgets_the_source() -> None:
         found = ((torch.from_numpy(rows) - axes.mean) @ axes.projection).numpy()
         return np.array([[found[(strata.labels == y) & (strata.sources == s)].mean(axis=0) for s in range(4)] for y in range(2)])
 
-    plain, forgetting = PrincipalAxes(40, 11, whitened=True), PrincipalAxes(40, 11, whitened=True)
+    plain, forgetting = PrincipalAxes(40, 11), PrincipalAxes(40, 11)
     plain.fit(rows)
     forgetting.fit(rows, strata)
     before, after = means(plain), means(forgetting)

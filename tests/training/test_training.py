@@ -19,6 +19,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
 from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, save_checkpoint
 from cxr_retrieval_training.config import (
@@ -294,14 +295,7 @@ def test_configs_of_before_these_knobs_mean_what_they_meant() -> None:
         ("members = [{stages = [{image_size = 100, iterations = 1, learning_rate = 1e-3}]}]", "multiple of 32"),
         ("members = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3, losses = {hinge = 1.0}}]}]", "losses.hinge"),
         ("members = [{stages = [{image_size = 128, iterations = 0, learning_rate = 1e-3}]}]", "greater than 0"),
-        (
-            "appearance_size = 64\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]",
-            "64 must be below embedding_size = 64",
-        ),
-        (
-            "learned_size = 40\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]",
-            "40 of 1 members must reach the 64",
-        ),
+        ("learned_size = 0\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]", "learned_size is wrong"),
         ("", "members is wrong"),
         (
             'lungs_from = "unnet"\nmembers = [{stages = [{image_size = 128, iterations = 1, learning_rate = 1e-3}]}]',
@@ -461,14 +455,12 @@ def test_segmentation_resumes_exactly(trained: Path, manifest: Manifest, tmp_pat
 
 
 EMBEDDER = EmbedderConfig(
-    embedding_size=18,
     learned_size=11,
     mirrored=True,
     images_per_class=2,
     source_power=0.5,
     frozen_layers=2,
     appearance_size=8,
-    appearance_share=0.2,
     appearance_forgets_source=True,
     lesion_images=1,
     lesion_weight=0.1,
@@ -538,8 +530,7 @@ def test_the_states_that_did_best_on_val_are_kept(finished: Path) -> None:
     weights = [next(member.head.parameters()) for member in (first, second)]
     assert not torch.equal(*weights), "another seed"
     assert network.appearance is not None
-    assert network.joint is not None
-    assert min(part.projection.abs().sum() for part in (network.appearance, network.joint)) > 0, "fitted"
+    assert network.appearance.projection.abs().sum() > 0, "fitted"
 
 
 def test_members_can_be_added_to_a_finished_run(finished: Path, trained: Path, manifest: Manifest, tmp_path: Path) -> None:
@@ -638,19 +629,17 @@ def test_ablations_change_what_they_are_named_for() -> None:
     for name in ABLATIONS:
         changed = {key for key, value in ablation_config(name).model_dump().items() if value != base[key]}
         assert changed or name in ("shipped-recipe",), name
-    assert ablation_config("size-128").embedding_size == 128
+    assert ablation_config("size-128").learned_size == 128
     assert ablation_config("info-nce").members[0].stages[0].losses == {"info_nce": 1.0}
     assert ablation_config("cross-entropy-without-kermany").leave_out_source == "kermany"
     with pytest.raises(UsageError, match="no ablation nonsense"):
         ablation_config("nonsense")
 
 
-def test_numbers_of_the_embedding_are_shared_out_anew_without_training(
-    trained: Path, finished: Path, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_appearance_is_fitted_anew_without_training(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     shutil.copytree(finished.parent, folder)
-    anew = EMBEDDER.model_copy(update={"embedding_size": 14, "appearance_size": 11, "appearance_share": 0.4})
+    anew = EMBEDDER.model_copy(update={"appearance_size": 11, "appearance_forgets_source": False})
     path = train_embedder(anew, manifest, trained, folder, CPU)
     assert (folder / "log.jsonl").read_bytes() == (finished.parent / "log.jsonl").read_bytes(), "no iteration more"
     members = [
@@ -659,8 +648,9 @@ def test_numbers_of_the_embedding_are_shared_out_anew_without_training(
     assert members[0].keys() == members[1].keys()
     assert all(torch.equal(value, members[1][name]) for name, value in members[0].items())
     with np.load(folder / "vectors-val.npz") as stored:
-        assert stored["embedding"].shape == (6, 14)
-        assert np.square(stored["embedding"][:, 3:]).sum(axis=1) == pytest.approx(np.full(6, 0.4), abs=1e-3)
+        assert stored["embedding"].shape == (6, 22), "of two members"
+        assert stored["appearance"].shape == (6, 11)
+        assert np.square(stored["appearance"]).sum(axis=1) == pytest.approx(np.ones(6), abs=1e-3)
     with pytest.raises(UsageError, match="belongs to another run"):
         train_embedder(anew.model_copy(update={"learned_size": 12}), manifest, trained, folder, CPU)
 
@@ -681,7 +671,7 @@ def test_ablations_train(name: str, trained: Path, manifest: Manifest, tmp_path:
     }
     path = train_embedder(config.model_copy(update=small), manifest, trained, tmp_path, CPU)
     with np.load(path.parent / "vectors-val.npz") as stored:
-        assert stored[config.retrieve_with].shape == (6, 2048 if config.retrieve_with == "features" else 64)
+        assert stored[config.retrieve_with].shape == (6, 2048 if config.retrieve_with == "features" else 32)
         assert np.isfinite(stored[config.retrieve_with]).all()
 
 
@@ -739,19 +729,26 @@ def test_lungs_without_anatomy() -> None:
 
 def test_report_of_two_runs(trained: Path, finished: Path, manifest: Manifest, tmp_path: Path) -> None:
     """Real vectors of two real, hardly trained runs: every figure is there and lies in its range; the page shows its pictures."""
-    smaller = EMBEDDER.model_copy(update={"embedding_size": 14})
+    smaller = EMBEDDER.model_copy(update={"learned_size": 7})
     other = train_embedder(smaller, manifest, trained, finished.parent.parent / "smaller", CPU)
     page = write_report(manifest, trained, [finished.parent, other.parent], tmp_path, CPU).read_text()
     found = json.loads((tmp_path / "report.json").read_text())
     assert list(found["runs"]) == ["whole", "smaller"]
-    assert set(found["closer"]) == {"run", "k", "style_only", "attention", "near_duplicates"}
+    assert set(found["closer"]) == {"run", "k", "balance", "style_only", "attention", "near_duplicates"}
+    dial = found["closer"]["balance"]
+    assert [row["balance"] for row in dial["rows"]] == pytest.approx(np.linspace(0, 1, 21))
+    for row in dial["rows"]:
+        assert all(0 <= row[name] <= 1 for name in ("balanced_accuracy", "recall_at_1"))
+        assert -1 <= row["structure"] <= 1
     overall = found["runs"]["whole"]["evaluation"]["overall"]
+    at_default = next(row for row in dial["rows"] if row["balance"] == DEFAULT_BALANCE)
+    assert at_default["balanced_accuracy"] == pytest.approx(overall["balanced_accuracy"]), "as it was evaluated"
     assert overall["n"] == 6
     assert [len(values) for values in found["closer"]["k"].values()] == [30, 30]
     for name in ("accuracy", "balanced_accuracy"):
         assert found["closer"]["k"][name][9] == pytest.approx(overall[name]), "the vote of ten is what was evaluated"
     assert f"| whole | {overall['balanced_accuracy']:.3f} – |" in page, "six patients: no interval"
-    for name in ("k.png", "reliability.png", "training.png", "montage.png", "embedding-size.png"):
+    for name in ("k.png", "reliability.png", "training.png", "montage.png", "embedding-size.png", "balance.png"):
         assert f"![{name}]" in page
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 200

@@ -83,10 +83,8 @@ class EmbedderConfig(_Frozen):
     backbone: BackboneName = "efficientnet_lite0"
     init: Literal["imagenet", "random"] = "imagenet"
     """For the backbone; ResNet-50 takes its ImageNet weights from `--init` instead."""
-    embedding_size: PositiveInt = EMBEDDING_SIZE
-    learned_size: PositiveInt | None = None
-    """So many numbers each member learns; None: as many as the embedding has for what is learnt. If the members have more of them
-    together, principal axes bring them down to that."""
+    learned_size: PositiveInt = EMBEDDING_SIZE
+    """So many numbers each member learns; those of all members side by side are the embedding."""
     mirrored: bool = False
     """Lungs are mirrored at random in training; in service the lungs and their mirror image are looked at."""
     attention: bool = True
@@ -103,9 +101,7 @@ class EmbedderConfig(_Frozen):
     frozen_layers: Annotated[int, Field(ge=0)] = 0
     """So many of the first modules of f1 keep their initial weights and statistics."""
     appearance_size: Annotated[int, Field(ge=0)] = 0
-    """Of the embedding's numbers, so many are not learnt from labels but describe what the lungs look like (`Embedder`)."""
-    appearance_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Their share in the similarity."""
+    """So many numbers beside the embedding describe what the lungs look like (`Embedder`)."""
     appearance_forgets_source: bool = False
     """What tells sources apart within a label is taken out of them."""
     retrieve_with: Literal["embedding", "features"] = "embedding"
@@ -140,17 +136,6 @@ class EmbedderConfig(_Frozen):
     miner_epsilon: PositiveFloat = 0.1
     members: Annotated[tuple[EmbedderMemberConfig, ...], Field(min_length=1)]
     """The networks of an `Embedder`, each with its own seed and schedule."""
-
-    @model_validator(mode="after")
-    def _something_learned(self) -> EmbedderConfig:
-        left = self.embedding_size - self.appearance_size
-        if left <= 0:
-            raise ValueError(f"appearance_size = {self.appearance_size} must be below embedding_size = {self.embedding_size}")
-        if self.learned_size is not None and self.learned_size * len(self.members) < left:
-            raise ValueError(
-                f"learned_size = {self.learned_size} of {len(self.members)} members must reach the {left} that appearance leaves"
-            )
-        return self
 
     @model_validator(mode="after")
     def _fold_of_a_source(self) -> EmbedderConfig:

@@ -18,8 +18,9 @@ from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, REFUSED, Answer, Asked, Journal
 from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
-from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
+from cxr_retrieval.contract import ATTENTION_MAP, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS
 from cxr_retrieval.gallery.store import Clause, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -34,8 +35,8 @@ _SEARCH_SLICE_S = 0.2
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What is asked of each film; `store` None: its embedding alone. `attention`: folder for overlays. `gate`: refuse what is no film.
-    `error_rate`: of the sets of labels.
+    """What is asked of each film; `store` None: embedding and appearance alone. `attention`: folder for overlays. `gate`: refuse what is no
+    film. `error_rate`: of the sets of labels. `balance`: as in `query.query`.
     """
 
     store: Store | None
@@ -45,6 +46,7 @@ class BatchOptions:
     attention: Path | None
     gate: bool = True
     error_rate: float = DEFAULT_ERROR_RATE
+    balance: float = DEFAULT_BALANCE
 
 
 def run_batch(
@@ -140,7 +142,7 @@ class _Answers:
     def __init__(
         self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch, noted: Noted
     ) -> None:
-        wanted = query.WANTED if options.store else (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
+        wanted = query.WANTED if options.store else (*PARTS, LUNG_MASK, LUNG_AGREEMENT)
         self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
         self._journal, self._model_version, self._options = journal, model_version, options
         self._advance, self._watch, self._noted = advance, watch, noted
@@ -161,6 +163,7 @@ class _Answers:
             include_own=options.include_own,
             gate=options.gate,
             error_rate=options.error_rate,
+            balance=options.balance,
         )
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 
@@ -198,7 +201,7 @@ class _Answers:
         line: dict[str, Any] = {
             "image_id": seen.work.image_id or seen.film.film_id,
             "model_version": self._model_version,
-            "embedding": [round(float(value), 7) for value in seen.outputs[EMBEDDING.name]],
+            **{part.name.lower(): [round(float(value), 7) for value in seen.outputs[part.name]] for part in PARTS},
             "warnings": [*seen.film.warnings, *query.doubts(seen.film, seen.outputs, ood)],
             "ood": ood.as_json(),
             "trace_id": seen.trace.trace_id,

@@ -25,8 +25,9 @@ from cxr_retrieval.cases.features import heading, standard_name
 from cxr_retrieval.cases.fhir import Chart, film_day
 from cxr_retrieval.cases.fields import Doubt, identifies, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
+from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
+from cxr_retrieval.gallery.balance import PARTS, VECTOR_SIZE, side_by_side
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
@@ -80,12 +81,12 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Rows with their embeddings `[n, 64]` and digests by which equal pictures are known (keyed if there was a store), those that failed,
-    and how many the store already had.
+    """Rows with their vectors `[n, 120]` (`gallery/balance.py`) and digests by which equal pictures are known (keyed if there was a store),
+    those that failed, and how many the store already had.
     """
 
     rows: tuple[ManifestRow, ...]
-    embeddings: NDArray[np.float32]
+    vectors: NDArray[np.float32]
     pixels: tuple[str, ...]
     problems: tuple[Problem, ...]
     from_store: int
@@ -209,9 +210,9 @@ class _Gallery:
         self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
         self._watch, self._noted, self._chart = watch, noted, chart
         self._stored_now: set[str] = set()
-        self.outputs: Sequence[TensorSpec] = (EMBEDDING,)
+        self.outputs: Sequence[TensorSpec] = PARTS
         if gate or thumbnails is ThumbnailKind.lungs:
-            self.outputs = (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT)
+            self.outputs = (*PARTS, LUNG_MASK, LUNG_AGREEMENT)
         self._columns: set[str] = set()
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = self.doubted = self.charted = 0
@@ -321,7 +322,9 @@ class _Gallery:
         keys = {entry.key for entry, _, _ in kept}
         self._noted(dict.fromkeys(sorted(keys - self._stored_now), "stored"))
         self._stored_now = keys  # should Milvus be away, they come again
-        self._store.upsert([entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], [_embedding(one) for _, _, one in kept])
+        self._store.upsert(
+            [entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], [side_by_side(one.outputs) for _, _, one in kept]
+        )
         if self._kind is ThumbnailKind.none:
             replaced = [entry.key for entry, pixels, one in kept if one.work.held is not None and one.work.held.pixels != pixels]
             self._store.remove_thumbnails(replaced)
@@ -360,7 +363,7 @@ class _Gallery:
 
 
 def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:
-    """Embeddings of rows for evaluation, in their order: taken from the store where it holds the same file, else computed now."""
+    """Vectors of rows for evaluation, in their order: taken from the store where it holds the same file, else computed now."""
     keyed: Callable[[str], str] = store.pseudonyms.digest if store is not None else str
     sink = _Collected(advance, keyed)
     from_store = 0
@@ -378,7 +381,7 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
     ordered = [sink.found[one.row.image_id] for one in measured if one.row.image_id in sink.found]
     return Embedded(
         tuple(row for row, _, _ in ordered),
-        np.array([vector for _, _, vector in ordered], np.float32),
+        np.array([vector for _, _, vector in ordered], np.float32).reshape(-1, VECTOR_SIZE),
         tuple(pixels for _, pixels, _ in ordered),
         tuple(sink.problems),
         from_store,
@@ -386,9 +389,9 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
 
 
 class _Collected:
-    """The sink of an evaluation: image_id → row, digest of its picture, embedding."""
+    """The sink of an evaluation: image_id → row, digest of its picture, vector."""
 
-    outputs = (EMBEDDING,)
+    outputs = PARTS
 
     def __init__(self, advance: Advance, keyed: Callable[[str], str]) -> None:
         self._advance, self._keyed = advance, keyed
@@ -400,7 +403,7 @@ class _Collected:
 
     def kept(self, result: Sequence[Seen[_Measured]]) -> None:
         for one in result:
-            self.found[one.work.row.image_id] = (one.work.row, self._keyed(one.film.pixels), _embedding(one))
+            self.found[one.work.row.image_id] = (one.work.row, self._keyed(one.film.pixels), side_by_side(one.outputs))
         self._advance(len(result))
 
     def failed(self, work: _Measured, error: CxrError) -> None:
@@ -412,10 +415,6 @@ def _measured(row: ManifestRow, keyed: Callable[[str], str]) -> _Measured:
     """Refuses a clinical value that an ingest would refuse, so that an evaluation is of what a gallery can hold."""
     parse_clinical(row.fields)
     return _Measured(row, keyed(_digest(row)))
-
-
-def _embedding(seen: Seen[_NewCase] | Seen[_Measured]) -> NDArray[np.float32]:
-    return np.asarray(seen.outputs[EMBEDDING.name], np.float32)
 
 
 def _tried(rows: Sequence[R], make: Callable[[R], T], pool: ThreadPoolExecutor) -> tuple[list[T], list[Problem]]:

@@ -27,12 +27,13 @@ from cxr_retrieval.archive.pipeline import Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import EMBEDDING, EMBEDDING_SIZE, IMAGE_SIZE
+from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import CxrError, ImageError, InputError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet, comparable_patients
 from cxr_retrieval.evaluation.versions import compare
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
-from cxr_retrieval.gallery.store import Held, Store
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
+from cxr_retrieval.gallery.store import FORMER_SIZE, Held, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
@@ -126,7 +127,7 @@ def reindex(
     A picture comes from its thumbnail, where one of kind `full` is stored, else from the file that the local table leads to.
 
     Args:
-        former: Whose rows are carried over; may be queried and filled meanwhile.
+        former: Whose rows are carried over, opened with `outdated`; may be queried and filled meanwhile.
         new: Of the version that `triton` announces; opened with `fill`.
         begun: Told how many cases the former gallery holds.
         advance: Told how many of them have been dealt with.
@@ -163,7 +164,7 @@ def reindex(
 class _NewGallery:
     """The sink, and what is missing from the new gallery."""
 
-    outputs = (EMBEDDING,)
+    outputs = PARTS
 
     def __init__(self, former: Store, new: Store, pictures: _Pictures, patience: Patience, advance: Advance) -> None:
         self._former, self._new, self._pictures, self._patience, self._advance = former, new, pictures, patience, advance
@@ -238,7 +239,7 @@ class _NewGallery:
         rows: list[tuple[Row, NDArray[np.float32]]] = []
         for one in seen:
             if self._former.pseudonyms.digest(one.film.pixels) == one.work.row["pixels"]:
-                rows.append((one.work.row, np.asarray(one.outputs[EMBEDDING.name], np.float32)))
+                rows.append((one.work.row, side_by_side(one.outputs)))
             else:
                 other = InputError(
                     f"{one.work.row['key']}: its file shows another picture than when it was ingested", next_step="ingest it again"
@@ -286,7 +287,7 @@ class _NewGallery:
 
 @dataclass(frozen=True)
 class _Twice:
-    """Images with what both versions say of them: `[n, 64]` each."""
+    """Images with what both versions say of them: vectors `[n, 120]`, the former's `[n, 64]` where its gallery is of the former layout."""
 
     rows: Sequence[ManifestRow]
     pixels: Sequence[str]
@@ -296,7 +297,9 @@ class _Twice:
     def sets(self, patients: Sequence[str]) -> tuple[LabelledSet, LabelledSet]:
         """As the former version has them, and as the latter."""
         ids, labels, sources = [r.image_id for r in self.rows], [r.label for r in self.rows], [r.source or "" for r in self.rows]
-        former, latter = (LabelledSet(ids, vectors, labels, patients, sources, self.pixels) for vectors in (self.former, self.latter))
+        former, latter = (
+            LabelledSet(ids, _compared_by(vectors), labels, patients, sources, self.pixels) for vectors in (self.former, self.latter)
+        )
         return former, latter
 
 
@@ -326,8 +329,15 @@ def compare_on_manifest(
         former_triton: Serves the former version; without it only films that its gallery holds can be compared.
 
     Raises:
-        UsageError: `former_triton` serves another version than the former gallery's.
+        UsageError: `former_triton` serves another version than the former gallery's, or one of before there was a balance.
     """
+    if former_triton is not None and former.outdated:
+        raise UsageError(
+            "the former version's server cannot be asked by this version of the system",
+            expected=f"outputs {', '.join(part.name for part in PARTS)}",
+            got="weights made before there was a balance",
+            next_step="leave --former-triton out: films that the former gallery holds are compared",
+        )
     if former_triton is not None and collection_of(former_triton.model_version) != former.collection:
         raise UsageError(
             "this is not the server of the former version",
@@ -341,7 +351,7 @@ def compare_on_manifest(
         vectors = [known.get(pixels) for pixels in latter.pixels]
     else:
         asked = embed_rows(rows, reader, former_triton, former, lambda _: None)
-        found = {row.image_id: vector for row, vector in zip(asked.rows, asked.embeddings, strict=True)}
+        found = {row.image_id: vector for row, vector in zip(asked.rows, asked.vectors, strict=True)}
         vectors = [found.get(row.image_id) for row in latter.rows]
     both = [number for number, vector in enumerate(vectors) if vector is not None]
     left_out = InputError("the former gallery does not hold it", next_step="give the former version's server by --former-triton")
@@ -349,8 +359,8 @@ def compare_on_manifest(
     queries = _Twice(
         [_as_stored(latter.rows[number], former.pseudonyms) for number in both],
         [latter.pixels[number] for number in both],
-        np.array([vectors[number] for number in both], np.float32).reshape(-1, EMBEDDING_SIZE),
-        latter.embeddings[both].reshape(-1, EMBEDDING_SIZE),
+        np.array([vectors[number] for number in both], np.float32).reshape(-1, former.vector_size),
+        latter.vectors[both],
     )
     gallery = _in_both(former, new)
     patients = comparable_patients(gallery.rows, queries.rows)
@@ -376,9 +386,15 @@ def _in_both(former: Store, new: Store) -> _Twice:
         for key, row in ((key, ours[key]) for key in keys)
     ]
     former_vectors, latter_vectors = (
-        np.array([found[key]["embedding"] for key in keys], np.float32).reshape(-1, EMBEDDING_SIZE) for found in (ours, theirs)
+        np.array([found[key]["embedding"] for key in keys], np.float32).reshape(-1, store.vector_size)
+        for found, store in ((ours, former), (theirs, new))
     )
     return _Twice(rows, [str(ours[key]["pixels"]) for key in keys], former_vectors, latter_vectors)
+
+
+def _compared_by(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What inner products are similarities of; the former layout's vectors mix both parts already."""
+    return vectors if vectors.shape[1] == FORMER_SIZE else comparable(vectors, DEFAULT_BALANCE)
 
 
 def _says_otherwise(held: Held, row: Row) -> bool:

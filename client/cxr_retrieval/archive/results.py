@@ -22,13 +22,26 @@ _COLUMNS: Final = (
     "image_id",
     "model_version",
     "label",
+    "balance",
     "confidence",
     "calibrated",
     "abstained",
     "trace_id",
 )
-_NUMBERS: Final = frozenset({"confidence", "calibrated"})
-_NESTED: Final = ("scores", "neighbours", "earlier_films", "summary", "embedding", "warnings", "timings_ms", "attention", "ood", "set")
+_NUMBERS: Final = frozenset({"balance", "confidence", "calibrated"})
+_NESTED: Final = (
+    "scores",
+    "neighbours",
+    "earlier_films",
+    "summary",
+    "embedding",
+    "appearance",
+    "warnings",
+    "timings_ms",
+    "attention",
+    "ood",
+    "set",
+)
 
 
 class Format(str, Enum):

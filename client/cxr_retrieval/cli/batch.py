@@ -35,7 +35,10 @@ def batch(
     ] = False,
     no_gate: options.NoGate = False,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
-    embed_only: Annotated[bool, typer.Option("--embed-only", help="Embeddings instead of answers; no gallery is needed.")] = False,
+    balance: options.Balance = options.BALANCE_DEFAULT,
+    embed_only: Annotated[
+        bool, typer.Option("--embed-only", help="Embeddings and appearances instead of answers; no gallery is needed.")
+    ] = False,
     attention: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also draw contour and attention over each film, one PNG each.")
     ] = None,
@@ -60,6 +63,7 @@ def batch(
         from cxr_retrieval.archive.journal import Journal
         from cxr_retrieval.archive.patience import Patience
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+        from cxr_retrieval.gallery.balance import checked
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
 
@@ -78,6 +82,7 @@ def batch(
             "include_own": include_own,
             "gate": not no_gate,
             "error_rate": error_rate,
+            "balance": None if embed_only else checked(balance),
             "attention": str(attention) if attention else None,
         }
         journal = opened.enter_context(Journal(lines, decisive))
@@ -100,7 +105,7 @@ def batch(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate, error_rate=error_rate),
+                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate, error_rate=error_rate, balance=balance),
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,

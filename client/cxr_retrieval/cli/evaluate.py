@@ -14,10 +14,13 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, print_problems, progress, results, talk
-from cxr_retrieval.errors import SetupError, StoreError
+from cxr_retrieval.errors import SetupError, StoreError, UsageError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from cxr_retrieval.archive.embedding import Embedded
     from cxr_retrieval.cases.manifest import ManifestRow
     from cxr_retrieval.evaluation.metrics import LabelledSet
@@ -34,6 +37,7 @@ def evaluate(
     queries_split: Annotated[str | None, typer.Option(help="Only query rows of this split; without it all but 'extra'.")] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours that vote.")] = 10,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
+    balance: options.Balance = options.BALANCE_DEFAULT,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also fit a calibration on the queries, and put it into this file of calibrations.")
     ] = None,
@@ -51,11 +55,18 @@ def evaluate(
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.evaluation import confidence, metrics
     from cxr_retrieval.evaluation import feedback as feedback_
+    from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, checked, comparable
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
     from cxr_retrieval.retrieval.calibration import put_calibration
 
+    if checked(balance) != DEFAULT_BALANCE and calibration:
+        raise UsageError(
+            "--calibration with another balance",
+            expected=f"--balance {DEFAULT_BALANCE:g}, for which one is kept",
+            next_step="leave one out",
+        )
     rows: dict[str, Sequence[ManifestRow]] = {
         "gallery": read_manifest(gallery).require(split=gallery_split),
         "queries": read_manifest(queries).require(split=queries_split),
@@ -79,10 +90,15 @@ def evaluate(
     print_problems(problems)
     rows_of = {name: part.rows for name, part in found.items()}
     *patients, warnings = metrics.comparable_patients(rows_of["gallery"], rows_of["queries"])
-    sets = [_labelled(found[name], keys) for name, keys in zip(found, patients, strict=True)]
-    result = metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings, error_rate=error_rate)
+    sets = [_labelled(found[name], comparable(found[name].vectors, balance), keys) for name, keys in zip(found, patients, strict=True)]
+    result = {"balance": balance, **metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings, error_rate=error_rate)}
     if calibration:
-        about = {"made_by": "cxr evaluate", "made": datetime.now(timezone.utc).date().isoformat(), "patients": len(set(patients[1]))}
+        about = {
+            "made_by": "cxr evaluate",
+            "made": datetime.now(timezone.utc).date().isoformat(),
+            "balance": balance,
+            "patients": len(set(patients[1])),
+        }
         votes = metrics.answered(metrics.Ranking(*sets), top_k)
         put_calibration(confidence.fit(votes, version, top_k, len(sets[0].labels), about), calibration)
         talk().print(f"wrote {calibration}")
@@ -96,13 +112,13 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _labelled(embedded: Embedded, patients: Sequence[str]) -> LabelledSet:
+def _labelled(embedded: Embedded, vectors: NDArray[np.float32], patients: Sequence[str]) -> LabelledSet:
     from cxr_retrieval.evaluation.metrics import LabelledSet
 
     rows = embedded.rows
     return LabelledSet(
         [row.image_id for row in rows],
-        embedded.embeddings,
+        vectors,
         [row.label for row in rows],
         patients,
         [row.source or "" for row in rows],
@@ -113,7 +129,7 @@ def _labelled(embedded: Embedded, patients: Sequence[str]) -> LabelledSet:
 def _print(result: dict[str, Any]) -> None:
     console = results()
     console.print(
-        f"model {result['model_version']}, k = {result['k']}, "
+        f"model {result['model_version']}, balance {result['balance']:g}, k = {result['k']}, "
         f"gallery {result['gallery']['n']} images of {result['gallery']['patients']} patients, "
         f"queries {result['queries']['n']} of {result['queries']['patients']}"
     )

@@ -59,7 +59,7 @@ def remove(
 @options.with_servers
 def drop(
     milvus: MilvusSettings,
-    collection: Annotated[str, typer.Argument(help="As `cxr info --collections` lists it, such as cxr_2bbd38cfa579.")],
+    collection: Annotated[str, typer.Argument(help="As `cxr info --collections` lists it, such as cxr_d834966df2ba.")],
     reason: _Reason = "",
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:

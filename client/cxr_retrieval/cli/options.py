@@ -68,9 +68,20 @@ ErrorRate = Annotated[
     typer.Option("--error-rate", min=0.01, max=0.5, help="Share of the sets of labels that may lack the right one."),
 ]
 
+Balance = Annotated[
+    float,
+    typer.Option(
+        "--balance",
+        min=0,
+        max=1,
+        help="What counts as like: 0 what was learnt from labels, 1 what lungs look like, between: both, so weighed.",
+    ),
+]
+
 AUDIT_DEFAULT = DEFAULT_AUDIT
 MAPS_DEFAULT = DEFAULT_MAPS
 ERROR_RATE_DEFAULT: Final = 0.1
+BALANCE_DEFAULT: Final = 0.25
 PATIENCE_DEFAULT: Final = 3600.0
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]

@@ -43,6 +43,7 @@ def query(
     ] = False,
     no_gate: options.NoGate = False,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
+    balance: options.Balance = options.BALANCE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
@@ -74,6 +75,7 @@ def query(
                 include_own=include_own,
                 gate=not no_gate,
                 error_rate=error_rate,
+                balance=balance,
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:
@@ -120,7 +122,7 @@ def print_result(result: QueryResult, name: str) -> None:
     for warning in result.warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     timings = ", ".join(f"{name} {value:.1f} ms" for name, value in result.timings_ms.items())
-    console.print(f"{timings}. Model {result.model_version}. {DISCLAIMER}", style="dim")
+    console.print(f"{timings}. Model {result.model_version}, balance {result.balance:g}. {DISCLAIMER}", style="dim")
 
 
 def _table(hits: Sequence[Neighbour], *, numbered: bool) -> Table:

@@ -75,7 +75,7 @@ def reindex(
         about = {"model_version": client.model_version, "from": version}
         operation = opened.enter_context(audited(audit.expanduser(), "reindex", about))
         with (
-            Store(milvus, version, keys) as old,
+            Store(milvus, version, keys, outdated=True) as old,
             Store(milvus, client.model_version, keys, fill=True, beside=old) as new,
         ):
             with seen.bar("embedding anew", None) as bar:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cxr_retrieval.evaluation import confidence
 from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking, answered
 from cxr_retrieval.gallery.aliases import PREFIX
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, comparable
 from cxr_retrieval.gallery.store import Case, Store
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Calibration, read_calibration, shipped
 from cxr_retrieval.retrieval.voting import DEFAULT_K
@@ -85,7 +86,8 @@ def recalibrate(
         UsageError: Too few cases, or a malformed clause.
         StoreError: Milvus cannot serve.
     """
-    cases, embeddings = store.vectors()
+    cases, vectors = store.vectors()
+    embeddings = comparable(vectors, DEFAULT_BALANCE)
     met = {str(row["key"]) for row in store.rows(["key"], where)} if where else {case.key for case in cases}
     wanted = [number for number, case in enumerate(cases) if case.key in met and (keys is None or case.key in keys)]
     fresh = [number for number in wanted if include_train or cases[number].split != LEARNT_FROM]
@@ -96,6 +98,7 @@ def recalibrate(
     about = {
         "made_by": "cxr calibrate",
         "made": datetime.now(timezone.utc).date().isoformat(),
+        "balance": DEFAULT_BALANCE,
         "gallery_sha256": _digest(cases, range(len(cases))),
         "cases_sha256": _digest(cases, asked),
         "patients": len(set(votes.patients)),

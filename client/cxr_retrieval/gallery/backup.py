@@ -26,6 +26,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
+from cxr_retrieval.gallery.balance import VECTOR_SIZE
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
@@ -34,7 +35,7 @@ from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 LAYOUT: Final = "1"
 """Of the file; another one is refused."""
 _PAGE: Final = 500
-"""Rows held at once: 64 numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
+"""Rows held at once: 120 numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
 _META: Final = "$meta"
 _THUMBNAIL: Final = "$thumbnail"
 _KIND: Final = "$thumbnail_kind"
@@ -163,7 +164,7 @@ def import_gallery(
         model_version: Refuse a file of another one.
 
     Raises:
-        UsageError: Another model version, another key, a gallery that is not empty, or one that lacks a field of the file.
+        UsageError: Another model version, another layout, another key, a gallery that is not empty, or one that lacks a field of the file.
         StoreError: Milvus cannot serve.
     """
     if model_version is not None and collection_of(checked.model_version) != collection_of(model_version):
@@ -179,6 +180,15 @@ def import_gallery(
             expected=f"the key with the fingerprint {checked.key_fingerprint}",
             got=f"one with {pseudonyms.fingerprint}",
             next_step="give that key (--pseudonym-key, CXR_PSEUDONYM_KEY)",
+        )
+    with _readable(path) as file:
+        size = file.schema_arrow.field("embedding").type.list_size if "embedding" in checked.fields else 0
+    if size != VECTOR_SIZE:
+        raise UsageError(
+            f"{path}: holds a gallery of another layout",
+            expected=f"a vector of {VECTOR_SIZE} numbers of each case",
+            got=str(size),
+            next_step="import it with the version of this system that exported it; this one's `cxr reindex` then carries it over",
         )
     with Store(settings, checked.model_version, pseudonyms, create=True) as store, _readable(path) as file:
         if store.count() and not merge:

@@ -1,7 +1,7 @@
 """The gallery in Milvus: schema, deterministic keys, upsert, search. Same code for Milvus Lite and a Milvus server.
 
 One collection holds the embeddings of one model version (`cxr_<version>`), because vectors of two versions cannot be
-compared (`aliases.py`).
+compared (`aliases.py`). A case's vector is what was learnt and what its lungs look like, side by side (`balance.py`).
 
 No id and no path stands there: images and patients have keyed pseudonyms. Whoever uses this module speaks of ids, and gets them back as
 far as the local table knows them.
@@ -27,7 +27,6 @@ from pymilvus import DataType, MilvusClient
 from cxr_retrieval.cases.fields import CLINICAL_FIELDS, MAX_TEXT, Value, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms
-from cxr_retrieval.contract import EMBEDDING_SIZE
 from cxr_retrieval.errors import InputError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import (
     ALIAS,
@@ -40,6 +39,7 @@ from cxr_retrieval.gallery.aliases import (
     point,
     the_gallery,
 )
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, likeness, weighed
 from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, items, printed
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
@@ -69,6 +69,8 @@ Milvus Lite sorts the whole gallery for each call.
 MAX_HITS: Final = 16_384
 """Of one search: Milvus' own limit."""
 
+FORMER_SIZE: Final = 64
+"""Of a case's vector in galleries made before there was a balance."""
 FINGERPRINT: Final = "cxr.pseudonyms"
 """Property of a collection that tells under which key its pseudonyms were made. Milvus Lite forgets descriptions; it keeps properties."""
 CALIBRATION: Final = "cxr.calibration"
@@ -143,10 +145,16 @@ class Clause:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A retrieved case with its cosine similarity to the query, in [−1, 1]."""
+    """A retrieved case with its similarity to the query at the balance asked for, in [−1, 1].
+
+    Attributes:
+        semantic: Cosine similarity of what was learnt. visual: Of what the lungs look like.
+    """
 
     case: Case
     similarity: float
+    semantic: float
+    visual: float
 
 
 @dataclass(frozen=True)
@@ -229,6 +237,7 @@ class Store:
     """An open gallery for one model version. Use as a context manager.
 
     Attributes:
+        vector_size: Numbers of a case's vector: 120, or 64 of the former layout.
         calibration: The gallery's own, as text (`retrieval/calibration.py`), as it was when opened; "" if it has none.
 
     Args:
@@ -238,6 +247,7 @@ class Store:
         create: Make the collection if it is not there (ingest), or complain (query).
         fill: Make it if it is not there, marked as being filled; with that mark it is refused without `fill`.
         beside: An open gallery whose connection this one shares, since a Milvus Lite folder takes one; closed by the other.
+        outdated: Open one of the former layout, too, whose rows can be read and not compared with (`reindex`).
 
     Raises:
         StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, of vectors of another size, or of
@@ -253,6 +263,7 @@ class Store:
         create: bool = False,
         fill: bool = False,
         beside: Store | None = None,
+        outdated: bool = False,
     ) -> None:
         self._settings = settings
         self.pseudonyms = pseudonyms
@@ -278,11 +289,13 @@ class Store:
                 self._lite = is_lite(self._client)
                 if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
+                        others = gallery_names(self._client, self._settings.timeout_s)
+                        carried = ", or `cxr reindex` to carry over another version's gallery" if others else ""
                         raise StoreError(
                             f"no gallery for model version {model_version}",
                             expected=f"collection {self.collection}",
                             got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
-                            next_step="run `cxr ingest` first",
+                            next_step=f"run `cxr ingest` first{carried}",
                         )
                     self._create()
                 elif not fill and is_filling(self._client, self.collection, self._settings.timeout_s):
@@ -292,7 +305,7 @@ class Store:
                         got="one that `cxr reindex` has begun and not ended",
                         next_step="let it end, or give the same command again; until then serve the former weights",
                     )
-                self._check_schema()
+                self._check_schema(outdated=outdated)
                 self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
                 if fill and not self.filling and self.count() == 0:
                     self._client.create_alias(self.collection, filling(self.collection), timeout=self._settings.timeout_s)
@@ -349,7 +362,7 @@ class Store:
         return {row["key"]: Held(row["file"], row["facts"], row["pixels"], row.get("source")) for row in rows}
 
     def embeddings(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Key → embedding `[64]` for those that are stored."""
+        """Key → vector `[120]` (`balance.py`) for those that are stored."""
         return {row["key"]: np.array(row["embedding"], np.float32) for row in self._rows_of(keys, ["embedding"])}
 
     def _rows_of(self, keys: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -366,7 +379,7 @@ class Store:
         return rows
 
     def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
-        """Stores entries with the keyed digests of their pictures and their embeddings `[n, 64]`; one stored before is replaced whole.
+        """Stores entries with the keyed digests of their pictures and their vectors `[n, 120]`; one stored before is replaced whole.
 
         The local table has them first: no pseudonym is ever in the gallery that does not lead back.
         """
@@ -414,6 +427,11 @@ class Store:
             described: list[dict[str, Any]] = self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)["fields"]
         dimensions = {field["name"]: int(field["params"]["dim"]) for field in described if "dim" in field["params"]}
         return {field["name"]: (DataType(field["type"]), dimensions.get(field["name"])) for field in described}
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it is of the former layout: its rows can be read, and nothing compared with them."""
+        return self.vector_size == FORMER_SIZE
 
     @property
     def takes_any_field(self) -> bool:
@@ -516,32 +534,39 @@ class Store:
         counted = Counter(row[field] for row in self.rows([field], where) if row.get(field) is not None)
         return dict(counted.most_common())
 
-    def search(self, embedding: NDArray[np.float32], top_k: int, where: str | Clause = "") -> list[Neighbour]:
-        """As `search_many`, for one embedding `[64]`."""
-        return self.search_many(embedding[None], top_k, where)[0]
+    def search(
+        self, vector: NDArray[np.float32], top_k: int, where: str | Clause = "", balance: float = DEFAULT_BALANCE
+    ) -> list[Neighbour]:
+        """As `search_many`, for one vector `[120]`."""
+        return self.search_many(vector[None], top_k, where, balance)[0]
 
-    def search_many(self, embeddings: NDArray[np.float32], top_k: int, where: str | Clause = "") -> list[list[Neighbour]]:
-        """For each embedding the `top_k` nearest cases by cosine similarity, nearest first; equal similarities in order of key.
+    def search_many(
+        self, vectors: NDArray[np.float32], top_k: int, where: str | Clause = "", balance: float = DEFAULT_BALANCE
+    ) -> list[list[Neighbour]]:
+        """For each vector the `top_k` nearest cases at a balance, nearest first; equal similarities in order of key.
 
         A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
         for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
 
         Args:
-            embeddings: `[n, 64]`, unit length.
+            vectors: `[n, 120]`, what was learnt and what lungs look like, side by side.
             where: As `clause` takes it, or what that has made ready.
+            balance: Of the two, in [0, 1] (`balance.py`).
 
         Raises:
             ClauseError: It cannot be meant.
             StoreError: The search failed.
+            UsageError: No such balance.
         """
         clause = where if isinstance(where, Clause) else self.clause(where)
+        asked = weighed(vectors, balance)
         at_once = max(1, SEARCH_ROWS // top_k)
-        found: list[list[tuple[dict[str, Any], float]]] = []
+        found: list[list[dict[str, Any]]] = []
         with translated(self._settings, clause.given):
-            for start in range(0, len(embeddings), at_once):
+            for start in range(0, len(asked), at_once):
                 answers = self._client.search(
                     self.collection,
-                    data=embeddings[start : start + at_once].tolist(),
+                    data=asked[start : start + at_once].tolist(),
                     anns_field="embedding",
                     limit=top_k,
                     filter=clause.asked,
@@ -550,19 +575,25 @@ class Store:
                     consistency_level="Session",
                     timeout=self._settings.timeout_s,
                 )
-                found += [[(hit["entity"], float(hit["distance"])) for hit in hits] for hits in answers]
-        originals = self.pseudonyms.originals({row["key"] for hits in found for row, _ in hits})
-        neighbours = [[Neighbour(_case(row, originals.get(row["key"])), similarity) for row, similarity in hits] for hits in found]
+                found += [[hit["entity"] for hit in hits] for hits in answers]
+        originals = self.pseudonyms.originals({row["key"] for hits in found for row in hits})
+        neighbours = [
+            [
+                Neighbour(_case(row, originals.get(row["key"])), *likeness(vector, np.array(row["embedding"], np.float32), balance))
+                for row in hits
+            ]
+            for vector, hits in zip(vectors, found, strict=True)
+        ]
         return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
-        """The whole gallery: cases and embeddings `[n, 64]`, ordered by key; for exact evaluation."""
+        """The whole gallery: cases and vectors `[n, 120]`, ordered by key; for exact evaluation."""
         with translated(self._settings):
             rows = list(_rows(self._client, self.collection, 'key != ""', ["*"], self._settings.timeout_s))
         rows.sort(key=lambda row: str(row["key"]))
         originals = self.pseudonyms.originals([row["key"] for row in rows])
         cases = [_case(row, originals.get(row["key"])) for row in rows]
-        return cases, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, EMBEDDING_SIZE)
+        return cases, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, VECTOR_SIZE)
 
     def prune(self, keep: Collection[str], sources: Collection[str | None]) -> list[str]:
         """Removes the cases of these sources (None: of no source) whose key is not to be kept, and their thumbnails where no other model
@@ -578,7 +609,7 @@ class Store:
     def _create(self) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
         schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=EMBEDDING_SIZE)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=VECTOR_SIZE)
         for name, length in _NAMED.items():
             if name not in _OPTIONAL:
                 schema.add_field(name, DataType.VARCHAR, max_length=length)
@@ -612,15 +643,22 @@ class Store:
             timeout=self._settings.timeout_s,
         )
 
-    def _check_schema(self) -> None:
+    def _check_schema(self, *, outdated: bool) -> None:
         about = self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)
         _refuse_in_clear(about)
         fields = {field["name"]: field for field in about["fields"]}
-        got = fields.get("embedding", {}).get("params", {}).get("dim")
-        if got is None or int(got) != EMBEDDING_SIZE:
+        got = int(fields.get("embedding", {}).get("params", {}).get("dim", 0))
+        if got == FORMER_SIZE and not outdated:
+            raise StoreError(
+                f"collection {self.collection} was made by a former version of this system, which kept one vector of a case",
+                expected=f"{VECTOR_SIZE} numbers of each: what was learnt, and what lungs look like",
+                got=f"{FORMER_SIZE}, both mixed",
+                next_step="serve the weights of this version, and give `cxr reindex`: it fills their gallery from this one",
+            )
+        if got not in (VECTOR_SIZE, FORMER_SIZE):
             raise StoreError(
                 f"collection {self.collection} does not fit this system",
-                expected=f"a field embedding of {EMBEDDING_SIZE} dimensions",
+                expected=f"a field embedding of {VECTOR_SIZE} dimensions",
                 got=f"{got} dimensions" if got else f"fields {', '.join(sorted(fields))}",
                 next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
@@ -635,6 +673,7 @@ class Store:
                 next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
         _refuse_another_key(about, self.pseudonyms)
+        self.vector_size = got
         self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
         self.calibration = str(about.get("properties", {}).get(CALIBRATION, ""))
 

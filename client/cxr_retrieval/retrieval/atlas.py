@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.cases.pseudonyms import DIGITS
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.projection import NEIGHBOURS, Advance, Floats, Nearest, place, project
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.retrieval.voting import DEFAULT_K, neighbour_weight, weighted_vote
@@ -91,8 +92,7 @@ class _Held:
             advance(1)
         rows.sort(key=lambda row: str(row["key"]))
         del rows[MOST_CASES:]
-        vectors = np.stack([row["embedding"] for row in rows]) if rows else np.zeros((0, 1), np.float32)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = comparable(np.array([row["embedding"] for row in rows], np.float32).reshape(-1, VECTOR_SIZE), DEFAULT_BALANCE)
         return _Held(
             [row["key"] for row in rows],
             vectors,

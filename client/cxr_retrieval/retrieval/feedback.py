@@ -1,7 +1,7 @@
 """A reader's marks move the question: cases that were right draw it towards them, cases that were not push it away. No model changes.
 
-The question is the film's embedding q, a unit vector as those of the cases are. With r cases marked relevant and n not, means R and N, the
-next search is made with
+The question is the film's vector q, of what was learnt and what lungs look like, as those of the cases are (`gallery/balance.py`). With r
+cases marked relevant and n not, means R and N, the next search is made with
 
     q + PULL · (√r · R − √n · N) / (√r + √n)
 
@@ -13,15 +13,16 @@ train films by simulated readers (`evaluation/feedback.py`; docs/feedback.md).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.cases.pseudonyms import DIGITS
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval.gallery.balance import comparable, likeness
 from cxr_retrieval.gallery.store import Neighbour, Store
 
 PULL: Final = 1.5
@@ -66,7 +67,7 @@ class Led:
     """A question as marks have moved it.
 
     Attributes:
-        vector: Unit length; the film's own embedding where there are no marks.
+        vector: `[120]`; the film's own where there are no marks. Weighed by the balance it is as long as that.
         marked: As they were marked.
         gone: How many of the cases the gallery no longer holds; these do not count.
     """
@@ -81,25 +82,34 @@ class Led:
         return frozenset(one.hit.case.key for one in self.marked if not one.relevant)
 
 
-def moved(query: Vector, relevant: Vector, other: Vector, pull: float = PULL, root: float = ROOT) -> Vector:
-    """The question after marks, of unit length.
+def moved(
+    query: Vector,
+    relevant: Vector,
+    other: Vector,
+    pull: float = PULL,
+    root: float = ROOT,
+    length_of: Callable[[Vector], Any] = np.linalg.norm,
+) -> Vector:
+    """The question after marks, of length 1.
 
     Args:
-        query: `[d]`, unit length. relevant, other: `[r, d]` and `[n, d]`, of cases marked relevant and not.
+        query: `[d]`, of length 1. relevant, other: `[r, d]` and `[n, d]`, of cases marked relevant and not.
         pull, root: As PULL and ROOT.
+        length_of: What length is.
     """
     sides = [(sign, len(side) ** root, side.mean(axis=0)) for sign, side in ((1, relevant), (-1, other)) if len(side)]
     weight = sum(weight for _, weight, _ in sides)
     found = query + sum((sign * pull * share / weight * mean for sign, share, mean in sides), np.zeros_like(query))
-    length = float(np.linalg.norm(found))
+    length = float(length_of(found))
     return np.asarray(found / length, np.float32) if sides and length else query
 
 
-def led(query: Vector, marks: Sequence[Mark], store: Store) -> Led:
+def led(query: Vector, marks: Sequence[Mark], store: Store, balance: float) -> Led:
     """The question after marks on cases of a gallery; of two marks on one case the later counts.
 
     Args:
-        query: `[d]`, the film's embedding as the network gives it. What weighs its parts does so afterwards.
+        query: `[120]`, the film's vector. The balance weighs its parts afterwards, which is the same: all that happens here is a sum.
+        balance: At which the cases are compared: as long as they are by it, the question is to be.
 
     Raises:
         UsageError: More than MOST_MARKS.
@@ -112,8 +122,9 @@ def led(query: Vector, marks: Sequence[Mark], store: Store) -> Led:
         return Led(query)
     cases, vectors = store.cases(list(said)), store.embeddings(list(said))
     held = {key: relevant for key, relevant in said.items() if key in cases and key in vectors}
-    vector = moved(query, _side(held, vectors, query, relevant=True), _side(held, vectors, query, relevant=False))
-    marked = [Marked(Neighbour(cases[key], float(vector @ vectors[key])), relevant) for key, relevant in held.items()]
+    relevant, other = (_side(held, vectors, query, relevant=said) for said in (True, False))
+    vector = moved(query, relevant, other, length_of=lambda found: np.linalg.norm(comparable(found, balance)))
+    marked = [Marked(Neighbour(cases[key], *likeness(vector, vectors[key], balance)), relevant) for key, relevant in held.items()]
     return Led(vector, tuple(marked), len(said) - len(held))
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.contract import ATTENTION_MAP, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked, side_by_side
 from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
@@ -37,7 +38,7 @@ OWN_EXPECTED: Final = 2
 """Hits asked for beyond `top_k`, so that a patient's own films seldom need a second search."""
 
 
-WANTED: Final = (EMBEDDING, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
+WANTED: Final = (*PARTS, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
 """What Triton is asked for."""
 
 
@@ -76,6 +77,7 @@ class QueryResult:
         neighbours: The cases that voted, nearest first; of a refused film those that would have, for information.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
         trust: How far to trust the prediction.
+        balance: Of what was learnt against what lungs look like, by which neighbours were found (`gallery/balance.py`).
         marked: Cases that a reader marked, which moved the question; those that are not relevant are none of the neighbours.
     """
 
@@ -89,6 +91,7 @@ class QueryResult:
     ood: Ood
     explanation: Explanation
     trust: Trust
+    balance: float
     marked: tuple[Marked, ...] = ()
 
     @property
@@ -133,6 +136,7 @@ class QueryResult:
         return {
             "image_id": self.image_id,
             "model_version": self.model_version,
+            "balance": self.balance,
             "prediction": {
                 "label": self.prediction.label,
                 "confidence": self.prediction.confidence,
@@ -172,6 +176,7 @@ def query(
     include_own: bool = False,
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
+    balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
@@ -187,12 +192,13 @@ def query(
         include_own: Let them vote like any other case.
         gate: Give no label to what is no upright frontal chest film (`retrieval/gate.py`); False: say so, and let the cases vote.
         error_rate: Of the set of labels (`retrieval/calibration.py`), 0.01 to 0.5.
+        balance: 0: neighbours are alike in what was learnt from labels; 1: in what lungs look like; between: in both, so weighed.
         marks: What a reader said of cases that an earlier answer showed; they move the question (`retrieval/feedback.py`), and those that
             are not relevant do not come again.
 
     Raises:
         ImageError: The file is unusable.
-        UsageError: No case meets the expression, no set can be given for that error rate, or there are too many marks.
+        UsageError: No case meets the expression, no set can be given for that error rate, the balance is none, or there are too many marks.
         ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
@@ -210,6 +216,7 @@ def query(
         include_own=include_own,
         gate=gate,
         error_rate=error_rate,
+        balance=balance,
         marks=marks,
         timings_ms={"read": read_ms},
     )
@@ -226,16 +233,26 @@ def query_film(
     include_own: bool = False,
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
+    balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
     timings_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """As `query`, of a film that has been read; `timings_ms`: what that took."""
+    checked(balance)
     timings = dict(timings_ms)
     with _timed(timings, "infer"):
         outputs = triton.infer(film.square[None, None], WANTED)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings, marks)
     (result,) = answer(
-        [asked], store, triton.model_version, top_k=top_k, where=where, include_own=include_own, gate=gate, error_rate=error_rate
+        [asked],
+        store,
+        triton.model_version,
+        top_k=top_k,
+        where=where,
+        include_own=include_own,
+        gate=gate,
+        error_rate=error_rate,
+        balance=balance,
     )
     if isinstance(result, UsageError):
         raise result
@@ -252,30 +269,32 @@ def answer(
     include_own: bool = False,
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
+    balance: float = DEFAULT_BALANCE,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
     Raises:
         StoreError: Milvus cannot serve.
-        UsageError: No set can be given for that error rate, or there are too many marks.
+        UsageError: No set can be given for that error rate, the balance is none, or there are too many marks.
         SetupError: The gallery's own calibration cannot be read.
     """
     percent(error_rate)
     where = where or Clause("", "")
-    embeddings = np.stack([np.asarray(one.outputs[EMBEDDING.name], np.float32) for one in asked])
+    vectors = np.stack([side_by_side(one.outputs) for one in asked])
     started = time.perf_counter()
-    moved = [led(embedding, one.marks, store) for one, embedding in zip(asked, embeddings, strict=True)]
-    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), where)
+    moved = [led(vector, one.marks, store, balance) for one, vector in zip(asked, vectors, strict=True)]
+    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), where, balance)
     found: list[tuple[list[Neighbour], list[Neighbour]]] = []
     for one, way, hits in zip(asked, moved, first, strict=True):
         is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
-        found.append(_neighbours(hits, way, top_k, is_own, lambda limit, way=way: store.search(way.vector, limit, where)))
+        found.append(_neighbours(hits, way, top_k, is_own, lambda limit, way=way: store.search(way.vector, limit, where, balance)))
     search_ms = 1000 * (time.perf_counter() - started)
+    measured = not where.asked and balance == DEFAULT_BALANCE
     far = [
-        None if where.asked or not hits else too_far(_unmoved(hits, way, own, store), store.count, model_version)
-        for hits, way, own in zip(first, moved, embeddings, strict=True)
+        too_far(_unmoved(hits, way, own, store), store.count, model_version) if hits and measured else None
+        for hits, way, own in zip(first, moved, vectors, strict=True)
     ]
-    rules = _Rules(model_version, top_k, where.given, include_own, error_rate, store.calibration, store.size)
+    rules = _Rules(model_version, top_k, where.given, include_own, error_rate, balance, store.calibration, store.size)
     return [
         _result(one, way, *hits, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance))
         for one, way, hits, distance in zip(asked, moved, found, far, strict=True)
@@ -305,6 +324,7 @@ class _Rules:
     where: str
     include_own: bool
     error_rate: float
+    balance: float
     calibration: str
     gallery: int
 
@@ -313,6 +333,8 @@ class _Rules:
         """Why such answers are not of the kind whose reliability is measured; None if they are."""
         if self.where:
             return "only cases that meet a clause were compared"
+        if self.balance != DEFAULT_BALANCE:
+            return f"it was measured at a balance of {DEFAULT_BALANCE:g}, and this is {self.balance:g}"
         return "films of the query's own patient may have voted" if self.include_own else None
 
 
@@ -367,6 +389,7 @@ def _result(
         ood,
         explanation,
         known,
+        rules.balance,
         way.marked,
     )
 

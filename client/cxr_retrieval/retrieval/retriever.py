@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -71,6 +72,7 @@ class Retriever:
         include_own: bool = False,
         gate: bool = True,
         error_rate: float = DEFAULT_ERROR_RATE,
+        balance: float = DEFAULT_BALANCE,
         marks: Sequence[Mark] = (),
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
@@ -86,6 +88,7 @@ class Retriever:
             include_own=include_own,
             gate=gate,
             error_rate=error_rate,
+            balance=balance,
             marks=marks,
         )
 

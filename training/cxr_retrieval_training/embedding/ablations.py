@@ -32,7 +32,7 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "no-attention": {"attention": False, "lesion_weight": 0.0},
     "multi-similarity": _PUBLISHED_LOSS,
     "info-nce": {"losses": {"info_nce": 1.0}, "across_sources": False},
-    **{f"size-{size}": {"embedding_size": size, "learned_size": None, "appearance_size": 0} for size in (32, 64, 128, 256, 512)},
+    **{f"size-{size}": {"learned_size": size, "appearance_size": 0} for size in (32, 64, 128, 256, 512)},
     # what each of our own parts gives
     "not-mirrored": {"mirrored": False},
     "two-members": {"copies": 2},

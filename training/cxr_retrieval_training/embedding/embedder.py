@@ -106,14 +106,11 @@ class Strata(NamedTuple):
 class PrincipalAxes(nn.Module):
     """Fewer numbers for many, of unit length: the leading principal axes, in closed form from the train rows after training.
 
-    Args:
-        whitened: Centred, and each axis divided by its standard deviation (Jégou & Chum 2012), so that all count alike
-            (nearly: see `_RIDGE`). Otherwise neither, so that cosine similarities stay what they were but for the axes left out.
+    Centred, and each axis divided by its standard deviation (Jégou & Chum 2012), so that all count alike (nearly: see `_RIDGE`).
     """
 
-    def __init__(self, size_in: int, size_out: int, *, whitened: bool) -> None:
+    def __init__(self, size_in: int, size_out: int) -> None:
         super().__init__()
-        self.whitened = whitened
         self.mean: Tensor
         self.projection: Tensor
         self.register_buffer("mean", torch.zeros(size_in))
@@ -134,13 +131,12 @@ class PrincipalAxes(nn.Module):
                 f"too few images to fit {size} principal axes",
                 expected=f"more than {size} training images",
                 got=str(len(rows)),
-                next_step="train on more, or lower appearance_size and embedding_size in the config",
+                next_step="train on more, or lower appearance_size in the config",
             )
-        mean = rows.mean(axis=0) if self.whitened else np.zeros(rows.shape[1], np.float32)
+        mean = rows.mean(axis=0)
         _, singular, axes = np.linalg.svd((rows - mean).astype(np.float64), full_matrices=False)
         variance = singular**2 / len(rows)
-        scale = (variance[:size] + _RIDGE * max(variance[0], 1e-12)) ** -0.5 if self.whitened else np.ones(size)
-        projection = axes[:size].T * scale
+        projection = axes[:size].T * (variance[:size] + _RIDGE * max(variance[0], 1e-12)) ** -0.5
         if strata is not None:
             nuisance = source_directions((rows - mean) @ projection, strata)
             projection = projection - projection @ nuisance @ nuisance.T
@@ -260,43 +256,38 @@ class EmbedderMember(nn.Module):
 
 
 class Embedder(nn.Module):
-    """The exported graph `embedder`: what its members have learned, and what lungs look like whatever the label.
+    """The exported graph `embedder`: what its members have learned, and beside it what lungs look like whatever the label.
 
     The paper has one network. As the paper does for lungs (section 2.3), several trained alike but for their seed look at the
-    same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote. Their numbers side by side are
-    brought to the size that the embedding has for them by principal axes.
+    same lungs (Lakshminarayanan et al. 2017): what one has learnt by chance others outvote. Their numbers side by side are the
+    embedding, so that the cosine similarity of two embeddings is the mean of the members'.
 
-    A part that is learnt from three labels knows only those: a fourth disease lands among them at random, and within a label any
-    neighbour is as good as another. So a share of the similarity is appearance, where lungs are light and dark: f2 averaged in each
-    quarter of the box, whitened, which keeps like beside like.
+    What is learnt from three labels knows only those: a fourth disease lands among them at random, and within a label any
+    neighbour is as good as another. So there is appearance, too, where lungs are light and dark: f2 averaged in each quarter of the
+    box, whitened, which keeps like beside like. No label is looked at to fit it, but it is not free of them: f2 belongs to members
+    that labels have trained, and where it forgets the source (`fit`), labels say within which films sources are compared.
 
     Args:
-        embedding_size: Of EMBEDDING, in all.
-        learned_size: So many numbers each member learns; by default what appearance leaves of the embedding.
-        appearance_size: So many of them are appearance; 0 as published.
-        appearance_share: Its weight in the cosine similarity of two embeddings.
+        learned_size: So many numbers each member learns.
+        appearance_size: Numbers of APPEARANCE; 0 as published.
         sizes: For each member, the side of the square the lungs are brought to.
         mirrored: See `EmbedderMember`; so for attention_standardised and framed.
     """
 
     def __init__(
         self,
-        embedding_size: int = EMBEDDING_SIZE,
+        learned_size: int = EMBEDDING_SIZE,
         *,
         backbone: BackboneName = "efficientnet_lite0",
         attention: bool = True,
         imagenet: bool = False,
         mirrored: bool = False,
-        learned_size: int | None = None,
         appearance_size: int = 0,
-        appearance_share: float = 0.0,
         sizes: Sequence[int] = (IMAGE_SIZE,),
         attention_standardised: bool = True,
         framed: bool = False,
     ) -> None:
         super().__init__()
-        left = embedding_size - appearance_size
-        learned_size = learned_size or left
         self.members = nn.ModuleList(
             EmbedderMember(
                 learned_size,
@@ -310,10 +301,8 @@ class Embedder(nn.Module):
             )
             for size in sizes
         )
-        self.joint = PrincipalAxes(len(sizes) * learned_size, left, whitened=False) if len(sizes) * learned_size != left else None
         layout_size = sum(member.layout_size for member in self.each())
-        self.appearance = PrincipalAxes(layout_size, appearance_size, whitened=True) if appearance_size else None
-        self.appearance_share = appearance_share
+        self.appearance = PrincipalAxes(layout_size, appearance_size) if appearance_size else None
 
     def each(self) -> list[EmbedderMember]:
         """The members by their type."""
@@ -321,15 +310,17 @@ class Embedder(nn.Module):
 
     def forward(
         self, lungs: UInt8[Tensor, "batch 2 height width"]
-    ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "batch 2048"], Float[Tensor, "batch 1 16 16"]]:
+    ) -> tuple[
+        Float[Tensor, "batch embedding"], Float[Tensor, "batch appearance"], Float[Tensor, "batch 2048"], Float[Tensor, "batch 1 16 16"]
+    ]:
         """Takes LUNGS: the radiograph, and how much each pixel counts as lung, 0…255.
 
         Returns:
-            EMBEDDING of unit length (eq. 1), FEATURES before the projection head (section 3.4; mean of the members'), ATTENTION
-            in (0, 1) over the lungs' box (mean of the members'), 16×16 whatever their size is.
+            EMBEDDING of unit length (eq. 1), APPEARANCE of unit length (0 while not fitted), FEATURES before the projection head (section
+            3.4; mean of the members'), ATTENTION in (0, 1) over the lungs' box (mean of the members'), 16×16 whatever their size is.
         """
         found = self.describe(lungs)
-        return self.embed(found), found.features, found.attention
+        return found.learned, self.look(found), found.features, found.attention
 
     def describe(self, lungs: UInt8[Tensor, "batch 2 height width"]) -> Description:
         """What all members find together."""
@@ -348,24 +339,9 @@ class Embedder(nn.Module):
             torch.stack(masks).mean(dim=0),
         )
 
-    def embed(self, found: Description) -> Float[Tensor, "batch embedding"]:
-        """EMBEDDING: the learned part and, if there is one, appearance, each with its share."""
-        learned = found.learned if self.joint is None else self.joint(found.learned)
-        if self.appearance is None:
-            return learned
-        share = self.appearance_share
-        return torch.cat([(1.0 - share) ** 0.5 * learned, share**0.5 * self.appearance(found.layout)], dim=1)
-
-    def fit(self, learned: NDArray[np.float32], layout: NDArray[np.float32], strata: Strata | None = None) -> None:
-        """What is not trained by gradients, from `describe` of the train rows; with `strata`, appearance forgets the source.
-
-        Raises:
-            UsageError: Too few of them.
-        """
-        if self.joint is not None:
-            self.joint.fit(learned)
-        if self.appearance is not None:
-            self.appearance.fit(layout, strata)
+    def look(self, found: Description) -> Float[Tensor, "batch appearance"]:
+        """APPEARANCE; of no numbers where there is none."""
+        return found.layout[:, :0] if self.appearance is None else self.appearance(found.layout)
 
 
 class AttentionMapHead(nn.Module):

@@ -86,11 +86,11 @@ def train_embedder(
     network = build_embedder(config, [state["image_size"] for state in best])
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
-    if network.joint is not None or network.appearance is not None:
+    if network.appearance is not None:
         shipped = as_shipped(copy.deepcopy(network), LUNGS)
         on_device(shipped, device)
-        found = embed_all(shipped, data.lungs, device, "principal axes of train")
-        network.fit(found["learned"], found["layout"], Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
+        layout = embed_all(shipped, data.lungs, device, "principal axes of train")["layout"]
+        network.appearance.fit(layout, Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
     path = out / "embedder.pt"
     members = [{key: state[key] for key in ("image_size", "iteration", "val_recall_at_1", "seconds")} for state in best]
     about = {"config": config.model_dump(mode="json"), "data_sha256": manifest.sha256}
@@ -111,8 +111,8 @@ def _train_member(
 ) -> Checkpoint:
     """Trains one member and returns its best checkpoint, with the averaged weights if the config asks for them.
 
-    It knows nothing of the other members, nor of what is fitted to them all, so that more can be added later, the embedding's
-    numbers shared out anew, and those that are done stay.
+    It knows nothing of the other members, nor of what is fitted to them all, so that more can be added later, appearance fitted anew, and
+    those that are done stay.
     """
     stages = config.members[number].stages
     alone = config.model_copy(update={"members": (config.members[number],)})
@@ -120,9 +120,8 @@ def _train_member(
     seed = config.seed * 1000 + number
     torch.manual_seed(seed)
     model = build_embedder(alone).each()[0]
-    fitted = {"embedding_size", "appearance_size", "appearance_share", "appearance_forgets_source"}
-    settings = {**alone.model_dump(mode="json", exclude=fitted), "learned_size": model.learned_size}
-    identity = {"config": settings, "data_sha256": data_sha256}
+    fitted = {"appearance_size", "appearance_forgets_source"}
+    identity = {"config": alone.model_dump(mode="json", exclude=fitted), "data_sha256": data_sha256}
     if init is not None:
         load_resnet50(model, init)
     on_device(model, device)
@@ -237,14 +236,12 @@ def described_embedder(state: Mapping[str, Any]) -> Embedder:
 def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -> Embedder:
     """The untrained network that the config describes, its members to look at lungs of these sizes."""
     return Embedder(
-        config.embedding_size,
+        config.learned_size,
         backbone=config.backbone,
         attention=config.attention,
         imagenet=config.init == "imagenet",
         mirrored=config.mirrored,
-        learned_size=config.learned_size,
         appearance_size=config.appearance_size,
-        appearance_share=config.appearance_share,
         sizes=sizes or (IMAGE_SIZE,) * len(config.members),
         attention_standardised=config.attention_standardised,
         framed=config.view == "frame",
@@ -390,7 +387,7 @@ def load_resnet50(model: EmbedderMember, weights: Path) -> None:
 def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch.device) -> None:
     """`vectors-<split>.npz` beside an `embedder.pt`, for `cxr train report`, of the lungs that the whole ensemble finds.
 
-    They hold image_ids, embedding `[n, d]` and features `[n, 2048]`, both of unit length.
+    They hold image_ids, embedding `[n, d]`, appearance `[n, a]` and features `[n, 2048]`, all of unit length.
     """
     network, config = load_embedder(path, device), EmbedderConfig.model_validate(load_checkpoint(path)["config"])
     for split in (*SPLITS, EXTRA_SPLIT):
@@ -400,7 +397,7 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
             np.savez(
                 path.parent / f"vectors-{split}.npz",
                 image_ids=np.array([row.image_id for row in rows]),
-                **{name: vectors[name] for name in ("embedding", "features")},
+                **{name: vectors[name] for name in ("embedding", "appearance", "features")},
             )
 
 
@@ -408,12 +405,12 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
 def embed_all(
     network: Embedder | EmbedderMember, lungs: Images, device: torch.device, what: str = "", batch_size: int = 32
 ) -> Mapping[str, NDArray[np.float32]]:
-    """`embedding` `[n, d]` (of one member: what it has learned), `features` `[n, 2048]`, `learned` and `layout`, all of unit length.
+    """`embedding` `[n, d]`, `features` `[n, 2048]`, `layout` and, unless of one member, `appearance`, all of unit length.
 
     A member, watched while it trains, looks in the precision it trains in; the whole embedder in fp32, as it is served.
     """
     network.eval()
-    parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "learned": [], "layout": []}
+    parts: dict[str, list[Tensor]] = {"embedding": [], "features": [], "layout": []}
     starts = range(0, len(lungs), batch_size)
     with progress_bar() as bar:
         task = bar.add_task(what, total=len(starts), visible=bool(what))
@@ -421,12 +418,12 @@ def embed_all(
             batch = torch.from_numpy(lungs[start : start + batch_size]).to(device)
             if isinstance(network, Embedder):
                 found = network.describe(batch)
+                parts.setdefault("appearance", []).append(network.look(found).cpu())
             else:
                 with mixed_precision(device):
                     found = network(batch)
-            parts["learned"].append(found.learned.cpu())
+            parts["embedding"].append(found.learned.cpu())
             parts["layout"].append(found.layout.cpu())
-            parts["embedding"].append((network.embed(found) if isinstance(network, Embedder) else found.learned).cpu())
             parts["features"].append(nn.functional.normalize(found.features, dim=1).cpu())
             bar.update(task, advance=1)
     return {name: torch.cat(values).numpy() for name, values in parts.items()}

@@ -17,8 +17,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow
-from cxr_retrieval.contract import EMBEDDING, LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import CxrError, ManifestError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
@@ -73,7 +74,7 @@ class _Example:
 
 @dataclass(frozen=True)
 class _Described:
-    """`[n, d]` features, mirrored ones, n kinds, `[n, 64]` embeddings."""
+    """`[n, d]` features, mirrored ones, n kinds, `[n, 120]` by which they are compared at the default balance."""
 
     features: Vector
     mirrored: Vector
@@ -201,11 +202,11 @@ def _describe(examples: Iterator[_Example], triton: TritonClient, advance: Calla
         chunk = list(islice(usable, BATCH_SIZE))
         while chunk:
             framed = [letterbox(np.ascontiguousarray(one.pixels)) for one in chunk]
-            asked = pool.submit(triton.infer, np.stack([square for square, _ in framed])[:, None], (EMBEDDING, LUNG_MASK, LUNG_AGREEMENT))
+            asked = pool.submit(triton.infer, np.stack([square for square, _ in framed])[:, None], (*PARTS, LUNG_MASK, LUNG_AGREEMENT))
             kinds += [one.kind for one in chunk]
             chunk = list(islice(usable, BATCH_SIZE))  # drawn while the networks look at the last
             outputs = asked.result()
-            embeddings.append(np.asarray(outputs[EMBEDDING.name], np.float32))
+            embeddings.append(comparable(side_by_side(outputs), DEFAULT_BALANCE))
             for (square, box), mask, agreement in zip(framed, outputs[LUNG_MASK.name], outputs[LUNG_AGREEMENT.name], strict=True):
                 lungs = np.asarray(mask[0], np.uint8)
                 features.append(described(square, box, lungs, float(agreement[0])))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.reading import read_radiograph
 
@@ -61,8 +62,8 @@ def draw_sizes(runs: Mapping[str, Any], path: Path) -> bool:
     """
     groups: dict[str, list[tuple[int, float, float, float]]] = {}
     for run in runs.values():
-        size = run["config"]["embedding_size"]
-        rest = json.dumps({**run["config"], "embedding_size": None}, sort_keys=True)
+        size = run["config"]["learned_size"]
+        rest = json.dumps({**run["config"], "learned_size": None}, sort_keys=True)
         overall = run["evaluation"]["overall"]
         low, high = overall["balanced_accuracy_ci"] or (np.nan, np.nan)  # matplotlib draws no bar of NaN
         groups.setdefault(rest, []).append((size, overall["balanced_accuracy"], low, high))
@@ -74,10 +75,39 @@ def draw_sizes(runs: Mapping[str, Any], path: Path) -> bool:
     axes.errorbar(sizes, value, yerr=(value - low, high - value), marker="o", capsize=3)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
-    axes.set_xlabel("embedding size")
+    axes.set_xlabel("numbers that each member learns")
     axes.set_ylabel("val balanced accuracy, k = 10")
     _save(figure, path)
     return True
+
+
+def draw_balance(dial: Mapping[str, Any], path: Path) -> None:
+    """What each balance gives, with 95 % intervals; the default is the dotted line."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    balances = [row["balance"] for row in dial["rows"]]
+    shown = (
+        (left, "balanced_accuracy", "balanced accuracy of the vote"),
+        (left, "recall_at_1", "first neighbour of the label"),
+        (left, "added_recall_at_1", f"{' and '.join(dial.get('added', ()))} added, not trained on: the same"),
+        (right, "own_source", "first neighbour from the own source"),
+        (right, "structure", "structural similarity of the lungs"),
+    )
+    for axes, name, label in shown:
+        if name not in dial["rows"][0]:
+            continue
+        line = axes.plot(balances, [row[name] for row in dial["rows"]], label=label)[0]
+        if all(row[f"{name}_ci"] for row in dial["rows"]):
+            low, high = zip(*(row[f"{name}_ci"] for row in dial["rows"]), strict=True)
+            axes.fill_between(balances, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    right.axhline(dial["structure_at_random"], color="0.6", linestyle="--", linewidth=0.8, label="the same, of a film drawn at random")
+    for axes in (left, right):
+        axes.axvline(DEFAULT_BALANCE, color="0.4", linestyle=":", linewidth=1)
+        axes.set_xlabel("balance: 0 what was learnt, 1 what lungs look like")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    left.set_ylabel("val")
+    _save(figure, path)
 
 
 def draw_training(log: Path, path: Path) -> None:

@@ -31,6 +31,9 @@ def write_report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], o
     figures.draw_montage(manifest, first.sets["train"], first.sets["val"], out / "montage.png")
     if figures.draw_sizes(found["runs"], out / "embedding-size.png"):
         pictures.append("embedding-size.png")
+    if found["closer"]["balance"]:
+        figures.draw_balance(found["closer"]["balance"], out / "balance.png")
+        pictures.append("balance.png")
     lungs = segmenter.parent / "segmentation.json"
     if lungs.exists():
         found["segmentation"] = json.loads(lungs.read_text("utf-8"))
@@ -55,6 +58,7 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
         _classes_table(found["runs"][first]["evaluation"]),
         "## A closer look",
         _closer(found["closer"], found["runs"][first]),
+        *(["## Semantic against visual", balance_table(found["closer"]["balance"])] if found["closer"]["balance"] else []),
         *(["## Pneumonia of adults", _adults_table(found["adult_pneumonia"])] if found["adult_pneumonia"] else []),
         *(["## Lungs", _lungs_table(found["segmentation"])] if "segmentation" in found else []),
         *(f"![{name}]({name})" for name in pictures),
@@ -172,6 +176,22 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     if alike["overall_without_them"]:
         lines.append(["balanced accuracy without them", _figure(alike["overall_without_them"], "balanced_accuracy")])
     return _table(["", ""], lines)
+
+
+def balance_table(dial: Mapping[str, Any]) -> str:
+    """A line for each balance."""
+    columns = {
+        "balance": "",
+        "balanced accuracy": "balanced_accuracy",
+        "recall@1": "recall_at_1",
+        "added class recall@1": "added_recall_at_1",
+        "own source nearest": "own_source",
+        "structure": "structure",
+    }
+    lines = [
+        [f"{row['balance']:g}", *(_figure(row, name) if name in row else "–" for name in columns.values() if name)] for row in dial["rows"]
+    ]
+    return _table(list(columns), lines)
 
 
 def _lungs_table(segmentation: Mapping[str, Any]) -> str:

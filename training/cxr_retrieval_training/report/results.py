@@ -21,6 +21,7 @@ from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.intervals import mean_interval
 from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_interval, evaluate
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, blended
 from cxr_retrieval.progress import track
 from cxr_retrieval.radiograph.letterbox import pixel_digest
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
@@ -29,6 +30,7 @@ from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.data.datasets import Images, load_images, load_lesion_masks
 from cxr_retrieval_training.embedding.embedder import AttentionMapHead, Embedder
 from cxr_retrieval_training.embedding.train_embedder import build_embedder, embed_all, left_out, load_embedder
+from cxr_retrieval_training.report.balance import Described, along_the_dial
 from cxr_retrieval_training.segmentation.lungs import find_lungs
 from cxr_retrieval_training.segmentation.metrics import centre_prior, pixel_auroc, pointing_hit, source_probe
 
@@ -101,10 +103,17 @@ def load_run(folder: Path, manifest: Manifest, pictures: Pictures) -> Run:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
             protocol = [row for row, keep in zip(mine, kept, strict=True) if keep]
-            sets[split] = labelled(protocol, stored[config.retrieve_with][kept], pictures)
+            sets[split] = labelled(protocol, retrieved_with(config, stored)[kept], pictures)
             if split != EXTRA_SPLIT:
                 unseen.append(left_out(config, protocol))
     return Run(folder.name, folder, config, sets, np.concatenate(unseen))
+
+
+def retrieved_with(config: EmbedderConfig, vectors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Of `vectors` by name what the config compares: features, or embedding and, where there is one, appearance at the default balance."""
+    if config.retrieve_with == "features" or not config.appearance_size:
+        return vectors[config.retrieve_with]
+    return blended(vectors["embedding"], vectors["appearance"], DEFAULT_BALANCE)
 
 
 def labelled(rows: Sequence[ManifestRow], vectors: NDArray[np.float32], pictures: Pictures) -> LabelledSet:
@@ -133,6 +142,7 @@ def report(manifest: Manifest, pictures: Pictures, segmenter: Path, folders: Seq
         "closer": {
             "run": first.name,
             "k": k_sweep(first),
+            "balance": dial(first, manifest, segmenter, device),
             "style_only": style_only(network, first, manifest, pictures, segmenter, device),
             "attention": attention_on_lesions(network, first.config, manifest, segmenter, device),
             "near_duplicates": {
@@ -245,6 +255,22 @@ def k_sweep(run: Run) -> dict[str, list[float]]:
     }
 
 
+def dial(run: Run, manifest: Manifest, segmenter: Path, device: torch.device) -> dict[str, Any] | None:
+    """`along_the_dial`; none of a run that compares something else."""
+    if run.config.retrieve_with != "embedding" or not run.config.appearance_size:
+        return None
+    described: dict[str, Described] = {}
+    for split, known in run.sets.items():
+        with np.load(run.folder / f"vectors-{split}.npz") as stored:
+            place = {name: i for i, name in enumerate(stored["image_ids"].tolist())}
+            mine = [place[name] for name in known.image_ids]
+            embeddings, appearances = stored["embedding"][mine], stored["appearance"][mine]
+        rows = manifest.select(split=split, labels=LABELS) if split != EXTRA_SPLIT else ()
+        lungs = find_lungs(segmenter, rows, split, device) if rows else None
+        described[split] = Described(known, embeddings, appearances, lungs)
+    return along_the_dial(described["train"], described["val"], described.get(EXTRA_SPLIT))
+
+
 def style_only(
     network: Embedder,
     run: Run,
@@ -266,8 +292,8 @@ def style_only(
         lungs = np.asarray(find_lungs(segmenter, rows, split, device)[mine])
         of_source = [row for row, keep in zip(rows, mine, strict=True) if keep]
         for name, change in _WITHOUT_ANATOMY.items():
-            vectors = embed_all(network, change(lungs), device, f"{split} lungs {name}")[run.config.retrieve_with]
-            sets[name][split] = labelled(of_source, vectors, pictures)
+            vectors = embed_all(network, change(lungs), device, f"{split} lungs {name}")
+            sets[name][split] = labelled(of_source, retrieved_with(run.config, vectors), pictures)
     out: dict[str, Any] = {"source": source}
     for name, both in sets.items():
         overall = evaluate(both["train"], both["val"], k=DEFAULT_K, model_version=run.name)["overall"]
@@ -336,7 +362,7 @@ def attention_maps(network: Embedder, lungs: Images, device: torch.device) -> ND
     """ATTENTION_MAP `[n, 256, 256]` as the server gives it."""
     head = AttentionMapHead()
     batches = [torch.from_numpy(lungs[start : start + 16]).to(device) for start in range(0, len(lungs), 16)]
-    maps = [head(network(batch)[2], (batch[:, 1:] >= _HALF).to(torch.uint8) * 255)[0][:, 0].cpu() for batch in batches]
+    maps = [head(network(batch)[3], (batch[:, 1:] >= _HALF).to(torch.uint8) * 255)[0][:, 0].cpu() for batch in batches]
     return torch.cat(maps).numpy()
 
 
