@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cxr_retrieval.interruption import uninterrupted, until_interrupted
-from tests_support import as_at_a_terminal
+from tests_support import at_a_terminal
 
 
 @pytest.fixture(autouse=True)
@@ -65,5 +65,5 @@ def test_ctrl_c_while_the_command_is_loaded_says_nothing() -> None:
         "sys.meta_path.insert(0, Strike())\n"
         "from cxr_retrieval.cli.entry import main; main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=as_at_a_terminal)
+    ended = subprocess.run(at_a_terminal(sys.executable, "-c", code), capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

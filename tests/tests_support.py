@@ -68,9 +68,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def as_at_a_terminal() -> None:
-    """A shell without job control starts its background jobs, and so perhaps these tests, with SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+_LIKE_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def at_a_terminal(*command: str) -> list[str]:
+    """The command with Ctrl-C as at a terminal: a shell without job control starts its background jobs, and so perhaps these tests, with SIGINT
+    ignored. Not in `preexec_fn`, for which Python forks: a child of a process in which gRPC runs may die of that.
+    """
+    return [sys.executable, "-c", _LIKE_A_TERMINAL, *command]
 
 
 class Served:
@@ -81,12 +86,11 @@ class Served:
         self.servers = ("--triton", f"127.0.0.1:{grpc}", "--milvus", f"http://127.0.0.1:{milvus}")
         ports = ("--grpc-port", f"{grpc}", "--http-port", f"{http}", "--metrics-port", f"{metrics}", "--milvus-port", f"{milvus}")
         self.process = subprocess.Popen(
-            cxr_command("serve", "--store", folder / "gallery.db", "--ready-timeout", "600", *ports, *options),
+            at_a_terminal(*cxr_command("serve", "--store", folder / "gallery.db", "--ready-timeout", "600", *ports, *options)),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=as_at_a_terminal,
         )
         self.said: list[str] = []
         self.until("ready")
@@ -148,15 +152,11 @@ def real_milvus(**settings: object) -> Generator[Any]:
             server.stop()
 
 
-_LIKE_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-"""The same where this process must not be forked, because gRPC runs in it."""
-
-
 class Viewed:
     """`cxr view` in the background; there when the page is, at `url`. Use as a context manager."""
 
     def __init__(self, *options: str | Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
-        command = [sys.executable, "-c", _LIKE_A_TERMINAL, *cxr_command("view", "--port", "0", *options)]
+        command = at_a_terminal(*cxr_command("view", "--port", "0", *options))
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
