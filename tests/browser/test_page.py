@@ -304,7 +304,41 @@ def test_marks_rank_anew(viewed: Viewed, opened: Opened, film: Path) -> None:
     expect(page.locator(".answer-tools [role=status]")).to_contain_text("2 marked relevant, 0 not.")
     page.get_by_role("button", name="Clear marks").click()
     page.get_by_role("button", name="Re-rank").click()
-    expect(page.locator(".answer-tools [role=status]")).to_have_text("Mark cases ✓ or ✗, then rank anew.")
+    expect(page.locator(".answer-tools [role=status]")).to_have_text(
+        re.compile(r"^\d+ came, \d+ went. Mark cases ✓ or ✗, then rank anew.$")
+    )
+    assert [one.get_attribute("data-case") for one in near.all()] == first
+
+
+def test_the_balance_is_turned(viewed: Viewed, opened: Opened, film: Path) -> None:
+    """The slider asks anew, says what came and what went, and holds for the next film; the way back is one press."""
+    page = opened(viewed.url)
+    ask(page, film)
+    page.get_by_role("spinbutton", name="Cases").fill("3")
+    page.get_by_role("button", name="Ask again").click()
+    near = page.locator(".neighbours .near")
+    expect(near).to_have_count(3)
+    first = [one.get_attribute("data-case") for one in near.all()]
+    slider = page.get_by_role("slider", name=re.compile("^Balance of what was learnt"))
+    expect(slider).to_have_value("0.25")
+    expect(page.get_by_role("button", name="As measured, 0.25")).to_be_disabled()
+    slider.focus()
+    page.keyboard.press("End")
+    expect(page.locator(".balance output")).to_have_text("1.00")
+    expect(page.locator(".warnings")).to_contain_text("it was measured at a balance of 0.25, and this is 1")
+    second = [one.get_attribute("data-case") for one in near.all()]
+    expect(page.locator(".came")).to_have_count(len(set(second) - set(first)))
+    expect(page.locator(".went")).to_have_count(len(set(first) - set(second)))
+    similarity = page.locator(".near .similarity").first.inner_text()
+    page.locator(".near .card").first.click()
+    expect(page.locator(".about")).to_contain_text(f"looks {float(similarity):.2f}")
+    page.go_back()
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator(".came")).to_have_count(0)
+    expect(slider).to_have_value("1")
+    page.get_by_role("button", name="As measured, 0.25").click()
+    expect(page.locator(".warnings")).not_to_contain_text("measured at a balance")
+    expect(slider).to_have_value("0.25")
     assert [one.get_attribute("data-case") for one in near.all()] == first
 
 

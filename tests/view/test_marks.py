@@ -63,6 +63,28 @@ def keys(hits: list[dict[str, Any]]) -> list[str]:
     return [hit["key"] for hit in hits]
 
 
+def test_another_balance_of_the_same_question(page: Page) -> None:
+    """Its marks hold, none is written down anew, and both cosines say why a case is where it is."""
+    first = page.ask()
+    assert first["balance"] == page.asked("GET", "/api/status")["balance"] == 0.25
+    for balance in (1, 0.0):
+        turned = page.asked("POST", f"/api/queries/{first['id']}/balance", json={"balance": balance})
+        assert (turned["balance"], turned["round"], turned["asked"]) == (balance, 0, first["asked"])
+        assert turned["came"] == [key for key in keys(turned["neighbours"]) if key not in keys(first["neighbours"])]
+        assert keys(turned["went"]) == [key for key in keys(first["neighbours"]) if key not in keys(turned["neighbours"])]
+        for hit in turned["neighbours"]:
+            assert hit["similarity"] == pytest.approx(hit["visual"] if balance else hit["semantic"], abs=1e-6)
+        assert page.ask(balance=balance)["neighbours"] == turned["neighbours"]
+    key = keys(first["neighbours"])[0]
+    marked = page.mark(first["id"], **{key: False})
+    turned = page.asked("POST", f"/api/queries/{marked['id']}/balance", json={"balance": 0.5})
+    assert (turned["round"], keys(turned["marked"])) == (1, [key])
+    assert [line["action"] for line in entries(page.audit)][-2:] == ["query", "query"], "no mark was made"
+    for wrong in (1.5, -0.1, "0.5", True):
+        page.asked("POST", f"/api/queries/{first['id']}/balance", 422, json={"balance": wrong})
+    page.asked("POST", "/api/queries/999999/balance", 404, json={"balance": 0.5})
+
+
 def test_two_rounds_of_marks(page: Page, tmp_path: Path) -> None:
     """Each is written down before its answer is given; what was taken back is no pair, and a later mark replaces the earlier."""
     first = page.ask(where='label != "control"')

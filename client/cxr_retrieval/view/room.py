@@ -24,6 +24,7 @@ from cxr_retrieval.archive.pairs import MARK
 from cxr_retrieval.cases.pseudonyms import SHOWN_DIGITS
 from cxr_retrieval.contract import ATTENTION_MAP, LUNG_MASK
 from cxr_retrieval.errors import ClauseError, GoneError, ImageError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.clause_parser import conditions, parse_text
 from cxr_retrieval.gallery.store import FILTER_FIELDS, MAX_HITS, Case, Neighbour
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -74,6 +75,7 @@ class Question:
     include_own: bool = False
     gate: bool = True
     error_rate: float = DEFAULT_ERROR_RATE
+    balance: float = DEFAULT_BALANCE
     source: str | None = None
 
     def __post_init__(self) -> None:
@@ -172,6 +174,7 @@ class ReadingRoom:
                 "source": self._source,
                 "top_k": DEFAULT_K,
                 "most_neighbours": MOST_NEIGHBOURS,
+                "balance": DEFAULT_BALANCE,
                 "disclaimer": DISCLAIMER,
             }
 
@@ -185,10 +188,12 @@ class ReadingRoom:
         """The answer, kept under its `id`: the published form of a query result, and more.
 
         That is `film`, `source` and what was `asked`; `status` as a line of a batch has it; the vote as a `sentence`, the summary in words
-        (`told`); in each neighbour and earlier film its `key`, `film`, `source`, and `facts` as a reader knows them (name → text).
+        (`told`); in each neighbour and earlier film its `key`, `film`, `source`, both cosines (`semantic`, `visual`), and `facts` as a
+        reader knows them (name → text).
 
-        After marks (`mark`) also: how many `round`s of them, 0 without any; the `marked` cases, each with `relevant`; `came`, keys of
-        neighbours that the answer before had not, and `went`, its neighbours that are neither here nor marked.
+        After marks (`mark`) also: how many `round`s of them, 0 without any; the `marked` cases, each with `relevant`. After these, or
+        another balance (`turn`): `came`, keys of neighbours that the answer before had not, and `went`, its neighbours that are neither
+        here nor marked.
 
         Raises:
             ImageError, UsageError, ServiceError: As of `cxr query`.
@@ -208,6 +213,16 @@ class ReadingRoom:
         if {mark.key for mark in marks} - shown_keys(before.told) - {mark.key for mark in before.marks}:
             raise UsageError("a mark is of a case that was not shown", expected="cases of the answer", next_step="reload the page")
         return self._asked_about(before.question, before, tuple(marks))
+
+    def turn(self, number: int, balance: float) -> dict[str, Any]:
+        """The same question as of an earlier answer, its marks included, at another balance; `came` and `went` as of `ask`.
+
+        Raises:
+            GoneError: That answer, or its film, is no longer here.
+            UsageError, ServiceError: As of `ask`.
+        """
+        before = self._given_as(number)
+        return self._asked_about(replace(before.question, balance=balance), before, before.marks)
 
     def page(self, number: int) -> str:
         """An answer as one HTML page that needs no other file and no network.
@@ -244,9 +259,11 @@ class ReadingRoom:
                 "model_version": reached.triton.model_version,
                 "film": film_pseudonym(found.path) if found.member is None else None,
             }
-            if before is not None:
+            action = "query"
+            if before is not None and marks != before.marks:
+                action = MARK
                 about |= {"film": before.result.image_id, "asked": _key_of(question.film), "round": before.round + 1}
-            operation = stack.enter_context(audited(self._audit, "query" if before is None else MARK, about))
+            operation = stack.enter_context(audited(self._audit, action, about))
             operation.note(changed(before.marks if before is not None else (), marks))
             started = time.perf_counter()
             film = self._reader.submit(found.path, found.member, _CALLED).result()
@@ -260,6 +277,7 @@ class ReadingRoom:
                 include_own=question.include_own,
                 gate=question.gate,
                 error_rate=question.error_rate,
+                balance=question.balance,
                 marks=marks,
                 timings_ms={"read": 1000 * (time.perf_counter() - started)},
             )
@@ -498,7 +516,7 @@ class ReadingRoom:
         for name, hits in (("neighbours", result.neighbours), ("earlier_films", result.own), ("marked", marked)):
             answer[name] = [{**shown, **_beside(hit)} for shown, hit in zip(answer[name], hits, strict=True)]
         answer |= {"came": [], "went": []} if before is None else came_and_went(answer, before.told)
-        answer["round"] = before.round + 1 if before is not None and marks else 0
+        answer["round"] = before.round + (marks != before.marks) if before is not None and marks else 0
         answer["status"] = "refused" if result.ood.refused else "answered"
         answer["film"], answer["source"] = question.film, source
         answer["sentence"], answer["told"] = result.sentence, result.summary.lines()
@@ -550,7 +568,10 @@ def _stranger(source: str) -> str:
 
 def _beside(hit: Neighbour) -> dict[str, Any]:
     case = hit.case
-    return {"key": case.key, "film": f"case-{case.key}", "source": case.source, "facts": named_facts(case.metadata)}
+    return {"key": case.key, "film": f"case-{case.key}", "source": case.source, "facts": named_facts(case.metadata)} | {
+        "semantic": hit.semantic,
+        "visual": hit.visual,
+    }
 
 
 def _case_json(case: Case) -> dict[str, Any]:

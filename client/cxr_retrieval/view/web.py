@@ -4,10 +4,12 @@
     GET  /api/status                      what answers: model_version, gallery {name, cases}, top_k, disclaimer
     POST /api/session                     Authorization: Bearer <token> → a cookie, where the page has a token
     POST /api/films                       body: one DICOM, PNG, JPEG or TIFF, as it is → {film: "film-…"}
-    POST /api/queries                     {film, top_k?, where?, text?, patient?, include_own?, gate?, error_rate?, source?}
+    POST /api/queries                     {film, top_k?, where?, text?, patient?, include_own?, gate?, error_rate?, balance?,
+                                           source?}
                                           → an answer
     GET  /api/queries/{id}                an answer that was given before
     POST /api/queries/{id}/marks          {marks: [{key, relevant}, …]}, all that hold → the same question moved by them, an answer
+    POST /api/queries/{id}/balance        {balance}: 0…1 → the same question, its marks included, so weighed, an answer
     GET  /api/queries/{id}/page           the answer as one HTML file
     GET  /api/films/{film}/greys          the film's own values: uint16, little-endian, row by row; the header X-CXR-Film says the rest,
                                           {width, height, intercept, slope, low, high, inverted, shrunk} (`radiograph.greys.Greys`)
@@ -61,6 +63,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from cxr_retrieval.errors import CxrError, GoneError, ImageError, InputError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.serving.access import Access
@@ -156,6 +159,10 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
 
         return JSONResponse(await run_in_threadpool(page))
 
+    async def balance(request: Request) -> Response:
+        given = _typed(_given(await _body(request, _JSON_BYTES)), "balance", DEFAULT_BALANCE)
+        return JSONResponse(await run_in_threadpool(room.turn, request.path_params["number"], given))
+
     async def marks(request: Request) -> Response:
         given = parsed(_typed(_given(await _body(request, _JSON_BYTES)), "marks", list[Any]()))
         return JSONResponse(await run_in_threadpool(room.mark, request.path_params["number"], given))
@@ -220,6 +227,7 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
             Route("/api/map/{map:int}/queries/{number:int}", _safely(map_marks)),
             Route("/api/map/{map:int}/cases", _safely(brushed), methods=["POST"]),
             Route("/api/worklist", _safely(worklist)),
+            Route("/api/queries/{number:int}/balance", _safely(balance), methods=["POST"]),
             Route("/api/queries/{number:int}/marks", _safely(marks), methods=["POST"]),
             Route("/api/queries/{number:int}/page", _safely(saved)),
             Route("/api/collections", _safely(collections), methods=["GET", "POST"]),
@@ -295,6 +303,7 @@ def _question(body: bytes | None) -> Question:
         _typed(given, "include_own", default=False),
         _typed(given, "gate", default=True),
         _typed(given, "error_rate", DEFAULT_ERROR_RATE),
+        _typed(given, "balance", DEFAULT_BALANCE),
         _typed(given, "source", "") or None,
     )
 
@@ -311,8 +320,10 @@ def _given(body: bytes | None) -> dict[str, Any]:
 
 
 def _typed(given: dict[str, Any], name: str, default: T) -> T:
-    """A value of just the default's type (to Python a bool is an int, too), or the default where there is none."""
+    """A value of just the default's type (to Python a bool is an int, too; to JSON 1 is 1.0), or the default where there is none."""
     value = given.get(name)
+    if type(default) is float and type(value) is int:
+        value = float(value)
     if value is None:
         return default
     if type(value) is not type(default):

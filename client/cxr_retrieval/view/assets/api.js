@@ -29,6 +29,7 @@ export const mapMarks = async (id, query) => (await request(`/api/map/${id}/quer
 export const mapCases = async (id, asked) => (await request(`/api/map/${id}/cases`, { method: "POST", body: JSON.stringify(asked) })).json();
 export const worklist = async (asked) => (await request(`/api/worklist?${new URLSearchParams(asked)}`)).json();
 export const ask = async (question) => (await request("/api/queries", { method: "POST", body: JSON.stringify(question) })).json();
+export const turn = async (id, balance) => (await request(`/api/queries/${id}/balance`, { method: "POST", body: JSON.stringify({ balance }) })).json();
 export const mark = async (id, marks) => (await request(`/api/queries/${id}/marks`, { method: "POST", body: JSON.stringify({ marks }) })).json();
 export const pageOf = (id) => `/api/queries/${id}/page`;
 export const collections = async () => (await (await request("/api/collections")).json()).collections;

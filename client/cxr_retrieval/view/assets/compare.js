@@ -62,7 +62,8 @@ export function ComparePage() {
     <aside class="about" aria-label="About this case">
       <h1><${Label} label=${hit.label} /></h1>
       <p>
-        Similarity <strong>${hit.similarity.toFixed(4)}</strong><br />
+        Similarity <strong>${hit.similarity.toFixed(4)}</strong>
+        <span class="quiet"> learnt ${hit.semantic.toFixed(2)}, looks ${hit.visual.toFixed(2)}</span><br />
         <span class="quiet">Case ${hit.key.slice(0, 12)}${hit.image_id === hit.key ? "" : `, here known as ${hit.image_id}`}</span>
       </p>
       <${Facts} facts=${{ source: hit.source ?? "unknown", ...withoutNotes(hit.facts) }} />
@@ -74,6 +75,6 @@ export function ComparePage() {
   </main>`;
 }
 
-const PLACES = { own: "a film of this patient, not in the vote", aside: "marked, and no longer among the nearest", went: "went by the last marks" };
+const PLACES = { own: "a film of this patient, not in the vote", aside: "marked, and no longer among the nearest", went: "went by the last change" };
 
 const withoutNotes = ({ notes, ...rest }) => rest;

@@ -88,7 +88,8 @@ export function AnswerTools({ found }) {
   return html`<section class="answer-tools" aria-label="Marks, and what to keep">
     <p class="on-paper">${found.image_id}, model ${found.model_version}</p>
     <p role="status">
-      ${found.round > 0 && html`<strong>${`Round ${found.round}: ${found.came.length} came, ${found.went.length} went.`}</strong> `}
+      ${(found.round > 0 || found.came.length > 0 || found.went.length > 0) &&
+      html`<strong>${`${found.round > 0 ? `Round ${found.round}: ` : ""}${found.came.length} came, ${found.went.length} went.`}</strong> `}
       ${all.length ? `${relevant} marked relevant, ${all.length - relevant} not.` : "Mark cases ✓ or ✗, then rank anew."}
     </p>
     ${(isNew(found) || all.length > 0) &&

@@ -1,10 +1,10 @@
 // A film, the vote over its neighbours, and the neighbours.
 
 import { FilterField, filterOf, settled } from "./clause.js";
-import { html, useEffect, useMemo, useRef } from "./html.js";
+import { html, useEffect, useMemo, useRef, useState } from "./html.js";
 import { AnswerTools, CaseTools, shownOf } from "./marks.js";
 import { Label, Thumb, Trouble } from "./parts.js";
-import { answer, askFile, askFilm, asking, failed, nameOf, refreshServer, route, server, settings, showAnswer, toCase } from "./state.js";
+import { answer, askFile, askFilm, askTurned, asking, failed, nameOf, refreshServer, route, server, settings, showAnswer, toCase } from "./state.js";
 import { OverlayTools, Viewer, looking } from "./viewer.js";
 import { briefFacts, labelColour, labelName, percent, sentence } from "./words.js";
 
@@ -21,6 +21,7 @@ export function QueryPage() {
       ${failed.value && html`<${Failure} />`}
       <${Verdict} found=${found} />
       <${Questions} />
+      <${Balance} found=${found} />
       <${AnswerTools} found=${found} />
       <${Neighbours} found=${found} />
     </section>
@@ -127,6 +128,36 @@ export function Questions() {
   </form>`;
 }
 
+/** What neighbours are to be alike in; asked anew once the slider is let go. */
+function Balance({ found }) {
+  const usual = server.value.status?.balance ?? found.balance;
+  const [shown, setShown] = useState(found.balance);
+  useEffect(() => setShown(found.balance), [found.id]);
+  const turn = (balance) => {
+    setShown(balance);
+    if (balance !== found.balance) askTurned(found, balance);
+  };
+  return html`<div class="balance" role="group" aria-label="Alike in what">
+    <label>
+      <span>Alike in what was learnt</span>
+      <input
+        type="range"
+        min="0"
+        max="1"
+        step="0.05"
+        value=${shown}
+        aria-label="Balance of what was learnt (0) and what lungs look like (1)"
+        disabled=${asking.value !== null}
+        onInput=${(event) => setShown(Number(event.target.value))}
+        onChange=${(event) => turn(Number(event.target.value))}
+      />
+      <span>in what lungs look like</span>
+    </label>
+    <output>${shown.toFixed(2)}</output>
+    <button type="button" disabled=${asking.value !== null || shown === usual} onClick=${() => turn(usual)}>${`As measured, ${usual}`}</button>
+  </div>`;
+}
+
 export function FileButton({ text = "Another film …", main = false }) {
   const input = useRef(null);
   return html`<span class="file">
@@ -149,7 +180,7 @@ const KINDS = {
   near: null,
   own: "Of this patient, or this very picture: not in the vote",
   aside: "Marked, and no longer among the nearest",
-  went: "Went by the last marks",
+  went: "Went by the last change",
 };
 
 function Neighbours({ found }) {

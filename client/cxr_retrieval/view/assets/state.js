@@ -11,7 +11,7 @@ export const answer = signal(null);
 export const asking = signal(null); // what is being asked: {name}
 export const failed = signal(null); // why the last question has no answer: {problem, film, name}
 export const said = signal(""); // read out by screen readers
-export const settings = signal({ top_k: null, where: "", text: "", patient: "", include_own: false, gate: true });
+export const settings = signal({ top_k: null, where: "", text: "", patient: "", include_own: false, gate: true, balance: null });
 export const overlay = signal({ attention: true, lungs: true, opacity: 0.6 });
 
 /** Names of files that were dropped here, by film: the server never hears them. */
@@ -41,7 +41,7 @@ export async function refreshServer() {
     batch(() => {
       server.value = { status, problem: null };
       signedOut.value = false;
-      if (settings.value.top_k === null) settings.value = { ...settings.value, top_k: status.top_k };
+      if (settings.value.top_k === null) settings.value = { ...settings.value, top_k: status.top_k, balance: status.balance };
     });
   } catch (problem) {
     batch(() => {
@@ -69,7 +69,15 @@ export async function askFile(file) {
 export const askFilm = (film, name) => settled(nameOf(film, name), film, async () => film);
 
 /** Asks what an answer was given to once more, moved by marks. */
-export const askMarked = (found, marks) => settled(nameOf(found.film, found.image_id), found.film, async () => found.film, () => api.mark(found.id, marks));
+export const askMarked = (found, marks) => askAnew(found, () => api.mark(found.id, marks));
+
+/** The same at another balance; questions to come are asked so, too. */
+export function askTurned(found, balance) {
+  settings.value = { ...settings.value, balance };
+  return askAnew(found, () => api.turn(found.id, balance));
+}
+
+const askAnew = (found, asks) => settled(nameOf(found.film, found.image_id), found.film, async () => found.film, asks);
 
 function asAsked(film) {
   const { patient, ...rest } = settings.value;
