@@ -381,7 +381,7 @@ def test_a_gallery_of_the_former_layout_is_carried_over(
     films: list[ManifestRow],
     embedded: list[dict[str, Any]],
     reader: FilmReader,
-    triton: TritonClient,
+    quick_client: TritonClient,
     milvus: MilvusSettings,
     pseudonyms: Pseudonyms,
     tmp_path: Path,
@@ -393,9 +393,9 @@ def test_a_gallery_of_the_former_layout_is_carried_over(
         Store(milvus, "one_vector", pseudonyms)
     with (
         Store(milvus, "one_vector", pseudonyms, outdated=True) as former,
-        Store(milvus, triton.model_version, pseudonyms, fill=True, beside=former) as new,
+        Store(milvus, quick_client.model_version, pseudonyms, fill=True, beside=former) as new,
     ):
-        report = reindex(former, new, reader, triton)
+        report = reindex(former, new, reader, quick_client)
         assert (report.embedded, report.problems) == (len(films), ())
         new.filled()
         carried = {key: {name: value for name, value in row.items() if name != WORDS_FIELD} for key, row in facts(new).items()}
@@ -406,7 +406,7 @@ def test_a_gallery_of_the_former_layout_is_carried_over(
         compared = compare_on_gallery(former, new, sample=20, k=3)
         assert compared["queries"] == 20
         with pytest.raises(UsageError, match="leave --former-triton out"):
-            compare_on_manifest(films[:2], former, new, reader, triton, triton, k=3)
+            compare_on_manifest(films[:2], former, new, reader, quick_client, quick_client, k=3)
     for name in list_galleries(milvus):
         drop_gallery(milvus, name)
 

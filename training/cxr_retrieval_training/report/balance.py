@@ -110,7 +110,7 @@ def along_the_dial(train: Described, val: Described, added: Described | None, ba
     return out
 
 
-def choose(rows: Sequence[Mapping[str, Any]], hits: Mapping[float, NDArray[np.float64]], patients: NDArray[np.str_]) -> dict[str, Any]:
+def choose(rows: Sequence[Mapping[str, Any]], hits: Mapping[float, NDArray[np.float64]], patients: NDArray[np.generic]) -> dict[str, Any]:
     """The balance with the greatest recall of the added label among those as good as the best on the labels that are known (`AS_GOOD`);
     of equals the one nearest to what was learnt. It takes the default's place only if its gain over it, film by film, is clear.
 
@@ -141,7 +141,7 @@ def _answer(ranking: Ranking, query: int) -> tuple[int, str]:
     return nearest[0], vote.label
 
 
-def _told(name: str, values: NDArray[np.float64], patients: NDArray[np.str_]) -> dict[str, Any]:
+def _told(name: str, values: NDArray[np.float64], patients: NDArray[np.generic]) -> dict[str, Any]:
     return {name: float(values.mean()), f"{name}_ci": mean_interval(values, patients)}
 
 

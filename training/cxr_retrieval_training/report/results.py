@@ -101,9 +101,10 @@ def load_run(folder: Path, manifest: Manifest, pictures: Pictures) -> Run:
             raise UsageError(f"{folder}: training is not finished", expected=path.name, got="no such file", next_step="run it to its end")
         with np.load(path) as stored:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
+            vectors = {name: stored[name] for name in stored.files if name != "image_ids"}
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
             protocol = [row for row, keep in zip(mine, kept, strict=True) if keep]
-            sets[split] = labelled(protocol, retrieved_with(config, stored)[kept], pictures)
+            sets[split] = labelled(protocol, retrieved_with(config, vectors)[kept], pictures)
             if split != EXTRA_SPLIT:
                 unseen.append(left_out(config, protocol))
     return Run(folder.name, folder, config, sets, np.concatenate(unseen))
@@ -353,7 +354,7 @@ def attention_on_lesions(
     return out
 
 
-def _with_interval(values: NDArray[np.float64], patients: NDArray[np.str_]) -> dict[str, Any]:
+def _with_interval(values: NDArray[np.float64], patients: NDArray[np.generic]) -> dict[str, Any]:
     return {"mean": float(values.mean()), "ci": mean_interval(values, patients)}
 
 
