@@ -15,9 +15,10 @@ FILES ?= 100000
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
-# Two at a time, a file to a worker or several together (tests/conftest.py); PyTorch of one thread each, for two of two threads on two cores wait for each other.
+# Three at a time, a file to a worker or several together (tests/conftest.py), for tests wait for servers; PyTorch of one thread each, for two of two threads on
+# two cores wait for each other.
 test: .venv-dev/.installed browser compose ## every test
-	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 3 --dist loadfile
 
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
 	@CXR_REAL_DATA=$${CXR_REAL_DATA:-$(SHARED_DATA)} .venv-dev/bin/python -m pytest -m whole --timeout 7200 tests/real_data

@@ -130,7 +130,9 @@ def test_answers_are_those_of_query(
     found = {Path(str(line["input"])).name: line for line in results(out)}
     assert found["page.png"]["status"] == "failed"
     assert "not an image this system reads" in str(found["page.png"]["error"])
-    assert found["the same.png"]["same_as"] == str(some / "3-0.png")
+    alike = {"3-0.png", "the same.png"}
+    ((second, first),) = [(name, line.pop("same_as")) for name, line in found.items() if "same_as" in line]
+    assert {second, Path(str(first)).name} == alike, "whichever was answered first"
     audited = list(entries(log))
     named = [(name, what) for line in audited for what, names in line.get("cases", {}).items() for name in names]
     films = {film_pseudonym(path) for path in some.glob("?-0.png")}

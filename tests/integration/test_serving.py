@@ -62,6 +62,7 @@ def test_outputs_have_the_published_form(triton: TritonClient, squares: NDArray[
     outputs = triton.infer(squares[:5])
     assert {name: (values.dtype.name, values.shape) for name, values in outputs.items()} == {
         "EMBEDDING": ("float32", (5, 64)),
+        "APPEARANCE": ("float32", (5, 56)),
         "LUNG_MASK": ("uint8", (5, 1, 256, 256)),
         "ATTENTION_MAP": ("float32", (5, 1, 256, 256)),
         "FEATURES": ("float32", (5, 2048)),
@@ -69,7 +70,8 @@ def test_outputs_have_the_published_form(triton: TritonClient, squares: NDArray[
     }
     assert outputs["LUNG_AGREEMENT"].min() > 0.8, "phantoms have lungs that the networks agree about"
     assert outputs["LUNG_AGREEMENT"].max() <= 1
-    assert np.linalg.norm(outputs["EMBEDDING"].astype(float), axis=1) == pytest.approx(1, abs=1e-4)
+    for vector in ("EMBEDDING", "APPEARANCE"):
+        assert np.linalg.norm(outputs[vector].astype(float), axis=1) == pytest.approx(1, abs=1e-4)
     assert set(np.unique(outputs["LUNG_MASK"])) <= {0, 255}
     attention = outputs["ATTENTION_MAP"].astype(float)
     assert attention.min() >= 0

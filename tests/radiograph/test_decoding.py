@@ -32,6 +32,7 @@ from cxr_retrieval.radiograph.decoding import MAX_FILE_BYTES, DecodingLimits, Fi
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import Phantom, write_dicom
 from cxr_retrieval.radiograph.reading import read_radiograph
+from tests_support import at_a_terminal
 
 ONE = DecodingLimits(workers=1)
 HURRIED = DecodingLimits(workers=2, timeout_s=4)
@@ -424,7 +425,7 @@ def test_importing_is_light() -> None:
 def waiting(good: Path, hang: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A program with a process group of its own, one worker stuck and one idle."""
     program = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(good), str(hang), str(good)],
+        at_a_terminal(sys.executable, "-c", WAITING, str(good), str(hang), str(good)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
