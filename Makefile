@@ -15,7 +15,7 @@ FILES ?= 100000
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
-# Three at a time, a file to a worker or several together (tests/conftest.py), for tests wait for servers; PyTorch of one thread each, for two of two threads on
+# Two at a time and, beside them, what mostly waits for servers (tests/conftest.py); PyTorch of one thread each, for two of two threads on
 # two cores wait for each other.
 test: .venv-dev/.installed browser compose ## every test
 	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 3 --dist loadfile

@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from certificates import Certificates
 from chaos.instant import instant_repository
@@ -50,15 +51,31 @@ TOGETHER: Final = (
     ),
 )
 """Files that one worker runs, so that what they start is started once."""
-LONGEST_FIRST: Final = (*TOGETHER, ("tests/build/",), ("tests/training/",), ("tests/chaos/",), ("tests/integration/",))
-"""Else one worker is left with one of these when the other has nothing more to do."""
+HEAVY: Final = (TOGETHER[1], ("tests/build/",), ("tests/training/",))
+"""What keeps a core busy and takes gigabytes: for the first two workers alone."""
+LONGEST_FIRST: Final = (*HEAVY, TOGETHER[0], ("tests/chaos/",), ("tests/integration/",))
+"""Else one worker is left with one of these when the others have nothing more to do."""
 
 
 class Scheduling(LoadFileScheduling):
-    """A file to a worker, as xdist has it, but for those that go to one together."""
+    """A file to a worker, as xdist has it, but for those that go to one together. A third worker takes what mostly waits for servers."""
 
     def _split_scope(self, nodeid: str) -> str:
         return next((paths[0] for paths in TOGETHER if nodeid.startswith(paths)), super()._split_scope(nodeid))
+
+    def _reschedule(self, node: WorkerController) -> None:
+        if self._next(node) is not None:
+            super()._reschedule(node)
+        elif not node.shutting_down:
+            node.shutdown()
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        self.workqueue.move_to_end(self._next(node) or next(iter(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
+
+    def _next(self, node: WorkerController) -> str | None:
+        heavy = tuple(paths[0] for paths in HEAVY) if node.gateway.id not in ("gw0", "gw1") else ()
+        return next((scope for scope in self.workqueue if not scope.startswith(heavy)), None)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
