@@ -30,7 +30,7 @@ def test_own_cases(student_server: Endpoints, phantom_manifest: Path, tmp_path: 
     shutil.copytree(phantom_manifest.parent, tmp_path / "cases")
     write_dicom(make_phantom(50, "covid19"), tmp_path / "film.dcm")
     lines = [line for line in block("sh").splitlines() if line and not line.startswith("cxr serve")]
-    assert len(lines) == 5
+    assert len(lines) == 6
     (tmp_path / "archive").mkdir()
     shutil.copy(tmp_path / "film.dcm", tmp_path / "archive")
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from browsing import LAPTOP, Opened
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
+
+PATIENCE_MS = 20_000
+"""With the rest of the suite on the same two cores."""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is a test requirement: `make test` installs it on Debian"
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield launched
@@ -42,7 +46,7 @@ def opened(browser: Browser) -> Iterator[Opened]:
         context = browser.new_context(viewport=options.pop("viewport", LAPTOP), **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE_MS)
         host = re.match("https?://[^/]+/", url)
         assert host
 

@@ -28,6 +28,7 @@ from cxr_retrieval.errors import (
     UnusableOutputError,
 )
 from cxr_retrieval.inference.triton import TritonClient
+from cxr_retrieval.serving import server as server_module
 from cxr_retrieval.serving.choices import Precision, Segmentation
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
@@ -201,6 +202,29 @@ def test_a_model_that_cannot_load_is_named_with_the_servers_reason(tiny: Path, t
     message = str(caught.value)
     assert "could not load embedder" in message
     assert "model.onnx" in message, "Triton's own words name the file"
+    assert leftovers(os.getpid()) == before
+
+
+@pytest.mark.parametrize("aborts", [1, 2])
+def test_a_start_that_aborts_has_a_second_try(aborts: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aborting = tmp_path / "tritonserver"
+    aborting.write_text("#!/bin/sh\necho no shared memory; kill -ABRT $$\n")
+    aborting.chmod(0o700)
+    first, install = iter([aborting] * aborts), server_module._install_backend  # pyright: ignore[reportPrivateUsage]
+
+    def installed(work: Path) -> tuple[Path, dict[str, str]]:
+        binary, environment = install(work)
+        return next(first, binary), environment
+
+    monkeypatch.setattr(server_module, "_install_backend", installed)
+    before = leftovers(os.getpid())
+    options = ServerOptions(tiny, grpc_port=0, http_port=0, metrics_port=0)
+    if aborts == 1:
+        with embedded_triton(options) as endpoints, TritonClient(TritonSettings(endpoints.grpc)) as client:
+            assert client.model_version
+    else:
+        with pytest.raises(SetupError, match="exit code -6 while starting; got no shared memory"), embedded_triton(options):
+            pytest.fail("must not become ready")
     assert leftovers(os.getpid()) == before
 
 

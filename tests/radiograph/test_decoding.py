@@ -66,9 +66,14 @@ def error_of(future: Future[Film]) -> BaseException:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(pid).children() if any("cxr_retrieval.radiograph.decoding" in part for part in child.cmdline())
-    ]
+    return [child for child in psutil.Process(pid).children() if "cxr_retrieval.radiograph.decoding" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
+        return []
 
 
 class Workers:

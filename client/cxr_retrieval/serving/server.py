@@ -108,9 +108,26 @@ class Endpoints:
 def embedded_triton(options: ServerOptions) -> Generator[Endpoints]:
     """Starts Triton, waits until every model is ready, and stops it on leaving, whatever the reason.
 
+    One that aborts while it starts, without a model to blame, has a second try: on a machine with more to do than it can, the memory that
+    Triton 2.51 shares with a backend may not be there in time (`boost::interprocess::lock_exception`).
+
     Raises:
         SetupError: Port in use, wheel or shared library missing, a model failed (its name and Triton's reason), timeout.
     """
+    with ExitStack() as stack:
+        try:
+            endpoints = stack.enter_context(_triton(options))
+        except _AbortedError:
+            endpoints = stack.enter_context(_triton(options))
+        yield endpoints
+
+
+class _AbortedError(SetupError):
+    """Triton ended by a signal of its own while it started."""
+
+
+@contextmanager
+def _triton(options: ServerOptions) -> Generator[Endpoints]:
     options = options.on_free_ports()
     stack = ExitStack()
     try:
@@ -288,8 +305,9 @@ def _wait_until_ready(server: Endpoints, timeout_s: float) -> None:
             # Triton 2.51 can crash over a model that fails its warm-up; its log still says which one and why.
             if failed := _failures_in_log(server.log):
                 raise _could_not_load(failed)
-            raise SetupError(
-                f"Triton stopped with exit code {server.process.returncode} while starting",
+            ended = server.process.returncode
+            raise (_AbortedError if ended in (-signal.SIGABRT, -signal.SIGSEGV) else SetupError)(
+                f"Triton stopped with exit code {ended} while starting",
                 got=server.last_words(),
                 next_step="see its words above",
             )
