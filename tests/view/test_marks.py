@@ -80,7 +80,7 @@ def test_another_balance_of_the_same_question(page: Page) -> None:
     turned = page.asked("POST", f"/api/queries/{marked['id']}/balance", json={"balance": 0.5})
     assert (turned["round"], keys(turned["marked"])) == (1, [key])
     assert [line["action"] for line in entries(page.audit)][-2:] == ["query", "query"], "no mark was made"
-    for wrong in (1.5, -0.1, "0.5", True):
+    for wrong in (1.5, -0.1, "0.5", True, 10**400):
         page.asked("POST", f"/api/queries/{first['id']}/balance", 422, json={"balance": wrong})
     page.asked("POST", "/api/queries/999999/balance", 404, json={"balance": 0.5})
 

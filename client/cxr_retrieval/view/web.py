@@ -322,11 +322,9 @@ def _given(body: bytes | None) -> dict[str, Any]:
 def _typed(given: dict[str, Any], name: str, default: T) -> T:
     """A value of just the default's type (to Python a bool is an int, too; to JSON 1 is 1.0), or the default where there is none."""
     value = given.get(name)
-    if type(default) is float and type(value) is int:
-        value = float(value)
     if value is None:
         return default
-    if type(value) is not type(default):
+    if type(value) not in ((int, float) if type(default) is float else (type(default),)):
         raise _malformed(f"{name} as {type(default).__name__}")
     return value
 
