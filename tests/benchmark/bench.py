@@ -376,7 +376,8 @@ def show(report: dict[str, Any]) -> None:
         for row in found:
             table.add_row(f"{row['segmentation']}, perf_analyzer", f"{row['images_per_second']['perf_analyzer']:.2f}")
             for name, share in row["of_perf_analyzer"].items():
-                costs = (f"{row['cpu_ms_per_film'][name].get(part, 0.0):.1f}" for part in ("client", "workers", "triton", "milvus"))
+                spent = row["cpu_ms_per_film"][name]  # of an earlier run maybe, in which workers were not told apart
+                costs = (f"{spent[part]:.1f}" if part in spent else "–" for part in ("client", "workers", "triton", "milvus"))
                 table.add_row(f"{row['segmentation']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
         out.print(table)
     if found := report.get("page"):
