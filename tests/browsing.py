@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 LAPTOP, WALL = {"width": 1366, "height": 768}, {"width": 2560, "height": 1440}
 Opened = Callable[..., Page]
@@ -16,6 +16,19 @@ def ask(page: Page, film: Path) -> None:
     page.set_input_files("input[type=file]", film)
     expect(page.locator(".verdict")).to_be_visible()
     expect(page.locator("canvas[data-drawn]").first).to_be_visible()
+
+
+def ask_for(page: Page, cases: int) -> Locator:
+    """Asks once more, for so many neighbours: these."""
+    page.get_by_role("spinbutton", name="Cases").fill(str(cases))
+    page.get_by_role("button", name="Ask again").click()
+    near = page.locator(".neighbours .near")
+    expect(near).to_have_count(cases)
+    return near
+
+
+def keys_of(near: Locator) -> list[str | None]:
+    return [one.get_attribute("data-case") for one in near.all()]
 
 
 def eventually(page: Page, true: str) -> None:
