@@ -224,7 +224,9 @@ def test_within_and_across_sources() -> None:
     assert result["within_source"]["overall"]["accuracy"] == 1.0
     assert result["cross_source"]["overall"]["accuracy"] == 0.0
     assert result["cross_source"]["per_source"]["north"]["n"] == 2
-    assert result["nearest_from_own_source"] == {"n": 2, "share": 1.0, "share_ci": None}
+    told = {"n": 1, "share": 1.0, "by_chance": 0.5}
+    of = [{"source": "north", "label": label, **told} for label in ("control", "covid19")]
+    assert result["nearest_from_own_source"] == {"n": 2, "share": 1.0, "share_ci": None, "by_chance": 0.5, "of": of}
 
 
 def test_foregone_conclusions_are_left_out() -> None:

@@ -184,6 +184,7 @@ def _restricted_table(result: dict[str, Any]) -> Table:
     own, selective = result["nearest_from_own_source"], result["calibration"]["selective"]
     if own["n"]:
         table.add_row("nearest neighbour from own source, label held elsewhere, too (share)", str(own["n"]), _number(own["share"]))
+        table.add_row("the same, were all cases of the label as near", str(own["n"]), _number(own["by_chance"]))
     table.add_row("without the least confident tenth (accuracy)", str(selective["n"]), _number(selective["accuracy"]))
     table.add_row("expected calibration error of the vote", "", _number(result["calibration"]["ece"]))
     return table

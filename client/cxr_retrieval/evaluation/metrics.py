@@ -11,6 +11,7 @@ measured; drawing patients class by class would need a class for patients who ha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -143,7 +144,8 @@ def evaluate(
     Beside the figures over the whole gallery: `within_source` (gallery cut to the query's own source) and `cross_source` (the
     query's source taken out of the gallery), both over those queries whose label that gallery holds along with another one;
     `calibration` of the vote's confidence, and under `cross_fitted` what a calibration on such queries gives on patients it was not
-    fitted on (null where they are too few); `nearest_from_own_source`, over the queries whose label another source holds, too.
+    fitted on (null where they are too few); `nearest_from_own_source`, over the queries whose label another source holds, too, beside
+    what it would be by chance.
     Every `_ci` is null where there are too few patients; `balanced_accuracy_redrawn` says how many resamples were drawn again for its
     interval as they lacked a class.
 
@@ -176,7 +178,7 @@ def evaluate(
         "per_source": _per_source(scores, np.array(queries.sources), labels),
         "within_source": _restricted(ranking, k, labels, Gallery.own_source),
         "cross_source": _restricted(ranking, k, labels, Gallery.other_sources),
-        "nearest_from_own_source": _own_source(scores, _label_elsewhere(gallery, queries)),
+        "nearest_from_own_source": _own_source(scores, gallery, queries),
         "calibration": {**_calibration(scores), "cross_fitted": _cross_fitted(answered(ranking, k), k, error_rate)},
         "warnings": list(warnings),
     }
@@ -331,12 +333,25 @@ def _label_elsewhere(gallery: LabelledSet, queries: LabelledSet) -> NDArray[np.b
     )
 
 
-def _own_source(scores: _Scores, chosen: NDArray[np.bool_]) -> dict[str, Any]:
-    """How often the nearest neighbour comes from the query's own source; null where no label occurs in two sources."""
+def _own_source(scores: _Scores, gallery: LabelledSet, queries: LabelledSet) -> dict[str, Any]:
+    """How often the nearest neighbour comes from the query's own source, and would if any case of its label were as near as any other; over
+    queries whose label another source holds, too, and `of` those of each source and label; null where there are none.
+    """
+    chosen = _label_elsewhere(gallery, queries)
     if not chosen.any():
-        return {"n": 0, "share": None, "share_ci": None}
+        return {"n": 0, "share": None, "share_ci": None, "by_chance": None, "of": []}
+    kinds = list(zip(queries.sources, queries.labels, strict=True))
+    held = Counter(zip(gallery.sources, gallery.labels, strict=True))
+    of_label = Counter(gallery.labels)
+    chance = np.array([held[source, label] / max(1, of_label[label]) for source, label in kinds])
+    of: list[dict[str, Any]] = []
+    for source, label in sorted({kind for kind, mine in zip(kinds, chosen, strict=True) if mine}):
+        mine = np.array([kind == (source, label) for kind in kinds])
+        told = {"n": int(mine.sum()), "share": float(scores.own_source[mine].mean()), "by_chance": float(chance[mine].mean())}
+        of.append({"source": source, "label": label, **told})
     own = scores.own_source[chosen]
-    return {"n": int(chosen.sum()), "share": float(own.mean()), "share_ci": mean_interval(own, scores.patients[chosen])}
+    interval_ = mean_interval(own, scores.patients[chosen])
+    return {"n": len(own), "share": float(own.mean()), "share_ci": interval_, "by_chance": float(chance[chosen].mean()), "of": of}
 
 
 def _calibration(scores: _Scores) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 from cxr_retrieval.cases.manifest import Manifest
@@ -14,6 +15,8 @@ from cxr_retrieval.contract import LABELS
 from cxr_retrieval.evaluation.intervals import MIN_PATIENTS
 from cxr_retrieval_training.report import figures
 from cxr_retrieval_training.report.results import load_run, look_at, report, write_json
+
+_HALVES: Final = ("recall_at_1", "sensitivity", "least_recall_at_1")
 
 
 def write_report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], out: Path, device: torch.device) -> Path:
@@ -169,6 +172,15 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
                     f"{_figure(part['hit_rate'], 'mean', 'ci')}; {_figure(part['pixel_auroc'], 'mean', 'ci')}",
                 ]
             )
+    halves = run.get("added_class", {}).get("half_left_out")
+    if halves:
+        figures_ = "; ".join(f"{_number(halves[name])} ± {float(np.std(halves[f'{name}_draws'])):.3f}" for name in _HALVES)
+        lines.append(["label added, half of its patients left out: recall@1; sensitivity; least recall@1 of the others", figures_])
+    nearest = run["evaluation"]["nearest_from_own_source"]
+    near = {"all": nearest, **{f"{one['source']}, {one['label']}": one for one in nearest["of"]}}
+    for name, one in near.items():
+        figure = f"{_number(one['share'])}; {_number(one['by_chance'])}"
+        lines.append([f"nearest from the own source, where another holds the label; by chance: {name} ({one['n']} films)", figure])
     alike = closer["near_duplicates"]
     lines.append(
         [f"pairs across splits with thumbnail correlation > {alike['threshold']}", f"{alike['n']} ({alike['val_images']} val images)"]
