@@ -40,7 +40,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
-from cxr_retrieval.retrieval.query import OWN_EXPECTED
+from cxr_retrieval.retrieval.own import OWN_EXPECTED
 from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
 from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton

@@ -18,7 +18,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.store import Entry, Store, make_entry
 from cxr_retrieval.progress import track
-from cxr_retrieval.retrieval.query import OWN_EXPECTED
+from cxr_retrieval.retrieval.own import OWN_EXPECTED
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 from tests_support import real_milvus
 from vectors import with_unit_parts

@@ -27,7 +27,8 @@ from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom, write_phantoms
-from cxr_retrieval.retrieval.query import OWN_EXPECTED, lung_warnings, nearest_others, query
+from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others
+from cxr_retrieval.retrieval.query import lung_warnings, query
 from cxr_retrieval.retrieval.voting import weighted_vote
 from cxr_retrieval.settings import MilvusSettings
 from fhir_bundles import PRIVATE, hospital, written

@@ -119,7 +119,7 @@ def test_info_nce_written_out() -> None:
     assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
-def criterion(*names: LossName, across_sources: bool = False) -> Criterion:
+def criterion(*names: LossName, across_sources: bool = False, held: torch.Tensor | None = None) -> Criterion:
     torch.manual_seed(1)
     return Criterion(
         frozenset(names),
@@ -131,6 +131,7 @@ def criterion(*names: LossName, across_sources: bool = False) -> Criterion:
         base=0.5,
         miner_epsilon=0.1,
         across_sources=across_sources,
+        held=held,
     )
 
 
@@ -156,6 +157,21 @@ def test_positives_come_from_other_sources_where_there_are_any() -> None:
     crossing = source[anchor] != source[positive]
     assert crossing[label[anchor] == 0].all(), "label 0 has two sources"
     assert (label[anchor] == 1).any(), "label 1 has one source and keeps its pairs"
+
+
+def test_within_sources_to_know_the_source_earns_nothing() -> None:
+    """Negatives are of the anchor's source; a film of a source that holds one label alone teaches the proxies nothing."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(12, 7), dim=1)
+    label, source = torch.tensor([0, 1] * 3 + [2] * 6), torch.tensor([0] * 6 + [1] * 6)
+    held = torch.tensor([[True, True, False], [False, False, True]])
+    within = criterion("multi_similarity", "normalized_softmax", held=held)
+    _, _, other, negative = within.pairs(x, label, source)
+    assert len(other)
+    assert (source[other] == source[negative]).all()
+    assert within({"normalized_softmax": 1.0}, x[6:], torch.zeros(6, 2048), label[6:], source[6:]).item() == 0.0
+    free = criterion("multi_similarity", "normalized_softmax")
+    assert free({"normalized_softmax": 1.0}, x[6:], torch.zeros(6, 2048), label[6:], source[6:]).item() > 0.0
 
 
 def test_the_adversary_learns_the_source_and_the_embedding_unlearns_it() -> None:

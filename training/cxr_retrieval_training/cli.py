@@ -110,6 +110,31 @@ def ablation(
 
 
 @app.command()
+def unseen(
+    manifest: Manifest,
+    segmenter: Segmenter,
+    out: Annotated[Path, typer.Option(help="Folder for all runs and unseen.md; an interrupted command goes on from there.")],
+    config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "unseen",
+    source: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.", show_default="each")] = None,
+    in_folds: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Also ask about new patients of it, when others were learnt from; four trainings more."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Leave one source after another out of training, then ask about it, with more and more films of its own in the gallery."""
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), EmbedderConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.report.unseen import leave_sources_out
+
+    typer.echo(leave_sources_out(settings, rows, segmenter, out, pick_device(device), source or (), in_folds or ()))
+
+
+@app.command()
 @options.with_servers
 def gate(
     triton: TritonSettings,

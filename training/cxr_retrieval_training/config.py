@@ -115,6 +115,8 @@ class EmbedderConfig(_Frozen):
     """Within a class, a source is drawn in proportion to its size to this power: 1 as the images come, 0 all sources alike."""
     across_sources: bool = False
     """Pair losses take positives from other sources only, where the batch has any."""
+    within_sources: bool = False
+    """Losses compare a film with others of its own source only, so that to know the source tells nothing of the label (`Criterion`)."""
     jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Each edge of the lungs' box moves by up to this share of its size; of a frame, a window smaller by so much is cut out at random."""
     lesion_images: Annotated[int, Field(ge=0)] = 0

@@ -36,7 +36,7 @@ _SEARCH_SLICE_S = 0.2
 @dataclass(frozen=True)
 class BatchOptions:
     """What is asked of each film; `store` None: embedding and appearance alone. `attention`: folder for overlays. `gate`: refuse what is no
-    film. `error_rate`: of the sets of labels. `balance`: as in `query.query`.
+    film. `error_rate`: of the sets of labels. `balance`, `source`: as in `query.query`.
     """
 
     store: Store | None
@@ -47,6 +47,7 @@ class BatchOptions:
     gate: bool = True
     error_rate: float = DEFAULT_ERROR_RATE
     balance: float = DEFAULT_BALANCE
+    source: str | None = None
 
 
 def run_batch(
@@ -164,6 +165,7 @@ class _Answers:
             gate=options.gate,
             error_rate=options.error_rate,
             balance=options.balance,
+            source=options.source,
         )
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cxr_retrieval.cli.adapt import adapt
 from cxr_retrieval.cli.audit import app as audit_app
 from cxr_retrieval.cli.batch import batch
 from cxr_retrieval.cli.calibrate import calibrate
@@ -37,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, reindex, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, adapt, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ def batch(
     no_gate: options.NoGate = False,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
+    source: options.Source = None,
     embed_only: Annotated[
         bool, typer.Option("--embed-only", help="Embeddings and appearances instead of answers; no gallery is needed.")
     ] = False,
@@ -66,14 +68,16 @@ def batch(
         from cxr_retrieval.gallery.balance import checked
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
+        from cxr_retrieval.retrieval.site import read_sites
 
         wait = Patience(stop, patience, seen.tell, seen.watch)
         client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
-        store = clause = None
+        store = clause = profile = None
         if not embed_only:
             keys = opened.enter_context(open_pseudonyms(pseudonyms))
             gallery = store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))
             clause = first_contact(wait, "milvus", lambda: gallery.clause(where, text))
+            profile = read_sites(store.sites).get(source) if source else None
         decisive = {
             "model_version": client.model_version,
             "gallery": None if embed_only else milvus.uri,
@@ -83,6 +87,7 @@ def batch(
             "gate": not no_gate,
             "error_rate": error_rate,
             "balance": None if embed_only else checked(balance),
+            **({"source": source, "profile": profile and asdict(profile)} if source and not embed_only else {}),
             "attention": str(attention) if attention else None,
         }
         journal = opened.enter_context(Journal(lines, decisive))
@@ -105,7 +110,7 @@ def batch(
                 journal,
                 reader,
                 client,
-                BatchOptions(store, top_k, clause, include_own, attention, gate=not no_gate, error_rate=error_rate, balance=balance),
+                BatchOptions(store, top_k, clause, include_own, attention, not no_gate, error_rate, balance, source),
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,

@@ -65,6 +65,7 @@ def ingest(
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.retrieval.site import read_sites
 
     paths = paths or []
     _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
@@ -107,6 +108,8 @@ def ingest(
                 gone = store.prune({keys.image(row.image_id) for row in listed.rows}, {row.source for row in listed.rows})
                 operation.outcome["removed"] = {store.collection: gone}
         total = store.count()
+        of = {source, *(row.source for row in chosen or ())}
+        profiled = [name for name in sorted(read_sites(store.sites)) if name in of] if report.stored else []
         version, collection = client.model_version, store.collection
     if seen.speaks:
         print_problems(report.problems)
@@ -144,6 +147,8 @@ def ingest(
         typer.echo(
             f"{report.stored} stored, {report.unchanged} unchanged, {len(report.problems)} failed{further}; the gallery holds {total} cases"
         )
+    for name in profiled:
+        seen.tell(f"the profile of {name} was learnt without these cases. Next: `cxr adapt --source {name}` with its films again")
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
         seen.tell(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:

@@ -78,6 +78,16 @@ Balance = Annotated[
     ),
 ]
 
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="NAME",
+        envvar="CXR_SOURCE",
+        help="The hospital that films come from; its profile votes, if `cxr adapt` has learnt one.",
+    ),
+]
+
 AUDIT_DEFAULT = DEFAULT_AUDIT
 MAPS_DEFAULT = DEFAULT_MAPS
 ERROR_RATE_DEFAULT: Final = 0.1

@@ -44,6 +44,7 @@ def query(
     no_gate: options.NoGate = False,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
+    source: options.Source = None,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
@@ -76,6 +77,7 @@ def query(
                 gate=not no_gate,
                 error_rate=error_rate,
                 balance=balance,
+                source=source,
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:

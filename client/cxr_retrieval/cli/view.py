@@ -32,7 +32,11 @@ def view(
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The hospital that dropped films come from; the page says so if the gallery has none of it."),
+        typer.Option(
+            metavar="NAME",
+            envvar="CXR_SOURCE",
+            help="The hospital that dropped films come from: its profile votes (`cxr adapt`); the page says if the gallery has none of it.",
+        ),
     ] = None,
     max_upload: Annotated[int, typer.Option(min=1, max=1024, metavar="MIB", help="Of one file that is dropped.")] = 256,
     server_name: Annotated[

@@ -40,7 +40,7 @@ from cxr_retrieval.gallery.aliases import (
     the_gallery,
 )
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, likeness, weighed
-from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, items, printed
+from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, constant, items, printed
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
 from cxr_retrieval.gallery.matching import matches, with_words
@@ -75,6 +75,8 @@ FINGERPRINT: Final = "cxr.pseudonyms"
 """Property of a collection that tells under which key its pseudonyms were made. Milvus Lite forgets descriptions; it keeps properties."""
 CALIBRATION: Final = "cxr.calibration"
 """Property with the gallery's own calibration as text; "" or missing: it has none."""
+SITES: Final = "cxr.sites"
+"""The same with the profiles of sites."""
 
 _NAMED: Final = {
     "label": 256,
@@ -239,6 +241,7 @@ class Store:
     Attributes:
         vector_size: Numbers of a case's vector: 120, or 64 of the former layout.
         calibration: The gallery's own, as text (`retrieval/calibration.py`), as it was when opened; "" if it has none.
+        sites: The profiles of sites that it keeps, as text (`retrieval/site.py`), likewise.
 
     Args:
         settings: Where Milvus is.
@@ -346,9 +349,17 @@ class Store:
 
         Whoever has the gallery open sees it when he opens it again.
         """
-        with translated(self._settings):
-            self._client.alter_collection_properties(self.collection, {CALIBRATION: text}, timeout=self._settings.timeout_s)
+        self._keep(CALIBRATION, text)
         self.calibration = text
+
+    def keep_sites(self, text: str) -> None:
+        """Keeps profiles of sites with the gallery, in the place of those it had; "": none. Seen as `keep_calibration` says."""
+        self._keep(SITES, text)
+        self.sites = text
+
+    def _keep(self, name: str, text: str) -> None:
+        with translated(self._settings):
+            self._client.alter_collection_properties(self.collection, {name: text}, timeout=self._settings.timeout_s)
 
     @cached_property
     def size(self) -> int:
@@ -675,7 +686,8 @@ class Store:
         _refuse_another_key(about, self.pseudonyms)
         self.vector_size = got
         self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
-        self.calibration = str(about.get("properties", {}).get(CALIBRATION, ""))
+        kept = about.get("properties", {})
+        self.calibration, self.sites = str(kept.get(CALIBRATION, "")), str(kept.get(SITES, ""))
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
@@ -696,6 +708,11 @@ class Store:
         """With the words of its notes where this gallery keeps them, and without elsewhere."""
         values = {name: value for name, value in row.items() if name != WORDS_FIELD}
         return with_words(values) if self._has_words else values
+
+
+def of_label(label: str) -> Clause:
+    """A clause made ready that cases of one label meet, and no others."""
+    return Clause("", f"label == {constant(label)}")
 
 
 def list_collections(settings: MilvusSettings) -> dict[str, str]:

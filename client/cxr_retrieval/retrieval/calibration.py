@@ -324,6 +324,13 @@ def sentence(labels: Sequence[str], vote: Vote, known: Trust) -> str:
     return "; ".join(parts)
 
 
+def site_sentence(labels: Sequence[str], vote: Vote, site: str) -> str:
+    """The same of a site's profile, such as "4 of 10 nearest cases are control; beside what is usual in st-mary, 0.62 for control"."""
+    count = sum(label == vote.label for label in labels)
+    cases = f"{count} of {len(labels)} nearest cases {'is' if count == 1 else 'are'} {spoken(vote.label)}"
+    return f"{cases}; beside what is usual in {site}, {vote.confidence:.2f} for {spoken(vote.label)}"
+
+
 def spoken(label: str) -> str:
     """A label as a reader says it."""
     return label.replace("_", " ").replace("non covid", "non-COVID").replace("covid19", "COVID-19")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked, side_by_side
@@ -21,9 +21,11 @@ from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
-from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, trust
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, site_sentence, trust
 from cxr_retrieval.retrieval.feedback import MOVED, Led, Mark, Marked, led
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
+from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others, nobodys, own_cases
+from cxr_retrieval.retrieval.site import Site, evidence_of, read_sites
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
 
@@ -34,8 +36,6 @@ MIN_LUNG_SHARE: Final = 0.05
 """Of the radiograph's area; an adult's lungs cover a quarter to a half of a frontal film."""
 MIN_LUNG_AGREEMENT: Final = 0.9
 """Mean Dice coefficient of the five networks with their ensemble (LUNG_AGREEMENT)."""
-OWN_EXPECTED: Final = 2
-"""Hits asked for beyond `top_k`, so that a patient's own films seldom need a second search."""
 
 
 WANTED: Final = (*PARTS, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
@@ -79,6 +79,7 @@ class QueryResult:
         trust: How far to trust the prediction.
         balance: Of what was learnt against what lungs look like, by which neighbours were found (`gallery/balance.py`).
         marked: Cases that a reader marked, which moved the question; those that are not relevant are none of the neighbours.
+        site: The profile of the film's hospital, by which the prediction was made (`retrieval/site.py`); `evidence` for its labels.
     """
 
     image_id: str
@@ -93,13 +94,18 @@ class QueryResult:
     trust: Trust
     balance: float
     marked: tuple[Marked, ...] = ()
+    site: Site | None = None
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
         """The vote and how far to trust it, in plain words; why there is none of a film that was refused."""
         if self.prediction.label is None:
             return self.ood.reason or "refused"
-        said = sentence([hit.case.label for hit in self.neighbours], self.prediction, self.trust)
+        labels = [hit.case.label for hit in self.neighbours]
+        if self.site is not None:
+            return site_sentence(labels, self.prediction, self.site.name)
+        said = sentence(labels, self.prediction, self.trust)
         return f"{said}; {MOVED}" if self.marked else said
 
     @property
@@ -131,7 +137,7 @@ class QueryResult:
         return fragment(self)
 
     def as_json(self) -> dict[str, Any]:
-        """The published JSON form of a query result; `marked` is there where a reader marked something."""
+        """The published JSON form of a query result; `marked` is there where a reader marked something, `site` where a profile voted."""
         marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
         return {
             "image_id": self.image_id,
@@ -150,6 +156,7 @@ class QueryResult:
             "warnings": list(self.warnings),
             "ood": self.ood.as_json(),
             **({"marked": marked} if marked else {}),
+            **({"site": {"name": self.site.name, "evidence": dict(self.evidence)}} if self.site else {}),
         }
 
 
@@ -178,6 +185,7 @@ def query(
     error_rate: float = DEFAULT_ERROR_RATE,
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
+    source: str | None = None,
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -195,6 +203,8 @@ def query(
         balance: 0: neighbours are alike in what was learnt from labels; 1: in what lungs look like; between: in both, so weighed.
         marks: What a reader said of cases that an earlier answer showed; they move the question (`retrieval/feedback.py`), and those that
             are not relevant do not come again.
+        source: The hospital that the film comes from. If it has a profile (`cxr adapt`), that votes, unless a clause or marks say which
+            cases count.
 
     Raises:
         ImageError: The file is unusable.
@@ -218,6 +228,7 @@ def query(
         error_rate=error_rate,
         balance=balance,
         marks=marks,
+        source=source,
         timings_ms={"read": read_ms},
     )
 
@@ -235,6 +246,7 @@ def query_film(
     error_rate: float = DEFAULT_ERROR_RATE,
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
+    source: str | None = None,
     timings_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """As `query`, of a film that has been read; `timings_ms`: what that took."""
@@ -253,6 +265,7 @@ def query_film(
         gate=gate,
         error_rate=error_rate,
         balance=balance,
+        source=source,
     )
     if isinstance(result, UsageError):
         raise result
@@ -270,6 +283,7 @@ def answer(
     gate: bool = True,
     error_rate: float = DEFAULT_ERROR_RATE,
     balance: float = DEFAULT_BALANCE,
+    source: str | None = None,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
@@ -279,25 +293,29 @@ def answer(
         SetupError: The gallery's own calibration cannot be read.
     """
     percent(error_rate)
-    where = where or Clause("", "")
+    clause = where or Clause("", "")
     vectors = np.stack([side_by_side(one.outputs) for one in asked])
     started = time.perf_counter()
     moved = [led(vector, one.marks, store, balance) for one, vector in zip(asked, vectors, strict=True)]
-    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), where, balance)
-    found: list[tuple[list[Neighbour], list[Neighbour]]] = []
-    for one, way, hits in zip(asked, moved, first, strict=True):
-        is_own = _nobodys if include_own else _own_cases(one.film, one.patient, store.pseudonyms)
-        found.append(_neighbours(hits, way, top_k, is_own, lambda limit, way=way: store.search(way.vector, limit, where, balance)))
+    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), clause, balance)
+    is_own = [nobodys if include_own else own_cases(one.film, one.patient, store.pseudonyms) for one in asked]
+    found = [
+        _neighbours(hits, way, top_k, own, lambda limit, way=way: store.search(way.vector, limit, clause, balance))
+        for way, hits, own in zip(moved, first, is_own, strict=True)
+    ]
+    site = None if source is None else read_sites(store.sites).get(source)
+    evidence = evidence_of(vectors, list(site.shares), store, is_own) if site and not clause.asked else [{} for _ in asked]
     search_ms = 1000 * (time.perf_counter() - started)
-    measured = not where.asked and balance == DEFAULT_BALANCE
+    measured = not clause.asked and balance == DEFAULT_BALANCE
     far = [
         too_far(_unmoved(hits, way, own, store), store.count, model_version) if hits and measured else None
         for hits, way, own in zip(first, moved, vectors, strict=True)
     ]
-    rules = _Rules(model_version, top_k, where.given, include_own, error_rate, balance, store.calibration, store.size)
+    rules = _Rules(model_version, top_k, clause.given, include_own, error_rate, balance, store.calibration, store.size, site)
+    unknown = [] if site or source is None else _stranger(store, source)
     return [
-        _result(one, way, *hits, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance))
-        for one, way, hits, distance in zip(asked, moved, found, far, strict=True)
+        _result(one, way, *hits, seen, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance), unknown)
+        for one, way, hits, seen, distance in zip(asked, moved, found, evidence, far, strict=True)
     ]
 
 
@@ -317,7 +335,7 @@ def doubts(film: Film, outputs: Mapping[str, NDArray[np.generic]], ood: Ood) -> 
 
 @dataclass(frozen=True)
 class _Rules:
-    """How several films are answered; `calibration`: the gallery's own, `gallery`: how many cases it holds."""
+    """How several films are answered; `calibration`: the gallery's own, `gallery`: how many cases it holds, `site`: whose profile votes."""
 
     model_version: str
     top_k: int
@@ -327,6 +345,7 @@ class _Rules:
     balance: float
     calibration: str
     gallery: int
+    site: Site | None
 
     @property
     def unusual(self) -> str | None:
@@ -353,7 +372,15 @@ def _neighbours(
 
 
 def _result(
-    asked: Asked, way: Led, neighbours: list[Neighbour], own: list[Neighbour], search_ms: float, rules: _Rules, ood: Ood
+    asked: Asked,
+    way: Led,
+    neighbours: list[Neighbour],
+    own: list[Neighbour],
+    evidence: Mapping[str, float],
+    search_ms: float,
+    rules: _Rules,
+    ood: Ood,
+    unknown: Sequence[str],
 ) -> QueryResult | UsageError:
     if not neighbours:
         return UsageError(
@@ -363,19 +390,23 @@ def _result(
             next_step="relax --where, ingest cases" + (", or count this patient's with --include-own" if own else ""),
         )
     timings = {**asked.timings_ms, "search": search_ms}
+    site, doubt = _voting_site(rules, evidence, way)
     with _timed(timings, "vote"):
         prediction = NoVote() if ood.refused else weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
-        known = _trusted(prediction, neighbours, rules, ood, way)
+        if site and not ood.refused:
+            prediction = site.vote(evidence)
+        known = _trusted(prediction, neighbours, rules, ood, way, site)
     timings["total"] = sum(timings.values())
     film, outputs = asked.film, asked.outputs
     mask = np.asarray(outputs[LUNG_MASK.name][0], np.uint8)
-    warnings = [*film.warnings, *doubts(film, outputs, ood), *([known.unmeasured] if known.unmeasured else ())]
+    warnings = [*film.warnings, *doubts(film, outputs, ood), *([known.unmeasured] if known.unmeasured else ()), *doubt]
     if len(neighbours) < rules.top_k:
         warnings.append(f"only {len(neighbours)} of {rules.top_k} neighbours: the gallery holds no more that qualify")
     if way.gone:
         warnings.append(f"{way.gone} marked case(s) are no longer in the gallery, and do not count")
     if own:
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
+    warnings += unknown
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
     explanation = Explanation(film.square, film.box, mask, attention)
     return QueryResult(
@@ -391,12 +422,40 @@ def _result(
         known,
         rules.balance,
         way.marked,
+        site,
+        evidence,
     )
 
 
-def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules, ood: Ood, way: Led) -> Trust:
+def _voting_site(rules: _Rules, evidence: Mapping[str, float], way: Led) -> tuple[Site | None, list[str]]:
+    """Whose profile votes, if one does; and why it does not, or whether to doubt it."""
+    site = rules.site
+    if site is None:
+        return None, []
+    if gone := sorted(set(site.shares) - set(evidence)) if not rules.where else []:
+        return None, [f"the profile of {site.name} did not vote: no case of {', '.join(gone)} is left to compare with"]
+    if rules.where or way.marked:
+        return None, [f"the profile of {site.name} did not vote: {'a clause says' if rules.where else 'marks say'} which cases count"]
+    doubt = site.doubt(rules.gallery)
+    return site, [doubt] if doubt else []
+
+
+def _stranger(store: Store, source: str) -> list[str]:
+    """What to say of a hospital without a profile: nothing if the gallery holds films of it."""
+    if store.browse(f"source == {json.dumps(source)}", 1):
+        return []
+    return [
+        f"the gallery holds no film of {source}: between hospitals, answers have been far less reliable (docs/results.md); "
+        "`cxr adapt` learns from its films without labels"
+    ]
+
+
+def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules, ood: Ood, way: Led, site: Site | None) -> Trust:
     if vote.label is None:
         return Trust(None, (), ood.reason)
+    if site is not None:
+        why = f"how often such an answer is right is not known: the profile of {site.name} voted, which rests on films without labels"
+        return Trust(None, None, None, why, rules.error_rate)
     return trust(
         vote,
         ballot_of([(hit.case.label, hit.similarity, hit.case.source or "") for hit in neighbours]),
@@ -406,40 +465,6 @@ def _trusted(vote: Vote | NoVote, neighbours: Sequence[Neighbour], rules: _Rules
         error_rate=rules.error_rate,
         otherwise_asked="the gate was overridden" if ood.reason else MOVED if way.marked else rules.unusual,
     )
-
-
-def _nobodys(case: Case) -> bool:
-    return False
-
-
-def _own_cases(film: Film, patient_id: str | None, pseudonyms: Pseudonyms) -> Callable[[Case], bool]:
-    """Which cases are the query's own: the same 256×256 picture, or the same patient (of whatever source, to be on the safe side)."""
-    patient_id = patient_id or film.patient_id
-    patient = pseudonyms.patient(patient_id) if patient_id else None
-    pixels = pseudonyms.digest(film.pixels)
-    return lambda case: case.pixels == pixels or (patient is not None and case.patient_id == patient)
-
-
-def nearest_others(
-    hits: Sequence[Neighbour], search: Callable[[int], Sequence[Neighbour]], top_k: int, is_own: Callable[[Case], bool]
-) -> tuple[list[Neighbour], list[Neighbour]]:
-    """The nearest `top_k` cases that are not the query's own, and those of its own that are as near as the last of them.
-
-    Own ones are told apart here and not by a clause: a clause would tell Milvus whose film is asked about, drop cases whose patient is
-    unknown, and cost the index recall.
-
-    Args:
-        hits: The nearest `top_k + OWN_EXPECTED`, nearest first.
-        search: Number of hits → the nearest; asked for more where too many of the first are own.
-    """
-    limit = min(top_k + OWN_EXPECTED, MAX_HITS)
-    while True:
-        others = [hit for hit in hits if not is_own(hit.case)][:top_k]
-        if len(others) == top_k or len(hits) < limit or limit == MAX_HITS:
-            least = others[-1].similarity if len(others) == top_k else -1.0
-            return others, [hit for hit in hits if is_own(hit.case) and hit.similarity >= least]
-        limit = min(2 * limit, MAX_HITS)
-        hits = search(limit)
 
 
 def lung_warnings(mask: NDArray[np.uint8], box: Letterbox, agreement: float) -> list[str]:

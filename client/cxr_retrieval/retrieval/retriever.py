@@ -74,6 +74,7 @@ class Retriever:
         error_rate: float = DEFAULT_ERROR_RATE,
         balance: float = DEFAULT_BALANCE,
         marks: Sequence[Mark] = (),
+        source: str | None = None,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -90,6 +91,7 @@ class Retriever:
             error_rate=error_rate,
             balance=balance,
             marks=marks,
+            source=source,
         )
 
     def picture(self, result: QueryResult) -> Image.Image:

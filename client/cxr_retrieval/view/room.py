@@ -6,7 +6,6 @@ batch's results leads to it. No name says whose it is.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -265,6 +264,7 @@ class ReadingRoom:
                 about |= {"film": before.result.image_id, "asked": _key_of(question.film), "round": before.round + 1}
             operation = stack.enter_context(audited(self._audit, action, about))
             operation.note(changed(before.marks if before is not None else (), marks))
+            source = question.source or found.source or self._source
             started = time.perf_counter()
             film = self._reader.submit(found.path, found.member, _CALLED).result()
             result = query_film(
@@ -279,16 +279,15 @@ class ReadingRoom:
                 error_rate=question.error_rate,
                 balance=question.balance,
                 marks=marks,
+                source=source,
                 timings_ms={"read": 1000 * (time.perf_counter() - started)},
             )
-            source = question.source or found.source or self._source
-            unknown = [] if source is None or _holds(reached, source) else [_stranger(source)]
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
         seen = result.explanation
         if seen.attention is not None:
             self._explained.put(question.film, Explained.of(seen.lung_mask, seen.attention, seen.box))
         self._thumbnails.put(question.film, png(np.asarray(seen.box.crop(seen.square), np.uint8)))
-        return self._remembered(question, result, unknown, source, before, marks)
+        return self._remembered(question, result, source, before, marks)
 
     def answer(self, number: int) -> dict[str, Any]:
         """One that was given before.
@@ -505,12 +504,10 @@ class ReadingRoom:
         self,
         question: Question,
         result: QueryResult,
-        unknown: list[str],
         source: str | None,
         before: _Given | None,
         marks: tuple[Mark, ...],
     ) -> dict[str, Any]:
-        result = replace(result, warnings=(*result.warnings, *unknown))
         answer = {"marked": [], **result.as_json()}
         marked = [one.hit for one in result.marked]
         for name, hits in (("neighbours", result.neighbours), ("earlier_films", result.own), ("marked", marked)):
@@ -556,14 +553,6 @@ def _is_case(name: str) -> bool:
 
 def _key_of(name: str) -> str | None:
     return name.removeprefix("case-") if _is_case(name) else None
-
-
-def _holds(reached: Reached, source: str) -> bool:
-    return bool(reached.store.browse(f"source == {json.dumps(source)}", 1))
-
-
-def _stranger(source: str) -> str:
-    return f"the gallery holds no film of {source}: between hospitals, answers have been far less reliable (docs/results.md)"
 
 
 def _beside(hit: Neighbour) -> dict[str, Any]:

@@ -38,6 +38,7 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "two-members": {"copies": 2},
     "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
     "no-source-balance": {"source_power": 1.0, "across_sources": False},
+    "within-sources": {"within_sources": True},
     "attention-unsupervised": {"lesion_weight": 0.0},
     "from-random-weights": {"init": "random", "frozen_layers": 0},
     "whole-radiograph": {"lungs_only": False},

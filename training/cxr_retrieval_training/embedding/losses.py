@@ -31,6 +31,8 @@ class Criterion(nn.Module):
         names: Every loss that any stage uses.
         across_sources: For pair losses, only pairs from different sources count as positives, where the anchor has any:
             what makes two films of one hospital alike must not be what makes them neighbours.
+        held: `[sources, classes]`, which labels each source holds. If given, negatives come from the anchor's own source, and the proxy
+            loss chooses among the labels of the film's source: to know the hospital then tells nothing of the label.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Criterion(nn.Module):
         base: float,
         miner_epsilon: float,
         across_sources: bool,
+        held: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.across_sources = across_sources
+        self.held: Tensor | None
+        self.register_buffer("held", held)
         self.multi_similarity = MultiSimilarityLoss(alpha, beta, base)  # pyright: ignore[reportArgumentType] (ints in its annotations)
         self.miner = MultiSimilarityMiner(epsilon=miner_epsilon)
         self.info_nce = NTXentLoss(temperature=0.1)
@@ -80,7 +85,7 @@ class Criterion(nn.Module):
         if name == "info_nce":
             return self.info_nce(embedding, label)
         if name == "normalized_softmax" and self.proxies is not None:
-            return self.proxies(embedding, label)
+            return self.proxies(embedding, label) if self.held is None else self._among_held(self.proxies, embedding, label, source)
         if name == "cross_entropy" and self.classifier is not None:
             return functional.cross_entropy(self.classifier(features), label)
         if name == "source_adversary" and self.adversary is not None:
@@ -88,9 +93,18 @@ class Criterion(nn.Module):
             return functional.cross_entropy(self.adversary(_Reversed.apply(joint.flatten(1))), source)
         raise ValueError(f"the loss {name} was not among those announced")
 
+    def _among_held(self, proxies: NormalizedSoftmaxLoss, embedding: Tensor, label: Tensor, source: Tensor) -> Tensor:
+        assert self.held is not None
+        proxies.cast_types(embedding.dtype, embedding.device)
+        logits = proxies.get_logits(embedding).masked_fill(~self.held[source], -torch.inf)
+        return functional.cross_entropy(logits, label)
+
     def pairs(self, embedding: Tensor, label: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(anchor, positive, anchor, negative) indices: hard ones by similarity, positives across sources where there are any."""
         anchor, positive, other, negative = self.miner(embedding, label)
+        if self.held is not None:
+            within = source[other] == source[negative]
+            other, negative = other[within], negative[within]
         if self.across_sources:
             crossing = source[anchor] != source[positive]
             has_crossing = torch.zeros(len(label), dtype=torch.bool, device=label.device)

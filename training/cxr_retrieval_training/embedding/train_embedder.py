@@ -136,6 +136,7 @@ def _train_member(
         base=config.base,
         miner_epsilon=config.miner_epsilon,
         across_sources=config.across_sources,
+        held=labels_held(data) if config.within_sources else None,
     ).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     kept = cast("EmbedderMember", average.module) if config.ema_decay else model
@@ -309,6 +310,13 @@ def _pictures(
         return find_lungs(segmenter, rows, split, device, member)
     images = load_images(rows, f"{split} images")
     return np.concatenate([images, np.full_like(images, 255)], axis=1)  # the whole frame counts as lung
+
+
+def labels_held(data: TrainingSet) -> Tensor:
+    """`[sources, classes]`: which labels each source holds."""
+    held = torch.zeros(int(data.sources.max()) + 1, len(LABELS), dtype=torch.bool)
+    held[data.sources, data.labels] = True
+    return held
 
 
 def draw_batch(data: TrainingSet, config: EmbedderConfig, random: np.random.Generator) -> tuple[NDArray[np.int64], Images]:

@@ -110,6 +110,27 @@ def draw_balance(dial: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_unseen(found: Mapping[str, Any], path: Path) -> None:
+    """Balanced accuracy over the films of its own that a hospital has in the gallery, a panel for each, with 95 % intervals."""
+    figure = Figure(figsize=(3.4 * len(found["sources"]), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(found["sources"]), sharey=True, squeeze=False)[0]
+    ways = {"as_it_is": "nearest cases vote", "adapted": "adapted", "adapted_to_labels": "adapted, shares not told"}
+    for axes, (source, one) in zip(panels, found["sources"].items(), strict=True):
+        place = range(len(one["own"]))
+        for way, label in ways.items():
+            line = axes.plot(place, [row[way] for row in one["own"]], marker=".", label=label)[0]
+            bounds = [row[f"{way}_ci"] or (np.nan, np.nan) for row in one["own"]]
+            axes.fill_between(place, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xticks(place, [str(row["own"]) for row in one["own"]])
+        axes.set_xlabel("own labelled films, of each label")
+        axes.set_title(f"{source}: {len(one['labels'])} labels", fontsize=9)
+        axes.axhline(1 / len(one["labels"]), color="0.6", linestyle="--", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("balanced accuracy; dashed: chance")
+    panels[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def draw_training(log: Path, path: Path) -> None:
     """Loss, and what was watched on val, over the steps of one run's log.jsonl (segmentation: over epochs), a line a member."""
     records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
