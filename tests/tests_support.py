@@ -30,6 +30,9 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
+from cxr_retrieval.cases.manifest import Manifest, read_manifest
+from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
+
 KEPT = Path(tempfile.mkdtemp(prefix="cxr-tests-"))
 """What else would lie in the user's home: this test process' own pseudonym key with its table, its audit log, and maps."""
 atexit.register(shutil.rmtree, KEPT, ignore_errors=True)
@@ -55,6 +58,15 @@ def run_cxr(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, in a process of its own."""
     return subprocess.run(cxr_command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd, check=False)
+
+
+def phantoms_to_train_on(folder: Path, each: int) -> Manifest:
+    """So many phantoms of each label to train on, two of each to watch."""
+    path = write_phantoms(folder, [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(each)], "train")
+    text = path.read_text()
+    write_phantoms(folder, [make_phantom(100 + seed, label) for label in PHANTOM_LABELS for seed in range(2)], "val")
+    path.write_text(text + "\n".join(path.read_text().splitlines()[1:]) + "\n")
+    return read_manifest(path)
 
 
 def free_ports(count: int) -> list[int]:

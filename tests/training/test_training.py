@@ -20,7 +20,6 @@ from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
 from cxr_retrieval.evaluation.metrics import LabelledSet
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
-from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
 from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, save_checkpoint
 from cxr_retrieval_training.config import (
     CONFIGS,
@@ -52,6 +51,7 @@ from cxr_retrieval_training.report.results import Run, adult_pneumonia, blanked,
 from cxr_retrieval_training.segmentation.lungs import find_lungs, find_probabilities, load_segmenter
 from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 from cxr_retrieval_training.segmentation.train_segmenter import load_masked, train_segmentation, train_student
+from tests_support import phantoms_to_train_on
 
 pytestmark = pytest.mark.usefixtures("few_repetitions")
 
@@ -60,14 +60,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Eight phantoms of each label to train on, two of each to watch."""
-    folder = tmp_path_factory.mktemp("train")
-    path = write_phantoms(folder, [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(4)], "train")
-    text = path.read_text()
-    write_phantoms(folder, [make_phantom(100 + seed, label) for label in PHANTOM_LABELS for seed in range(2)], "val")
-    rows = path.read_text().splitlines()[1:]
-    path.write_text(text + "\n".join(rows) + "\n")
-    return read_manifest(path)
+    return phantoms_to_train_on(tmp_path_factory.mktemp("train"), 4)
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces

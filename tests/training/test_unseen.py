@@ -10,43 +10,41 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
+from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_phantoms
+from cxr_retrieval.evaluation.metrics import LabelledSet
 from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
 from cxr_retrieval_training.report import unseen
-from cxr_retrieval_training.report.unseen import Films, asked_about, in_source, leave_sources_out, votes
+from cxr_retrieval_training.report.balance import Described
+from cxr_retrieval_training.report.unseen import asked_about, in_source, leave_sources_out, votes
+from tests_support import phantoms_to_train_on
 
 LABELS = ("control", "covid19")
 
 
-def films(source: str, split: str, each: int, usual: tuple[float, float], random: np.random.Generator, lead: float = 0.3) -> Films:
+def films(source: str, split: str, each: int, usual: tuple[float, float], random: np.random.Generator, lead: float = 0.3) -> Described:
     """Films that lie, all of them, where `usual` says, and by `lead` to the side of their own label; two of each patient."""
-    rows, vectors = [], []
+    names, patients, vectors = [], [], []
     for number, label in enumerate(LABELS):
         for i in range(each):
-            name = f"{source}-{split}-{label}-{i}"
-            rows.append(ManifestRow(Path(), name, Path(name), label, f"{split}-{label}-{i // 2}", source, split, {}))
+            names.append(f"{source}-{split}-{label}-{i}")
+            patients.append(f"{source}/{split}-{label}-{i // 2}")
             vectors.append([usual[0], usual[1] + lead * (2 * number - 1), 0.15 * random.normal(), 0.15 * random.normal()])
     found = np.array(vectors, np.float32)
     found /= np.linalg.norm(found, axis=1, keepdims=True)
-    return Films(rows, found, found)
-
-
-def joined(*parts: Films) -> Films:
-    rows = [row for part in parts for row in part.rows]
-    return Films(rows, np.concatenate([part.embeddings for part in parts]), np.concatenate([part.appearances for part in parts]))
+    known = LabelledSet(names, found, [label for label in LABELS for _ in range(each)], patients, [source] * len(names))
+    return Described(known, found, found)
 
 
 @pytest.fixture(scope="module")
-def known() -> tuple[Films, Films]:
+def known() -> tuple[Described, Described]:
     """Train and val of a source that was learnt from and of one that was not: there, everything looks like COVID-19."""
     random = np.random.default_rng(0)
-    train = joined(films("seen", "train", 60, (1.0, 0.0), random), films("strange", "train", 60, (1.0, 0.8), random))
-    return train, joined(films("seen", "val", 20, (1.0, 0.0), random), films("strange", "val", 20, (1.0, 0.8), random))
+    train = films("seen", "train", 60, (1.0, 0.0), random).beside(films("strange", "train", 60, (1.0, 0.8), random))
+    return train, films("seen", "val", 20, (1.0, 0.0), random).beside(films("strange", "val", 20, (1.0, 0.8), random))
 
 
-def test_adapting_undoes_what_is_usual(known: tuple[Films, Films]) -> None:
+def test_adapting_undoes_what_is_usual(known: tuple[Described, Described]) -> None:
     """And with films of its own in the gallery a hospital needs no adapting."""
     found = asked_about("strange", *known)
     assert found["labels"] == list(LABELS)
@@ -61,7 +59,7 @@ def test_adapting_undoes_what_is_usual(known: tuple[Films, Films]) -> None:
     assert last["as_it_is"] > 0.8
 
 
-def test_who_lends_is_not_asked(known: tuple[Films, Films]) -> None:
+def test_who_lends_is_not_asked(known: tuple[Described, Described]) -> None:
     """120 train films of 60 patients, of whom 30 or more lend their films without labels; val's 40 films are asked about in any case."""
     rows = asked_about("strange", *known)["own"]
     assert all(40 < row["n"] <= 160 for row in rows)
@@ -69,34 +67,24 @@ def test_who_lends_is_not_asked(known: tuple[Films, Films]) -> None:
     assert rows[0]["n"] >= asked_in_one_draw
 
 
-def test_an_own_patients_film_never_votes(known: tuple[Films, Films]) -> None:
+def test_an_own_patients_film_never_votes(known: tuple[Described, Described]) -> None:
     train, _ = known
     one = train[np.array([0])]
     voted = votes(train, train[np.arange(60)], one, {"control": 1.0, "covid19": 1.0})
-    twin = Films(
-        [*train.rows, *one.rows],
-        np.concatenate([train.embeddings, one.embeddings]),
-        np.concatenate([train.appearances, one.appearances]),
-    )
+    twin = train.beside(one)
     again = votes(twin, train[np.arange(60)], one, {"control": 1.0, "covid19": 1.0})
     assert {way: labels.tolist() for way, labels in voted.items()} == {way: labels.tolist() for way, labels in again.items()}
 
 
-def test_whether_training_was_long_enough(known: tuple[Films, Films]) -> None:
+def test_whether_training_was_long_enough(known: tuple[Described, Described]) -> None:
     train, val = known
-    mine = [np.flatnonzero([row.source == "seen" for row in part.rows]) for part in (train, val)]
+    mine = [np.array(part.known.sources) == "seen" for part in (train, val)]
     assert in_source(train[mine[0]], val[mine[1]])["balanced_accuracy"] > 0.8
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Eight phantoms of each label to train on, two of each to watch, of two sources."""
-    folder = tmp_path_factory.mktemp("unseen")
-    path = write_phantoms(folder, [make_phantom(seed, label) for label in PHANTOM_LABELS for seed in range(8)], "train")
-    text = path.read_text()
-    write_phantoms(folder, [make_phantom(100 + seed, label) for label in PHANTOM_LABELS for seed in range(2)], "val")
-    path.write_text(text + "\n".join(path.read_text().splitlines()[1:]) + "\n")
-    return read_manifest(path)
+    return phantoms_to_train_on(tmp_path_factory.mktemp("unseen"), 8)
 
 
 CONFIG = EmbedderConfig.model_validate(

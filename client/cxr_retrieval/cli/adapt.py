@@ -68,8 +68,6 @@ def adapt(
         )
     shares = shares_of(share or [])
     about = {"source": source, "undo": undo, "dry_run": dry_run}
-    if not undo:
-        normalised(shares)  # refused before anything is looked at
     if undo:
         version = the_version(milvus)
         with (
@@ -84,6 +82,7 @@ def adapt(
                 store.keep_sites(sites_as_text(left))
         _print_undone(source, list(left), dry_run=dry_run, json=json)
         return
+    normalised(shares)  # refused before anything is looked at
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())
         wait = Patience(stop, patience, seen.tell, seen.watch)

@@ -63,6 +63,29 @@ class LabelledSet:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"a labelled set needs as many of each; got {sizes}")
 
+    def __getitem__(self, chosen: NDArray[np.bool_] | Integers) -> LabelledSet:
+        """Some images of it, by mask or by index."""
+        index: list[int] = np.arange(len(self.labels))[chosen].tolist()
+        return LabelledSet(
+            [self.image_ids[i] for i in index],
+            self.embeddings[chosen],
+            [self.labels[i] for i in index],
+            [self.patients[i] for i in index],
+            [self.sources[i] for i in index],
+            [self.pixels[i] for i in index] if self.pixels else (),
+        )
+
+    def beside(self, other: LabelledSet) -> LabelledSet:
+        """One set after the other."""
+        return LabelledSet(
+            [*self.image_ids, *other.image_ids],
+            np.concatenate([self.embeddings, other.embeddings]),
+            [*self.labels, *other.labels],
+            [*self.patients, *other.patients],
+            [*self.sources, *other.sources],
+            [*self.pixels, *other.pixels],
+        )
+
 
 @dataclass(frozen=True)
 class _Scores:
@@ -443,6 +466,11 @@ def balanced_interval(correct: Floats, truth: NDArray[np.generic], patients: NDA
         redrawn += int(lacking.sum())
         drawn[lacking] = draw(random, len(unique), int(lacking.sum()))
     return None, None
+
+
+def balanced_accuracy(correct: NDArray[Any], truth: NDArray[Any]) -> float:
+    """Mean over classes of the share of right votes; `correct` `[n]` is 1 where the vote is right."""
+    return float(np.mean([correct[truth == label].mean() for label in np.unique(truth)]))
 
 
 def _balanced(correct: Floats, truth: NDArray[np.generic], weights: Floats) -> Floats:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.gallery.kept_text import compact, read_back
 from cxr_retrieval.retrieval.voting import Vote, neighbour_weight
 
 FILE: Final = Path(__file__).with_name("calibration.json")
@@ -172,7 +173,7 @@ class Calibration:
 
     def as_text(self) -> str:
         """The same as compact JSON, always the same for the same calibration."""
-        return json.dumps(self.as_json(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return compact(self.as_json())
 
 
 @lru_cache(maxsize=16)
@@ -182,10 +183,7 @@ def read_calibration(text: str) -> Calibration:
     Raises:
         SetupError: It is none, or of another layout.
     """
-    try:
-        held: dict[str, Any] = json.loads(text)
-        if held.pop("layout") != _LAYOUT:
-            raise ValueError("of another layout")
+    with read_back(text, "a calibration", _LAYOUT, "`cxr calibrate --reset`, then `cxr calibrate`") as held:
         found = Calibration(
             str(held["model_version"]),
             int(held["top_k"]),
@@ -202,14 +200,7 @@ def read_calibration(text: str) -> Calibration:
         rows = [found.thresholds[place][label] for place in ("", *found.neighbourhoods) for label in found.labels]
         if any(len(row) != len(PERCENTS) for row in rows) or set(found.neighbourhoods) - set(found.sources):
             raise ValueError("incomplete")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SetupError(
-            "a calibration cannot be read",
-            expected="JSON that this version of the system has written",
-            got=f"{type(error).__name__}: {error}",
-            next_step="`cxr calibrate --reset`, then `cxr calibrate`",
-        ) from error
-    return found
+        return found
 
 
 @cache
@@ -229,7 +220,7 @@ def put_calibration(calibration: Calibration, path: Path) -> None:
     try:
         lines = json.loads(path.read_text("utf-8")) if path.exists() else []
         held = {one["model_version"]: one for one in lines} | {calibration.model_version: calibration.as_json()}
-        rows = [json.dumps(held[version], ensure_ascii=False, sort_keys=True, separators=(",", ":")) for version in sorted(held)]
+        rows = [compact(held[version]) for version in sorted(held)]
         path.write_text("[\n" + ",\n".join(rows) + "\n]\n", "utf-8")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SetupError(f"{path}: no file of calibrations", got=str(error), next_step="give another file") from error

@@ -304,7 +304,8 @@ def answer(
         for way, hits, own in zip(moved, first, is_own, strict=True)
     ]
     site = None if source is None else read_sites(store.sites).get(source)
-    evidence = evidence_of(vectors, list(site.shares), store, is_own) if site and not clause.asked else [{} for _ in asked]
+    heard = site is not None and not clause.given and not any(way.marked for way in moved)
+    evidence = evidence_of(vectors, list(site.shares), store, is_own) if site and heard else [{} for _ in asked]
     search_ms = 1000 * (time.perf_counter() - started)
     measured = not clause.asked and balance == DEFAULT_BALANCE
     far = [
@@ -432,10 +433,10 @@ def _voting_site(rules: _Rules, evidence: Mapping[str, float], way: Led) -> tupl
     site = rules.site
     if site is None:
         return None, []
-    if gone := sorted(set(site.shares) - set(evidence)) if not rules.where else []:
-        return None, [f"the profile of {site.name} did not vote: no case of {', '.join(gone)} is left to compare with"]
     if rules.where or way.marked:
         return None, [f"the profile of {site.name} did not vote: {'a clause says' if rules.where else 'marks say'} which cases count"]
+    if gone := sorted(set(site.shares) - set(evidence)):
+        return None, [f"the profile of {site.name} did not vote: no case of {', '.join(gone)} is left to compare with"]
     doubt = site.doubt(rules.gallery)
     return site, [doubt] if doubt else []
 

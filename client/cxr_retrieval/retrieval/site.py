@@ -17,7 +17,6 @@ tried: docs/sites.md.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.errors import UsageError
+from cxr_retrieval.gallery.kept_text import compact, read_back
 from cxr_retrieval.gallery.store import Case, Clause, Neighbour, Store, of_label
 from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others
 from cxr_retrieval.retrieval.voting import Vote
@@ -116,8 +116,8 @@ class Adapted:
 
     def as_json(self) -> dict[str, Any]:
         """What `cxr adapt --json` tells."""
-        told = {name: getattr(self, name) for name in ("changed", "unsteady")}
-        return {**asdict(self.site), "before": dict(self.before), "after": dict(self.after), **told, "warnings": list(self.warnings)}
+        told = asdict(self)
+        return {**told.pop("site"), **told, "warnings": list(self.warnings)}
 
 
 def evidence_of(
@@ -274,10 +274,7 @@ def read_sites(text: str) -> Mapping[str, Site]:
     """
     if not text:
         return {}
-    try:
-        held: dict[str, Any] = json.loads(text)
-        if held.pop("layout") != _LAYOUT:
-            raise ValueError("of another layout")
+    with read_back(text, "the profiles of sites", _LAYOUT, "`cxr adapt` each site again") as held:
         return {
             name: Site(
                 name,
@@ -291,18 +288,10 @@ def read_sites(text: str) -> Mapping[str, Site]:
             )
             for name, one in held["sites"].items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SetupError(
-            "the profiles of sites cannot be read",
-            expected="JSON that this version of the system has written",
-            got=f"{type(error).__name__}: {error}",
-            next_step="`cxr adapt` each site again",
-        ) from error
 
 
 def sites_as_text(sites: Mapping[str, Site]) -> str:
     """What a gallery keeps: compact JSON, always the same for the same profiles; "" for none."""
     if not sites:
         return ""
-    held = {"layout": _LAYOUT, "sites": {name: asdict(site) for name, site in sites.items()}}
-    return json.dumps(held, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return compact({"layout": _LAYOUT, "sites": {name: asdict(site) for name, site in sites.items()}})

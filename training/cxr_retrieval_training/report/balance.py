@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from cxr_retrieval.evaluation.intervals import mean_interval, patient_weights
-from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking, balanced_interval
+from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking, balanced_accuracy, balanced_interval
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, blended
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
@@ -45,17 +45,15 @@ class Described:
 
     def beside(self, other: Described) -> Described:
         """One set after the other, without lungs."""
-        a, b = self.known, other.known
-        known = LabelledSet(
-            [*a.image_ids, *b.image_ids],
-            np.concatenate([a.embeddings, b.embeddings]),
-            [*a.labels, *b.labels],
-            [*a.patients, *b.patients],
-            [*a.sources, *b.sources],
-            [*a.pixels, *b.pixels],
+        return Described(
+            self.known.beside(other.known),
+            np.concatenate([self.embeddings, other.embeddings]),
+            np.concatenate([self.appearances, other.appearances]),
         )
-        embeddings = np.concatenate([self.embeddings, other.embeddings])
-        return Described(known, embeddings, np.concatenate([self.appearances, other.appearances]))
+
+    def __getitem__(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Described:
+        """Some of them, by mask or by index, without lungs."""
+        return Described(self.known[chosen], self.embeddings[chosen], self.appearances[chosen])
 
 
 def along_the_dial(train: Described, val: Described, added: Described | None, balances: Sequence[float] = BALANCES) -> dict[str, Any]:
@@ -92,7 +90,7 @@ def along_the_dial(train: Described, val: Described, added: Described | None, ba
         row |= _told(
             "recall_at_1", np.array([float(train.known.labels[i] == label) for i, label in zip(first, truth, strict=True)]), patients
         )
-        row["balanced_accuracy"] = float(np.mean([right[truth == label].mean() for label in np.unique(truth)]))
+        row["balanced_accuracy"] = balanced_accuracy(right, truth)
         row["balanced_accuracy_ci"] = balanced_interval(right, truth, patients)[0]
         row |= _told("own_source", own[choice], patients[choice]) if choice.any() else {}
         row |= _told("structure", structure.of(first), patients)

@@ -81,7 +81,7 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
         lines.append(
             [
                 name,
-                _figure(whole["overall"], "balanced_accuracy"),
+                with_interval(whole["overall"], "balanced_accuracy"),
                 *(_number(whole["per_class"].get(label, {}).get("recall_at", {}).get("1")) for label in LABELS),
                 _number(whole["overall"]["map_at_r"]),
                 *(_number(whole[part].get("overall", {}).get("balanced_accuracy")) for part in ("within_source", "cross_source")),
@@ -91,7 +91,7 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
                 "–" if added is None else _number(added["recall_at"]["1"]),
             ]
         )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _of_source(evaluation: Mapping[str, Any], source: str | None) -> float | None:
@@ -123,15 +123,15 @@ def _sources_table(evaluation: Mapping[str, Any]) -> str:
             [
                 name,
                 str(part["n"]),
-                _figure(part, "accuracy"),
-                _figure(part, "balanced_accuracy"),
+                with_interval(part, "accuracy"),
+                with_interval(part, "balanced_accuracy"),
                 *(_number(part["recall_at"][at]) for at in ("1", "4", "10")),
                 _number(part["precision_at"]["10"]),
                 _number(part["map_at_r"]),
-                *("–" if one is None else _figure(one, "balanced_accuracy") for one in restricted),
+                *("–" if one is None else with_interval(one, "balanced_accuracy") for one in restricted),
             ]
         )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _classes_table(evaluation: Mapping[str, Any]) -> str:
@@ -144,24 +144,24 @@ def _classes_table(evaluation: Mapping[str, Any]) -> str:
         ]
         for label, row in evaluation["per_class"].items()
     ]
-    return _table(["label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10"], lines)
+    return table(["label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10"], lines)
 
 
 def _adults_table(adults: Mapping[str, Any]) -> str:
-    lines = [[name.replace("_", " "), _figure(adults[name], "balanced_accuracy")] for name in ("whole_gallery", "own_source")]
+    lines = [[name.replace("_", " "), with_interval(adults[name], "balanced_accuracy")] for name in ("whole_gallery", "own_source")]
     head = f"COVID-19 against other pneumonia, cross-validated by patient ({adults['n']} films, {len(adults['runs'])} folds)"
-    return _table([head, "balanced accuracy"], lines)
+    return table([head, "balanced accuracy"], lines)
 
 
 def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     calibration = run["evaluation"]["calibration"]
     lines = [
         ["expected calibration error of the vote", _number(calibration["ece"])],
-        ["accuracy without the least confident tenth", _figure(calibration["selective"], "accuracy")],
+        ["accuracy without the least confident tenth", with_interval(calibration["selective"], "accuracy")],
     ]
     if closer["style_only"]:
         for name in ("blanked", "shuffled"):
-            figure = _figure(closer["style_only"][name], "balanced_accuracy")
+            figure = with_interval(closer["style_only"][name], "balanced_accuracy")
             lines.append([f"{closer['style_only']['source']}, lung pixels {name}: balanced accuracy", figure])
     if closer["attention"]:
         for name in ("trained", "untrained", "centre_prior"):
@@ -169,7 +169,7 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             lines.append(
                 [
                     f"attention on lesions ({closer['attention']['n']} images), {name.replace('_', ' ')}: hit rate; pixel AUROC",
-                    f"{_figure(part['hit_rate'], 'mean', 'ci')}; {_figure(part['pixel_auroc'], 'mean', 'ci')}",
+                    f"{with_interval(part['hit_rate'], 'mean', 'ci')}; {with_interval(part['pixel_auroc'], 'mean', 'ci')}",
                 ]
             )
     halves = run.get("added_class", {}).get("half_left_out")
@@ -186,8 +186,8 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         [f"pairs across splits with thumbnail correlation > {alike['threshold']}", f"{alike['n']} ({alike['val_images']} val images)"]
     )
     if alike["overall_without_them"]:
-        lines.append(["balanced accuracy without them", _figure(alike["overall_without_them"], "balanced_accuracy")])
-    return _table(["", ""], lines)
+        lines.append(["balanced accuracy without them", with_interval(alike["overall_without_them"], "balanced_accuracy")])
+    return table(["", ""], lines)
 
 
 def balance_table(dial: Mapping[str, Any]) -> str:
@@ -201,9 +201,10 @@ def balance_table(dial: Mapping[str, Any]) -> str:
         "structure": "structure",
     }
     lines = [
-        [f"{row['balance']:g}", *(_figure(row, name) if name in row else "–" for name in columns.values() if name)] for row in dial["rows"]
+        [f"{row['balance']:g}", *(with_interval(row, name) if name in row else "–" for name in columns.values() if name)]
+        for row in dial["rows"]
     ]
-    return _table(list(columns), lines)
+    return table(list(columns), lines)
 
 
 def _lungs_table(segmentation: Mapping[str, Any]) -> str:
@@ -213,12 +214,12 @@ def _lungs_table(segmentation: Mapping[str, Any]) -> str:
         ensemble, mean = part["ensemble"], part["members_mean"]
         for name, one in {**part["members"], "mean of the members": mean}.items():
             lines.append([reference, str(part["n"]), name, _number(one["dice"]), "", f"{one['hausdorff_95']:.1f}"])
-        dice = f"**{_figure(ensemble, 'dice')}**"
+        dice = f"**{with_interval(ensemble, 'dice')}**"
         lines.append([reference, str(part["n"]), "**ensemble**", dice, _number(ensemble["dice_least"]), f"{ensemble['hausdorff_95']:.1f}"])
-    return _table(["masks", "n", "network", "Dice", "least", "HD95"], lines)
+    return table(["masks", "n", "network", "Dice", "least", "HD95"], lines)
 
 
-def _figure(part: Mapping[str, Any], key: str, interval: str | None = None) -> str:
+def with_interval(part: Mapping[str, Any], key: str, interval: str | None = None) -> str:
     """Value and interval; "–" in its place where there are too few patients for one."""
     bounds: list[float] | None = part[interval or f"{key}_ci"]
     return f"{part[key]:.3f} " + ("–" if bounds is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]")
@@ -228,5 +229,6 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))

@@ -20,7 +20,7 @@ from cxr_retrieval.cases.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.intervals import mean_interval
-from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_interval, evaluate
+from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_accuracy, balanced_interval, evaluate
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, blended
 from cxr_retrieval.progress import track
 from cxr_retrieval.radiograph.letterbox import pixel_digest
@@ -137,7 +137,7 @@ def report(manifest: Manifest, pictures: Pictures, segmenter: Path, folders: Seq
     first = runs[0]
     network = load_embedder(first.folder / "embedder.pt", device)
     alike, unlike_any = near_duplicates(pictures)
-    fresh = selected(first.sets["val"], np.array([name in unlike_any for name in first.sets["val"].image_ids]))
+    fresh = first.sets["val"][np.array([name in unlike_any for name in first.sets["val"].image_ids])]
     return {
         "manifest_sha256": manifest.sha256,
         "runs": {run.name: measure(run) for run in track(runs, "runs")},
@@ -168,8 +168,8 @@ def measure(run: Run) -> dict[str, Any]:
     }
     if EXTRA_SPLIT in run.sets:
         extra = run.sets[EXTRA_SPLIT]
-        added = evaluate(joined(train, extra), extra, k=DEFAULT_K, model_version=run.name)["overall"]
-        still = evaluate(joined(train, extra), val, k=DEFAULT_K, model_version=run.name)["overall"]
+        added = evaluate(train.beside(extra), extra, k=DEFAULT_K, model_version=run.name)["overall"]
+        still = evaluate(train.beside(extra), val, k=DEFAULT_K, model_version=run.name)["overall"]
         out["added_class"] = {
             "labels": sorted(set(extra.labels)),
             "n": added["n"],
@@ -197,38 +197,13 @@ def half_left_out(train: LabelledSet, val: LabelledSet, extra: LabelledSet) -> d
     for number in range(HALVINGS):
         asked = set(np.random.default_rng(number).permutation(patients)[: len(patients) // 2].tolist())
         chosen = np.array([patient in asked for patient in extra.patients])
-        gallery = joined(train, selected(extra, ~chosen))
-        added = evaluate(gallery, selected(extra, chosen), k=DEFAULT_K, model_version="")["overall"]
+        gallery = train.beside(extra[~chosen])
+        added = evaluate(gallery, extra[chosen], k=DEFAULT_K, model_version="")["overall"]
         known = evaluate(gallery, val, k=DEFAULT_K, model_version="")["per_class"]
         drawn.append((added["recall_at"]["1"], added["accuracy"], min(one["recall_at"]["1"] for one in known.values())))
     names = ("recall_at_1", "sensitivity", "least_recall_at_1")
     values = dict(zip(names, zip(*drawn, strict=True), strict=True))
     return {name: float(np.mean(of)) for name, of in values.items()} | {f"{name}_draws": list(of) for name, of in values.items()}
-
-
-def joined(a: LabelledSet, b: LabelledSet) -> LabelledSet:
-    """One set after the other."""
-    return LabelledSet(
-        [*a.image_ids, *b.image_ids],
-        np.concatenate([a.embeddings, b.embeddings]),
-        [*a.labels, *b.labels],
-        [*a.patients, *b.patients],
-        [*a.sources, *b.sources],
-        [*a.pixels, *b.pixels],
-    )
-
-
-def selected(vectors: LabelledSet, chosen: NDArray[np.bool_]) -> LabelledSet:
-    """Some images of a set."""
-    index: list[int] = np.flatnonzero(chosen).tolist()
-    return LabelledSet(
-        [vectors.image_ids[i] for i in index],
-        vectors.embeddings[chosen],
-        [vectors.labels[i] for i in index],
-        [vectors.patients[i] for i in index],
-        [vectors.sources[i] for i in index],
-        [vectors.pixels[i] for i in index] if vectors.pixels else (),
-    )
 
 
 def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -242,7 +217,7 @@ def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
     used = [run for run in runs if run.config.leave_out_fold is not None]
     truth, patients, correct = [], [], []
     for run in used:
-        both = joined(run.sets["train"], run.sets["val"])
+        both = run.sets["train"].beside(run.sets["val"])
         ranking = Ranking(both, both)
         asked: list[int] = np.flatnonzero(run.unseen & (np.array(both.labels) != "control")).tolist()
         for query in asked:
@@ -253,9 +228,8 @@ def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
         return None
     out: dict[str, Any] = {"n": len(truth), "runs": [run.name for run in used]}
     for name, right in zip(("whole_gallery", "own_source"), np.array(correct).T, strict=True):
-        balanced = float(np.mean([right[np.array(truth) == label].mean() for label in sorted(set(truth))]))
         found, _ = balanced_interval(right, np.array(truth), np.array(patients))
-        out[name] = {"balanced_accuracy": balanced, "balanced_accuracy_ci": found}
+        out[name] = {"balanced_accuracy": balanced_accuracy(right, np.array(truth)), "balanced_accuracy_ci": found}
     return out
 
 
@@ -279,7 +253,7 @@ def k_sweep(run: Run) -> dict[str, list[float]]:
     correct = voted == truth
     return {
         "accuracy": correct.mean(axis=1).tolist(),
-        "balanced_accuracy": [float(np.mean([row[truth == label].mean() for label in sorted(set(truth))])) for row in correct],
+        "balanced_accuracy": [balanced_accuracy(row, truth) for row in correct],
     }
 
 

@@ -12,8 +12,8 @@ Nothing is chosen by the source that is left out: neither the iteration nor the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,62 +21,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxr_retrieval.cases.manifest import Manifest, ManifestRow
+from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.intervals import RESAMPLES
-from cxr_retrieval.evaluation.metrics import balanced_interval
-from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, blended
+from cxr_retrieval.evaluation.metrics import LabelledSet, balanced_accuracy, balanced_interval
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.site import BALANCE, NEAREST, deviation_of, fitted, normalised
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.embedding.ablations import FOLDS
 from cxr_retrieval_training.embedding.train_embedder import left_out, train_embedder
+from cxr_retrieval_training.report.balance import Described
 from cxr_retrieval_training.report.figures import draw_unseen
+from cxr_retrieval_training.report.page import table, with_interval
 from cxr_retrieval_training.report.results import write_json
 
 OWN: Final = (0, 5, 10, 30, 100, 300)
 """Labelled films of its own in the gallery, of each label."""
 UNLABELLED: Final = 200
-"""Films that adapting learns from, at most: half of what there is."""
+"""Described that adapting learns from, at most: half of what there is."""
 DRAWS: Final = 5
 LEAST: Final = 20
-"""Films of a label that a source needs to be asked about it."""
+"""Described of a label that a source needs to be asked about it."""
 _ASKED: Final = 10
-"""Films of each label that must be left to ask about."""
+"""Described of each label that must be left to ask about."""
 WAYS: Final = ("as_it_is", "adapted", "adapted_to_labels")
 IN_SOURCE: Final = "all-sources"
-
-Vectors = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Films:
-    """Rows with their EMBEDDING `[n, e]` and APPEARANCE `[n, a]`."""
-
-    rows: Sequence[ManifestRow]
-    embeddings: Vectors
-    appearances: Vectors
-
-    @property
-    def labels(self) -> NDArray[Any]:
-        """`[n]`."""
-        return np.array([row.label for row in self.rows])
-
-    @property
-    def patients(self) -> NDArray[Any]:
-        """`[n]`, as keys that are equal for one patient."""
-        return np.array([row.patient for row in self.rows])
-
-    def at(self, balance: float) -> Vectors:
-        """As they are compared at a balance."""
-        return blended(self.embeddings, self.appearances, balance)
-
-    def __getitem__(self, chosen: NDArray[Any]) -> Films:
-        """Some of them, by index."""
-        index: list[int] = chosen.tolist()
-        return Films([self.rows[i] for i in index], self.embeddings[chosen], self.appearances[chosen])
 
 
 def leave_sources_out(
@@ -112,20 +84,20 @@ def leave_sources_out(
             next_step="name another",
         )
 
-    def trained(name: str, how: EmbedderConfig) -> tuple[Films, Films]:
+    def trained(name: str, how: EmbedderConfig) -> tuple[Described, Described]:
         if not (out / name / "embedder.pt").exists():
             train_embedder(how, manifest, segmenter, out / name, device)
         return described(out / name, manifest)
 
     found: dict[str, Any] = {"manifest_sha256": manifest.sha256, "config": config.model_dump(mode="json"), "sources": {}, "folds": {}}
     for source in sources or possible:
-        found["sources"][source] = asked_about(
-            source, *trained(f"without-{source}", config.model_copy(update={"leave_out_source": source}))
-        )
+        without = config.model_copy(update={"leave_out_source": source})
+        found["sources"][source] = asked_about(source, *trained(f"without-{source}", without))
         write_json(found, out / "unseen.json")
     for source in in_folds:
-        runs = [trained(f"{source}-fold-{number}", _in_fold(config, source, number)) for number in range(FOLDS)]
-        found["folds"][source] = asked_about_in_folds(source, config, runs)
+        folds = [config.model_copy(update={"leave_out_source": source, "leave_out_fold": (number, FOLDS)}) for number in range(FOLDS)]
+        runs = [trained(f"{source}-fold-{number}", fold) for number, fold in enumerate(folds)]
+        found["folds"][source] = asked_about_in_folds(source, runs, [_unseen(manifest, fold) for fold in folds])
         write_json(found, out / "unseen.json")
     found["in_source"] = in_source(*trained(IN_SOURCE, config))
     write_json(found, out / "unseen.json")
@@ -135,35 +107,45 @@ def leave_sources_out(
     return page
 
 
-def _in_fold(config: EmbedderConfig, source: str, number: int) -> EmbedderConfig:
-    return config.model_copy(update={"leave_out_source": source, "leave_out_fold": (number, FOLDS)})
+def _unseen(manifest: Manifest, config: EmbedderConfig) -> set[str]:
+    """The image_ids that a config leaves out of training."""
+    rows = manifest.rows
+    return {row.image_id for row, out in zip(rows, left_out(config, rows), strict=True) if out}
 
 
 def askable(manifest: Manifest) -> list[str]:
     """Sources of train that hold LEAST films of two labels or more, in order of name."""
     rows = manifest.require(split="train", labels=LABELS)
-    return [source for source in sorted({row.source or "" for row in rows}) if len(_labels_of(rows, source)) > 1]
+    labels, sources = [row.label for row in rows], [row.source or "" for row in rows]
+    return [source for source in sorted(set(sources)) if len(_labels_of(labels, sources, source)) > 1]
 
 
-def described(folder: Path, manifest: Manifest) -> tuple[Films, Films]:
+def described(folder: Path, manifest: Manifest) -> tuple[Described, Described]:
     """The films of train and val with the vectors of a finished run."""
     rows = {row.image_id: row for row in manifest.rows}
-    found: list[Films] = []
+    found: list[Described] = []
     for split in ("train", "val"):
         with np.load(folder / f"vectors-{split}.npz") as stored:
             mine = [rows[image_id] for image_id in stored["image_ids"].tolist()]
-            found.append(Films(mine, stored["embedding"], stored["appearance"]))
+            known = LabelledSet(
+                [row.image_id for row in mine],
+                stored["embedding"],
+                [row.label for row in mine],
+                [row.patient for row in mine],
+                [row.source or "" for row in mine],
+            )
+            found.append(Described(known, stored["embedding"], stored["appearance"]))
     return found[0], found[1]
 
 
-def in_source(train: Films, val: Films) -> dict[str, Any]:
+def in_source(train: Described, val: Described) -> dict[str, Any]:
     """Balanced accuracy on val where every source was trained on: whether the training was long enough to say something."""
-    similarity = _unrelated(val.at(DEFAULT_BALANCE) @ train.at(DEFAULT_BALANCE).T, val, train)
-    right = (_voted(similarity, train.labels) == val.labels).astype(np.float64)
-    return {"n": len(right), **_told(right, val.labels, val.patients)}
+    truth = np.array(val.known.labels)
+    right = (_voted(_similarity(val, train, DEFAULT_BALANCE), train) == truth).astype(np.float64)
+    return {"n": len(right), **_told("balanced_accuracy", right, truth, np.array(val.known.patients))}
 
 
-def asked_about(source: str, train: Films, val: Films) -> dict[str, Any]:
+def asked_about(source: str, train: Described, val: Described) -> dict[str, Any]:
     """One source, by a network that never saw it.
 
     Returns:
@@ -171,135 +153,121 @@ def asked_about(source: str, train: Films, val: Films) -> dict[str, Any]:
         its balanced accuracy (a vote for another label is wrong), a film being right in as many of the draws as it was, with `_ci` over
         patients, and `_draws`, of each draw.
     """
-    theirs = [row.source == source for row in train.rows]
-    others, lending = train[np.flatnonzero(~np.array(theirs))], train[np.flatnonzero(theirs)]
-    labels = _labels_of(train.rows, source)
-    asked = _joined(lending, val[np.flatnonzero([row.source == source for row in val.rows])])
-    asked = asked[np.flatnonzero(np.isin(asked.labels, labels))]
-    counts = {label: float((asked.labels == label).sum()) for label in labels}
+    theirs = np.array(train.known.sources) == source
+    others, lending = train[~theirs], train[theirs]
+    labels = _labels_of(train.known.labels, train.known.sources, source)
+    asked = lending.beside(val[np.array(val.known.sources) == source])
+    asked = asked[np.isin(asked.known.labels, labels)]
+    counts = {label: float(asked.known.labels.count(label)) for label in labels}
     rows: list[dict[str, Any]] = []
     for own in track(OWN, f"asked about {source}"):
-        if all(counts[label] >= own + _ASKED and (lending.labels == label).sum() >= own for label in labels):
+        if all(counts[label] >= own + _ASKED and lending.known.labels.count(label) >= own for label in labels):
             rows.append(_row(own, others, lending, asked, counts))
     return {"labels": labels, "shares": normalised(counts), "own": rows}
 
 
-def asked_about_in_folds(source: str, config: EmbedderConfig, runs: Sequence[tuple[Films, Films]]) -> dict[str, Any]:
+def asked_about_in_folds(source: str, runs: Sequence[tuple[Described, Described]], unseen: Sequence[Collection[str]]) -> dict[str, Any]:
     """One source in folds: each film is asked about by the run (train and val) that left its patient's fold out.
+
+    Args:
+        unseen: Of each run, the image_ids of that fold.
 
     Returns:
         `labels`, `shares`, `n`; for each of WAYS its balanced accuracy, with `_ci` over patients.
     """
-    labels = _labels_of(runs[0][0].rows, source)
-    theirs = [row.label for films in runs[0] for row in films.rows if row.source == source]
-    counts = {label: float(theirs.count(label)) for label in labels}
+    first = runs[0][0].known.beside(runs[0][1].known)
+    labels = _labels_of(runs[0][0].known.labels, runs[0][0].known.sources, source)
+    counts = {label: float(sum(one == (label, source) for one in zip(first.labels, first.sources, strict=True))) for label in labels}
     right: dict[str, list[float]] = {way: [] for way in WAYS}
-    asked_rows: list[ManifestRow] = []
-    for number, (train, val) in enumerate(track(runs, f"{source} in folds")):
-        everything = _joined(train, val)
-        mine = left_out(_in_fold(config, source, number), everything.rows)
-        gallery, fold = everything[np.flatnonzero(~mine)], everything[np.flatnonzero(mine & np.isin(everything.labels, labels))]
-        for patient in sorted(set(fold.patients.tolist())):
-            chosen = fold.patients == patient
-            asked, others = fold[np.flatnonzero(chosen)], fold[np.flatnonzero(~chosen)]
-            for way, voted in votes(_joined(gallery, others), others, asked, counts).items():
-                right[way] += (voted == asked.labels).astype(np.float64).tolist()
-            asked_rows += asked.rows
-    truth, patients = np.array([row.label for row in asked_rows]), np.array([row.patient for row in asked_rows])
+    truth: list[str] = []
+    patients: list[str] = []
+    for (train, val), names in zip(track(runs, f"{source} in folds"), unseen, strict=True):
+        everything = train.beside(val)
+        mine = np.array([name in names for name in everything.known.image_ids])
+        gallery, fold = everything[~mine], everything[mine & np.isin(everything.known.labels, labels)]
+        for patient in sorted(set(fold.known.patients)):
+            chosen = np.array(fold.known.patients) == patient
+            asked, others = fold[chosen], fold[~chosen]
+            for way, voted in votes(gallery.beside(others), others, asked, counts).items():
+                right[way] += (voted == np.array(asked.known.labels)).astype(np.float64).tolist()
+            truth += asked.known.labels
+            patients += asked.known.patients
     told: dict[str, Any] = {"labels": labels, "shares": normalised(counts), "n": len(truth)}
     for way, hits in right.items():
-        told[way] = _balanced(np.array(hits), truth)
-        told[f"{way}_ci"] = balanced_interval(np.array(hits), truth, patients)[0]
+        told |= _told(way, np.array(hits), np.array(truth), np.array(patients))
     return told
 
 
-def _row(own: int, others: Films, lending: Films, asked: Films, counts: Mapping[str, float]) -> dict[str, Any]:
+def _row(own: int, others: Described, lending: Described, asked: Described, counts: Mapping[str, float]) -> dict[str, Any]:
     right: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     draws: dict[str, list[float]] = {way: [] for way in WAYS}
-    known = {row.image_id: (row.label, row.patient) for row in asked.rows}
+    known = {name: place for place, name in enumerate(asked.known.image_ids)}
+    labels, patients = np.array(lending.known.labels), np.array(lending.known.patients)
     for number in range(DRAWS):
         random = np.random.default_rng([number, own])
-        lent = _drawn(lending, list(counts), own, random)
-        free = np.setdiff1d(np.flatnonzero(np.isin(lending.labels, list(counts))), lent)
-        free = free[~np.isin(lending.patients[free], lending.patients[lent])]
+        lent = np.concatenate([random.choice(np.flatnonzero(labels == label), own, replace=False) for label in counts])
+        free = np.setdiff1d(np.flatnonzero(np.isin(labels, list(counts))), lent)
+        free = free[~np.isin(patients[free], patients[lent])]
         unlabelled = random.choice(free, min(UNLABELLED, len(free) // 2), replace=False)
-        lenders = set(lending.patients[np.concatenate([lent, unlabelled])].tolist())
-        strangers = asked[np.flatnonzero([patient not in lenders for patient in asked.patients.tolist()])]
-        gallery = _joined(others, lending[lent])
-        for way, voted in votes(gallery, lending[unlabelled], strangers, counts).items():
-            hits = (voted == strangers.labels).astype(np.float64)
-            for row, hit in zip(strangers.rows, hits.tolist(), strict=True):
-                right[way].setdefault(row.image_id, []).append(hit)
-            draws[way].append(_balanced(hits, strangers.labels))
+        strangers = asked[~np.isin(asked.known.patients, patients[np.concatenate([lent, unlabelled])])]
+        truth = np.array(strangers.known.labels)
+        for way, voted in votes(others.beside(lending[lent]), lending[unlabelled], strangers, counts).items():
+            hits = (voted == truth).astype(np.float64)
+            for name, hit in zip(strangers.known.image_ids, hits.tolist(), strict=True):
+                right[way].setdefault(name, []).append(hit)
+            draws[way].append(balanced_accuracy(hits, truth))
     told: dict[str, Any] = {"own": own, "n": len(right[WAYS[0]])}
     for way in WAYS:
+        some = asked[np.array([known[name] for name in right[way]])].known
         values = np.array([np.mean(hits) for hits in right[way].values()])
-        truth, patients = (np.array([known[name][i] for name in right[way]]) for i in (0, 1))
-        told[way] = _balanced(values, truth)
-        told[f"{way}_ci"], told[f"{way}_draws"] = balanced_interval(values, truth, patients)[0], draws[way]
+        told |= {**_told(way, values, np.array(some.labels), np.array(some.patients)), f"{way}_draws": draws[way]}
     return told
 
 
-def votes(gallery: Films, unlabelled: Films, asked: Films, shares: Mapping[str, float]) -> dict[str, NDArray[Any]]:
+def votes(gallery: Described, unlabelled: Described, asked: Described, shares: Mapping[str, float]) -> dict[str, NDArray[Any]]:
     """What is voted on each film, by each of WAYS; `shares` of the labels that the source holds."""
-    similarity = _unrelated(asked.at(DEFAULT_BALANCE) @ gallery.at(DEFAULT_BALANCE).T, asked, gallery)
     said = {"adapted": normalised(shares), "adapted_to_labels": normalised(dict.fromkeys(shares, 1.0))}
-    return {
-        "as_it_is": _voted(similarity, gallery.labels),
-        **{way: _adapted(gallery, unlabelled, asked, wanted) for way, wanted in said.items()},
-    }
-
-
-def _adapted(gallery: Films, unlabelled: Films, asked: Films, shares: Mapping[str, float]) -> NDArray[Any]:
     labels = sorted(shares)
     learnt, seen = _evidence(gallery, unlabelled, labels), _evidence(gallery, asked, labels)
-    offsets = fitted(learnt, np.array([shares[label] for label in labels]), deviation_of(learnt))
-    return np.array(labels)[(seen + offsets).argmax(axis=1)]
+    found = {"as_it_is": _voted(_similarity(asked, gallery, DEFAULT_BALANCE), gallery)}
+    for way, wanted in said.items():
+        offsets = fitted(learnt, np.array([wanted[label] for label in labels]), deviation_of(learnt))
+        found[way] = np.array(labels)[(seen + offsets).argmax(axis=1)]
+    return found
 
 
-def _evidence(gallery: Films, films: Films, labels: Sequence[str]) -> NDArray[np.float64]:
-    similarity = _unrelated(films.at(BALANCE) @ gallery.at(BALANCE).T, films, gallery).astype(np.float64)
+def _evidence(gallery: Described, films: Described, labels: Sequence[str]) -> NDArray[np.float64]:
+    similarity = _similarity(films, gallery, BALANCE).astype(np.float64)
     columns = []
     for label in labels:
-        mine = similarity[:, gallery.labels == label]
+        mine = similarity[:, np.array(gallery.known.labels) == label]
         nearest = -np.sort(-mine, axis=1)[:, : min(NEAREST, mine.shape[1])]
         columns.append(np.ma.masked_less(nearest, -1.5).mean(axis=1).filled(-1.0))
     return np.stack(columns, axis=1)
 
 
-def _unrelated(similarity: Vectors, asked: Films, gallery: Films) -> Vectors:
-    """Similarities `[asked, gallery]`, beyond all others where both films are of one patient."""
-    similarity[np.equal.outer(asked.patients, gallery.patients)] = -2.0
+def _similarity(asked: Described, gallery: Described, balance: float) -> NDArray[np.float32]:
+    """`[asked, gallery]`, below all others where both films are of one patient. All at once: `Ranking` sorts a gallery for each film."""
+    similarity = asked.at(balance).embeddings @ gallery.at(balance).embeddings.T
+    similarity[np.equal.outer(np.array(asked.known.patients), np.array(gallery.known.patients))] = -2.0
     return similarity
 
 
-def _voted(similarity: Vectors, labels: NDArray[Any]) -> NDArray[Any]:
-    top = np.argpartition(-similarity, min(DEFAULT_K, len(labels) - 1), axis=1)[:, :DEFAULT_K]
+def _voted(similarity: NDArray[np.float32], gallery: Described) -> NDArray[Any]:
+    labels = gallery.known.labels
+    top: list[list[int]] = np.argpartition(-similarity, min(DEFAULT_K, len(labels) - 1), axis=1)[:, :DEFAULT_K].tolist()
     return np.array(
-        [weighted_vote([(str(labels[i]), float(row[i])) for i in nearest]).label for row, nearest in zip(similarity, top, strict=True)]
+        [weighted_vote([(labels[i], float(row[i])) for i in nearest]).label for row, nearest in zip(similarity, top, strict=True)]
     )
 
 
-def _drawn(lending: Films, labels: Sequence[str], own: int, random: np.random.Generator) -> NDArray[np.int64]:
-    some = [random.choice(np.flatnonzero(lending.labels == label), own, replace=False) for label in labels]
-    return np.concatenate(some)
+def _labels_of(labels: Sequence[str], sources: Sequence[str], source: str) -> list[str]:
+    held = Counter(label for label, other in zip(labels, sources, strict=True) if other == source)
+    return [label for label in LABELS if held[label] >= LEAST]
 
 
-def _labels_of(rows: Sequence[ManifestRow], source: str) -> list[str]:
-    mine = [row.label for row in rows if row.source == source]
-    return [label for label in LABELS if mine.count(label) >= LEAST]
-
-
-def _joined(a: Films, b: Films) -> Films:
-    return Films([*a.rows, *b.rows], np.concatenate([a.embeddings, b.embeddings]), np.concatenate([a.appearances, b.appearances]))
-
-
-def _balanced(hits: NDArray[np.float64], truth: NDArray[Any]) -> float:
-    return float(np.mean([hits[truth == label].mean() for label in np.unique(truth)]))
-
-
-def _told(right: NDArray[np.float64], truth: NDArray[Any], patients: NDArray[Any]) -> dict[str, Any]:
-    return {"balanced_accuracy": _balanced(right, truth), "balanced_accuracy_ci": balanced_interval(right, truth, patients)[0]}
+def _told(name: str, right: NDArray[np.float64], truth: NDArray[Any], patients: NDArray[Any]) -> dict[str, Any]:
+    return {name: balanced_accuracy(right, truth), f"{name}_ci": balanced_interval(right, truth, patients)[0]}
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -309,25 +277,17 @@ def markdown(found: Mapping[str, Any]) -> str:
         "# Hospitals never seen",
         f"Balanced accuracy, mean of {DRAWS} draws; brackets: 95 % intervals over patients ({RESAMPLES} resamples); after ± the deviation "
         f"of the draws. Trained without the source for {' and '.join(map(str, iterations))} iterations; the same training on all sources "
-        f"reaches {_figure(whole['balanced_accuracy'], whole['balanced_accuracy_ci'])} on val. Research use only, not for diagnosis.",
+        f"reaches {with_interval(whole, 'balanced_accuracy')} on val. Research use only, not for diagnosis.",
     ]
+    head = ["films asked about", "as it is", "adapted, shares told", "adapted, labels told"]
     for source, one in found["sources"].items():
         shares = ", ".join(f"{label} {share:.2f}" for label, share in one["shares"].items())
         lines = [
-            [str(row["own"]), str(row["n"])]
-            + [f"{_figure(row[way], row[f'{way}_ci'])} ± {float(np.std(row[f'{way}_draws'])):.3f}" for way in WAYS]
+            [str(row["own"]), str(row["n"])] + [f"{with_interval(row, way)} ± {float(np.std(row[f'{way}_draws'])):.3f}" for way in WAYS]
             for row in one["own"]
         ]
-        head = ["own labelled films, of each label", "films asked about", "as it is", "adapted, shares told", "adapted, labels told"]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
-        parts += [f"## {source} ({shares})", table]
+        parts += [f"## {source} ({shares})", table(["own labelled films, of each label", *head], lines)]
     for source, one in found["folds"].items():
-        cells = [str(one["n"]), *(_figure(one[way], one[f"{way}_ci"]) for way in WAYS)]
-        head = ["films asked about", "as it is", "adapted, shares told", "adapted, labels told"]
-        table = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), cells))
-        parts += [f"## {source}, {FOLDS} folds: other patients of it were learnt from", table]
+        line = [str(one["n"]), *(with_interval(one, way) for way in WAYS)]
+        parts += [f"## {source}, {FOLDS} folds: other patients of it were learnt from", table(head, [line])]
     return "\n\n".join([*parts, "![The same as curves](unseen.png)"]) + "\n"
-
-
-def _figure(value: float, bounds: Sequence[float] | None) -> str:
-    return f"{value:.3f} " + ("–" if bounds is None else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]")
