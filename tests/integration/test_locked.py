@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -369,7 +370,7 @@ def test_not_even_a_fault_of_ours_shows_one(films: Path, tmp_path: Path) -> None
         "from cxr_retrieval.cli.app import main; main()"
     )
     environment = ENVIRONMENT | {"CXR_TRITON_TOKEN": BEARER, "CXR_MILVUS_TOKEN": TOKEN, "TERM": "xterm"}
-    command = [cxr_command()[0].replace("/cxr", "/python"), "-c", code]
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert "ZeroDivisionError" in result.stderr
     assert "planted" not in result.stderr + result.stdout
