@@ -104,7 +104,13 @@ def test_a_hospital_is_learnt_used_and_forgotten(
     assert after["prediction"]["calibrated"] is None
     assert "rests on films without labels" in " ".join(after["warnings"])
     assert after["neighbours"] == before["neighbours"], "the cases that are shown are the same"
-    said = run_cxr("query", film, "--source", "st-mary", *reach)
+    html = tmp_path / "film.html"
+    said = run_cxr("query", film, "--source", "st-mary", "--html", html, *reach)
+    assert "Vote of the profile of st-mary" in html.read_text("utf-8")
+    assert "istance-weighted vote" not in html.read_text("utf-8")
+    refused = asked(films / "noise.png", source="st-mary")
+    assert refused["prediction"]["label"] is None
+    assert "site" not in refused, "nobody voted"
     assert "beside what is usual in st-mary" in " ".join(said.stdout.split())
 
     assert "site" not in asked(film), "who does not say where a film comes from is answered as before"

@@ -115,9 +115,7 @@ def montage(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> 
         draw.multiline_text((left, gap + 38), "\n".join(textwrap.wrap(reason, 56)), _INK, font=text)
     else:
         draw.text((left, gap + 4), result.prediction.label.replace("_", " "), _INK, font=title)
-        draw.text(
-            (left, gap + 38), f"{result.prediction.confidence:.0%} of the weighted vote of {len(result.neighbours)}", _MUTED, font=text
-        )
+        draw.text((left, gap + 38), f"{result.prediction.confidence:.0%}, {result.voter}", _MUTED, font=text)
     for line, (label, share) in enumerate(result.prediction.scores.items()):
         y = gap + 84 + 44 * line
         draw.text((left, y), f"{label.replace('_', ' ')}  {share:.0%}", _INK, font=text)

@@ -109,6 +109,12 @@ class QueryResult:
         return f"{said}; {MOVED}" if self.marked else said
 
     @property
+    def voter(self) -> str:
+        """Whose vote the prediction is."""
+        count = len(self.neighbours)
+        return f"distance-weighted vote of {count} cases" if self.site is None else f"vote of the profile of {self.site.name}"
+
+    @property
     def summary(self) -> Summary:
         """What is known of the neighbours."""
         return summarise(hit.case for hit in self.neighbours)
@@ -391,10 +397,10 @@ def _result(
             next_step="relax --where, ingest cases" + (", or count this patient's with --include-own" if own else ""),
         )
     timings = {**asked.timings_ms, "search": search_ms}
-    site, doubt = _voting_site(rules, evidence, way)
+    site, doubt = (None, []) if ood.refused else _voting_site(rules, evidence, way)
     with _timed(timings, "vote"):
         prediction = NoVote() if ood.refused else weighted_vote([(hit.case.label, hit.similarity) for hit in neighbours])
-        if site and not ood.refused:
+        if site:
             prediction = site.vote(evidence)
         known = _trusted(prediction, neighbours, rules, ood, way, site)
     timings["total"] = sum(timings.values())
