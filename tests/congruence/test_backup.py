@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from cxr_retrieval.errors import SetupError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries
 from cxr_retrieval.gallery.backup import Backup, export_gallery, import_gallery, read_backup
 from cxr_retrieval.gallery.balance import VECTOR_SIZE
-from cxr_retrieval.gallery.store import Case, Store, drop_gallery, make_entry
+from cxr_retrieval.gallery.store import CALIBRATION, SITES, Case, Store, drop_gallery, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import run_cxr
@@ -106,6 +107,45 @@ def test_what_comes_back_is_what_went(
             assert store.search(vectors[5], 3, 'extra["crp"] == 301')[0].case.image_id == "i301"
 
 
+def test_calibration_and_profiles_go_along(places: dict[str, MilvusSettings], pseudonyms: Pseudonyms, small: Path) -> None:
+    """Into a gallery that has none of its own; what was measured there stays."""
+    kept = {CALIBRATION: '{"temperature":1.5}', SITES: '{"sites":{"sankt-märien":{}}}'}
+    with Store(places["lite"], "small", pseudonyms) as store:
+        store.keep(kept)
+        about = export_gallery(store, small)
+    assert about.kept == kept
+    try:
+        assert import_gallery(places["other lite"], pseudonyms, small, read_backup(small)) == sorted(kept)
+        with Store(places["other lite"], "small", pseudonyms) as store:
+            assert store.kept == kept
+            store.keep({CALIBRATION: "measured here", SITES: ""})
+        assert import_gallery(places["other lite"], pseudonyms, small, read_backup(small), merge=True) == [SITES]
+        with Store(places["other lite"], "small", pseudonyms) as store:
+            assert store.kept == {CALIBRATION: "measured here", SITES: kept[SITES]}
+    finally:
+        drop_gallery(places["other lite"], "cxr_small")
+        drop_gallery(places["lite"], "cxr_small")
+
+
+def test_a_file_of_the_first_layout_is_read(small: Path) -> None:
+    """It held nothing but cases, and its digest told of nothing else."""
+    about, held = read_backup(small), pq.read_metadata(small).metadata
+    digest = hashlib.sha256(json.dumps(["1", about.model_version, about.key_fingerprint, about.fields], sort_keys=True).encode() + b"\n")
+    for row in pq.read_table(small).to_pylist():
+        digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    told = {name: text for name, text in held.items() if name != b"cxr.kept"} | {
+        b"cxr.layout": b"1",
+        b"cxr.sha256": digest.hexdigest().encode(),
+    }
+    pq.write_table(pq.read_table(small).replace_schema_metadata(told), small)
+    assert read_backup(small) == replace(about, layout="1", sha256=digest.hexdigest())
+
+
+def another_calibration(path: Path) -> None:
+    told = {**pq.read_metadata(path).metadata, b"cxr.kept": b'{"cxr.calibration": "{}"}'}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(told), path)
+
+
 def test_the_file_is_read_by_any_tool(places: dict[str, MilvusSettings], small: Path) -> None:
     table = pq.read_table(small)
     assert table.num_rows == 7
@@ -147,7 +187,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [changed_value, fewer_rows, another_version, cut_off, foreign, empty, Path.unlink])
+@pytest.mark.parametrize("harm", [changed_value, fewer_rows, another_version, another_calibration, cut_off, foreign, empty, Path.unlink])
 def test_a_file_that_is_not_whole_stores_nothing(harm: Callable[[Path], None], places: dict[str, MilvusSettings], small: Path) -> None:
     harm(small)
     with pytest.raises(UsageError, match=r"is not whole|not a gallery of this system"):

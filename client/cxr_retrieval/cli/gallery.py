@@ -143,12 +143,12 @@ def export_(
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
-    """Back a gallery up: every case with its embedding and facts, in one file. Queries and ingests may go on."""
+    """Back a gallery up: every case, the calibration and the profiles of sites, in one file. Queries and ingests may go on."""
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version
     from cxr_retrieval.gallery.backup import export_gallery
-    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.gallery.store import KEPT, Store
 
     version = model_version or the_version(milvus)
     with (
@@ -162,7 +162,8 @@ def export_(
     if json:
         print_json({"model_version": about.model_version, "cases": about.rows, "sha256": about.sha256, "file": str(out)})
     else:
-        typer.echo(f"{out}: {about.rows} cases of model version {about.model_version}, digest {about.sha256}")
+        beside = "".join(f" and its {KEPT[name]}" for name in sorted(about.kept))
+        typer.echo(f"{out}: {about.rows} cases{beside} of model version {about.model_version}, digest {about.sha256}")
 
 
 @app.command(name="import")
@@ -182,6 +183,7 @@ def import_(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.backup import import_gallery, read_backup
+    from cxr_retrieval.gallery.store import KEPT
 
     about = read_backup(file)
     told = {"model_version": about.model_version, "sha256": about.sha256}
@@ -190,12 +192,14 @@ def import_(
         open_pseudonyms(pseudonyms) as keys,
         progress("importing", about.rows) as advance,
     ):
-        import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance)
-        operation.outcome["cases"] = about.rows
+        names = import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance)
+        taken = [KEPT[name] for name in names]
+        operation.outcome.update(cases=about.rows, restored=taken)
     if json:
-        print_json({**told, "cases": about.rows})
+        print_json({**told, "cases": about.rows, "restored": taken})
     else:
-        typer.echo(f"{about.rows} cases restored to the gallery of model version {about.model_version}")
+        beside = "".join(f" and its {what}" for what in taken)
+        typer.echo(f"{about.rows} cases{beside} restored to the gallery of model version {about.model_version}")
 
 
 @app.command(name="map")

@@ -73,7 +73,7 @@ def recalibrate(
     top_k: int = DEFAULT_K,
     error_rate: float = DEFAULT_ERROR_RATE,
 ) -> Recalibration:
-    """Fits and measures; keeps nothing (`Store.keep_calibration`).
+    """Fits and measures; keeps nothing (`Store.keep`).
 
     Args:
         where: Only cases that meet this clause are asked about; all are compared with.

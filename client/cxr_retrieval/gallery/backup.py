@@ -2,8 +2,9 @@
 
 A column for each described field (vectors as lists of a fixed size, JSON as text), and `$meta` for what a server without nullable fields
 keeps beside them; thumbnails, if asked for, in two columns more. The file says which model version its embeddings come from, under which
-key its pseudonyms were made, how many rows it has, and the SHA-256 of all of that with all rows in order; where that does not fit, it is
-refused before the first row is stored. Rows pass in pages: memory stays flat.
+key its pseudonyms were made, what else the gallery keeps (its calibration, profiles of sites), how many rows it has, and the SHA-256 of
+all of that with all rows in order; where that does not fit, it is refused before the first row is stored. Rows pass in pages: memory
+stays flat.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +28,14 @@ from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.balance import VECTOR_SIZE
-from cxr_retrieval.gallery.store import Store
+from cxr_retrieval.gallery.store import KEPT, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 
-LAYOUT: Final = "1"
-"""Of the file; another one is refused."""
+LAYOUT: Final = "2"
+"""Of the file; another one is refused, but for the first, which held nothing but cases."""
+_FIRST: Final = "1"
 _PAGE: Final = 500
 """Rows held at once: 120 numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
 _META: Final = "$meta"
@@ -43,7 +45,7 @@ _BESIDE: Final = ((_META, pa.string()), (_KIND, pa.string()), (_THUMBNAIL, pa.bi
 """Columns that are no fields; a picture is its 256×256 bytes."""
 _NAMESPACE: Final = "cxr."
 """Of our keys in the file's metadata."""
-_TOLD: Final = ("layout", "model_version", "key_fingerprint", "fields", "rows", "sha256")
+_TOLD: Final = ("layout", "model_version", "key_fingerprint", "fields", "kept", "rows", "sha256")
 _ARROW: Final[Mapping[DataType, Any]] = {
     DataType.BOOL: pa.bool_(),
     DataType.INT8: pa.int8(),
@@ -65,15 +67,19 @@ class Backup:
         model_version: Its embeddings come from it.
         key_fingerprint: Of the key of its pseudonyms (`Pseudonyms.fingerprint`).
         fields: That its collection described: name → Milvus' type.
+        kept: What the gallery keeps beside its cases: property → text (`Store.kept`).
         rows: How many.
         sha256: Of all of this and of all rows in order.
+        layout: Of the file.
     """
 
     model_version: str
     key_fingerprint: str
     fields: Mapping[str, str]
+    kept: Mapping[str, str]
     rows: int
     sha256: str
+    layout: str = LAYOUT
 
 
 def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lambda _: None, *, thumbnails: bool = False) -> Backup:
@@ -92,8 +98,8 @@ def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lam
     schema = pa.schema([*((name, _arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), *_BESIDE])
     partial = out.with_name(out.name + ".partial")
     version, kinds = store.collection.removeprefix(PREFIX), {name: kind.name for name, (kind, _) in fields.items()}
-    fingerprint = store.pseudonyms.fingerprint
-    digest, count = _digest_of(version, fingerprint, kinds), 0
+    begun = Backup(version, store.pseudonyms.fingerprint, kinds, store.kept, 0, "")
+    digest, count = _digest_of(begun), 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -109,7 +115,7 @@ def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lam
                 _add(digest, table.to_pylist())
                 count += len(page)
                 advance(len(page))
-            about = Backup(version, fingerprint, kinds, count, digest.hexdigest())
+            about = replace(begun, rows=count, sha256=digest.hexdigest())
             writer.add_key_value_metadata(_told(about))
         _sync(partial)
         partial.replace(out)
@@ -130,7 +136,7 @@ def read_backup(path: Path) -> Backup:
         about = _about(path, file)
         if not _fits(file.schema_arrow, about.fields):
             raise _damaged(path, f"columns {', '.join(about.fields)}", " ".join(str(file.schema_arrow).split())[:200])
-        digest, count = _digest_of(about.model_version, about.key_fingerprint, about.fields), 0
+        digest, count = _digest_of(about), 0
         try:
             for page in _pages(file):
                 _add(digest, page)
@@ -153,15 +159,19 @@ def import_gallery(
     merge: bool = False,
     model_version: str | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> Sequence[str]:
     """Stores the rows of a file in the gallery of their own model version.
 
-    Safe to repeat: rows are stored by their keys. What the file does not hold stays as it is.
+    Safe to repeat: rows are stored by their keys. What the file does not hold stays as it is, and so do a calibration and profiles of sites
+    that the gallery has: they were measured on it.
 
     Args:
         checked: What `read_backup` found in it.
         merge: Into a gallery that holds cases already; rows of the same key are replaced.
         model_version: Refuse a file of another one.
+
+    Returns:
+        Of what the file holds beside cases (`Backup.kept`), the properties that the gallery lacked and now keeps.
 
     Raises:
         UsageError: Another model version, another layout, another key, a gallery that is not empty, or one that lacks a field of the file.
@@ -202,7 +212,10 @@ def import_gallery(
             store.put([_as_row(row, checked.fields, here, store, path) for row in page])
             store.keep_thumbnails([_thumbnail(row) for row in page if row[_THUMBNAIL] is not None])
             advance(len(page))
+        taken = {name: text for name, text in checked.kept.items() if name not in store.kept}
+        store.keep(taken)
         store.publish()
+    return sorted(taken)
 
 
 def _arrow_type(kind: DataType, dim: int | None) -> Any:
@@ -267,9 +280,12 @@ def _pages(file: pq.ParquetFile) -> Iterator[list[dict[str, Any]]]:
         yield batch.to_pylist()
 
 
-def _digest_of(model_version: str, key_fingerprint: str, fields: Mapping[str, str]) -> Any:
+def _digest_of(about: Backup) -> Any:
     """Of a file without rows."""
-    return hashlib.sha256(json.dumps([LAYOUT, model_version, key_fingerprint, fields], sort_keys=True).encode() + b"\n")
+    told: list[Any] = [about.layout, about.model_version, about.key_fingerprint, about.fields]
+    if about.layout != _FIRST:
+        told.append(about.kept)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + b"\n")
 
 
 def _add(digest: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -282,18 +298,28 @@ def _digest_of_bytes(value: bytes) -> str:
 
 
 def _told(about: Backup) -> dict[str, str]:
-    told = (LAYOUT, about.model_version, about.key_fingerprint, json.dumps(about.fields), str(about.rows), about.sha256)
+    told = (
+        about.layout,
+        about.model_version,
+        about.key_fingerprint,
+        json.dumps(about.fields),
+        json.dumps(about.kept),
+        str(about.rows),
+        about.sha256,
+    )
     return {f"{_NAMESPACE}{name}": value for name, value in zip(_TOLD, told, strict=True)}
 
 
 def _about(path: Path, file: pq.ParquetFile) -> Backup:
-    told = file.metadata.metadata or {}
-    layout, version, fingerprint, fields, rows, sha256 = (told.get(f"{_NAMESPACE}{name}".encode(), b"") for name in _TOLD)
-    if layout.decode("utf-8", "replace") != LAYOUT:
+    held = file.metadata.metadata or {}
+    told = {name: held.get(f"{_NAMESPACE}{name}".encode(), b"").decode("utf-8", "replace") for name in _TOLD}
+    if told["layout"] not in (_FIRST, LAYOUT):
         raise UsageError(f"{path}: not a gallery of this system", expected="a file of `cxr gallery export`", next_step="give another file")
     try:
-        return Backup(version.decode(), fingerprint.decode(), dict(json.loads(fields)), int(rows), sha256.decode())
-    except (ValueError, TypeError) as error:
+        kept = {} if told["layout"] == _FIRST else {name: str(text) for name, text in json.loads(told["kept"]).items() if name in KEPT}
+        fields = dict(json.loads(told["fields"]))
+        return Backup(told["model_version"], told["key_fingerprint"], fields, kept, int(told["rows"]), told["sha256"], told["layout"])
+    except (ValueError, TypeError, AttributeError) as error:
         raise _damaged(path, "what a file of `cxr gallery export` says of itself", str(error)) from error
 
 

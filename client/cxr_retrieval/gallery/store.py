@@ -77,6 +77,8 @@ CALIBRATION: Final = "cxr.calibration"
 """Property with the gallery's own calibration as text; "" or missing: it has none."""
 SITES: Final = "cxr.sites"
 """The same with the profiles of sites."""
+KEPT: Final = {CALIBRATION: "calibration", SITES: "profiles of sites"}
+"""What it may keep so, in words."""
 
 _NAMED: Final = {
     "label": 256,
@@ -240,8 +242,7 @@ class Store:
 
     Attributes:
         vector_size: Numbers of a case's vector: 120, or 64 of the former layout.
-        calibration: The gallery's own, as text (`retrieval/calibration.py`), as it was when opened; "" if it has none.
-        sites: The profiles of sites that it keeps, as text (`retrieval/site.py`), likewise.
+        kept: Texts that the gallery keeps beside its cases, as they were when opened: property (one of `KEPT`) → text, without empty ones.
 
     Args:
         settings: Where Milvus is.
@@ -344,22 +345,25 @@ class Store:
             )
         return int(result[0]["count(*)"])
 
-    def keep_calibration(self, text: str) -> None:
-        """Keeps a calibration with the gallery, in the place of the one it had; "": none.
+    @property
+    def calibration(self) -> str:
+        """The gallery's own calibration as text (`retrieval/calibration.py`), as it was when opened; "" if it has none."""
+        return self.kept.get(CALIBRATION, "")
 
-        Whoever has the gallery open sees it when he opens it again.
+    @property
+    def sites(self) -> str:
+        """The profiles of sites that it keeps, as text (`retrieval/site.py`), likewise."""
+        return self.kept.get(SITES, "")
+
+    def keep(self, texts: Mapping[str, str]) -> None:
+        """Keeps texts with the gallery under these properties (of `KEPT`), in the place of those it had; "": none.
+
+        Whoever has the gallery open sees them when he opens it again.
         """
-        self._keep(CALIBRATION, text)
-        self.calibration = text
-
-    def keep_sites(self, text: str) -> None:
-        """Keeps profiles of sites with the gallery, in the place of those it had; "": none. Seen as `keep_calibration` says."""
-        self._keep(SITES, text)
-        self.sites = text
-
-    def _keep(self, name: str, text: str) -> None:
-        with translated(self._settings):
-            self._client.alter_collection_properties(self.collection, {name: text}, timeout=self._settings.timeout_s)
+        if texts:
+            with translated(self._settings):
+                self._client.alter_collection_properties(self.collection, dict(texts), timeout=self._settings.timeout_s)
+            self.kept = {name: text for name, text in {**self.kept, **texts}.items() if text}
 
     @cached_property
     def size(self) -> int:
@@ -686,8 +690,8 @@ class Store:
         _refuse_another_key(about, self.pseudonyms)
         self.vector_size = got
         self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
-        kept = about.get("properties", {})
-        self.calibration, self.sites = str(kept.get(CALIBRATION, "")), str(kept.get(SITES, ""))
+        properties = about.get("properties", {})
+        self.kept: Mapping[str, str] = {name: str(properties[name]) for name in KEPT if properties.get(name)}
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
