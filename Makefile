@@ -17,7 +17,7 @@ demo: .venv/.installed          ## the whole path on synthetic radiographs
 
 # Two at a time and, beside them, what mostly waits for servers (tests/conftest.py); PyTorch of one thread each, for two of two threads on
 # two cores wait for each other.
-test: .venv-dev/.installed browser compose ## every test
+test: .venv-dev/.installed compose ## every test
 	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 3 --dist loadfile
 
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
@@ -75,12 +75,12 @@ clean:                          ## remove environments and everything made by de
 
 .venv/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
+	.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[map]'
 	@touch $@
 
 .venv-dev/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-dev/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # What Debian's bare python3 lacks: venv, and libpython as a shared library (Triton's Python backend embeds it).
@@ -95,10 +95,11 @@ prerequisites:
 	  2> /dev/null || missing="$$missing libpython$(PY_VERSION)"; \
 	$(MAKE) --no-print-directory debian PACKAGES="$$missing"
 
-browser:
+# One after the other, for each may ask apt.
+browser: prerequisites
 	@command -v chromium > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=chromium
 
-compose:                        ## what checks compose.yaml: Docker's plugin if it is there, else Debian's docker-compose
+compose: browser                ## what checks compose.yaml: Docker's plugin if it is there, else Debian's docker-compose
 	@docker compose version > /dev/null 2>&1 || command -v docker-compose > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=docker-compose
 
 .PHONY: debian

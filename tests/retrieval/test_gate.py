@@ -43,13 +43,14 @@ def films() -> list[Picture]:
     return [make_phantom(300 + number, label).pixels for number in range(6) for label in PHANTOM_LABELS]
 
 
-def test_two_hundred_hostile_pictures(judged: Judged, films: list[Picture]) -> None:
-    """Of twenty-five kinds, nine of them made of phantoms: at least 99 % are refused."""
-    pictures = hostile_pictures(films, each=8, seed=2024)
-    assert len(pictures) == 200
+@pytest.mark.parametrize("each", [2, pytest.param(8, marks=pytest.mark.whole)])
+def test_hostile_pictures_are_refused(each: int, judged: Judged, films: list[Picture]) -> None:
+    """Of twenty-five kinds, nine of them made of phantoms: at least 99 % of two hundred, and of fifty all."""
+    pictures = hostile_pictures(films, each, seed=2024)
+    assert len(pictures) == 25 * each
     through = Counter(kind for (kind, _), ood in zip(pictures, judged([pixels for _, pixels in pictures]), strict=True) if not ood.refused)
     print("through:", dict(through))
-    assert through.total() <= 2, dict(through)
+    assert through.total() <= len(pictures) // 100, dict(through)
 
 
 def test_phantoms_pass_however_they_are_framed(judged: Judged, films: list[Picture]) -> None:
@@ -61,8 +62,8 @@ def test_phantoms_pass_however_they_are_framed(judged: Judged, films: list[Pictu
         lambda film: np.pad(film, 24),
         lambda film: film[16:-16, 16:-16],
     ):
-        found = judged([change(film) for film in films])
-        assert [ood.reason for ood in found] == [None] * len(films)
+        found = judged([change(film) for film in films[::2]])
+        assert [ood.reason for ood in found] == [None] * len(films[::2])
         assert max(ood.score for ood in found) <= 0.5
 
 
