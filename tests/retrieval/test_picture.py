@@ -21,7 +21,17 @@ from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
 from cxr_retrieval.retrieval.calibration import Trust
 from cxr_retrieval.retrieval.gate import Ood
-from cxr_retrieval.retrieval.picture import Thumbnails, colour_bar, facts_line, montage, overlay, write_html, write_montage, write_png
+from cxr_retrieval.retrieval.picture import (
+    _WARNING,
+    Thumbnails,
+    colour_bar,
+    facts_line,
+    montage,
+    overlay,
+    write_html,
+    write_montage,
+    write_png,
+)
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
 from cxr_retrieval.settings import ThumbnailKind
@@ -153,6 +163,23 @@ def test_montage_has_room_for_all(result: QueryResult, reader: FilmReader, tmp_p
     write_montage(result, tmp_path / "m.png", reader, thumbnails_of({}))
     with Image.open(tmp_path / "m.png") as image:
         assert image.size == montage(result, reader, thumbnails_of({})).size
+
+
+def test_montage_has_room_for_every_word_of_the_warnings(result: QueryResult, reader: FilmReader) -> None:
+    """However many there are: the neighbours move down, and nothing else changes."""
+    few, many = (
+        np.asarray(montage(replace(result, warnings=("a warning that goes on for a while " * 8,) * times), reader, lambda _: {}))
+        for times in (1, 9)
+    )
+    grown = len(many) - len(few)
+    assert grown > 100
+    from_bottom = 370  # the row of neighbours
+    assert (many[-from_bottom:] == few[-from_bottom:]).all()
+    coloured = (many == (255, 190, 90)).all(axis=2)
+    rows = np.flatnonzero(coloured.any(axis=1))
+    assert rows.max() > rows.min() + 9 * 4 * 17, "nine warnings of four lines"
+    assert rows.max() < len(many) - from_bottom, "and none over the neighbours"
+    assert np.flatnonzero(coloured.any(axis=0)).max() < many.shape[1] - 2
 
 
 def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def montage(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> 
     rows = -(-len(result.neighbours) // columns)
     gap, caption = 12, 74
     width = columns * (_TILE + gap) + gap
-    top = 2 * gap + int(1.45 * _TILE) + 92
+    warned = [line for warning in result.warnings for line in textwrap.wrap(f"! {warning}", 76, subsequent_indent="  ")]
+    warned_from = gap + 84 + 44 * max(3, len(result.prediction.scores)) + 34
+    top = max(2 * gap + int(1.45 * _TILE) + 92, warned_from + 18 * len(warned) + gap)  # a warning is never cut
     canvas = Image.new("RGB", (width, top + rows * (_TILE + caption + gap) + 30), _PAPER)
     draw = ImageDraw.Draw(canvas)
     title, text, small = (ImageFont.load_default(size) for size in (24, 17, 13))
@@ -121,8 +123,8 @@ def montage(result: QueryResult, reader: FilmReader, thumbnails: Thumbnails) -> 
         draw.text((left, y), f"{label.replace('_', ' ')}  {share:.0%}", _INK, font=text)
         draw.rectangle((left, y + 24, left + 360, y + 32), (44, 52, 62))
         draw.rectangle((left, y + 24, left + int(360 * share), y + 32), _CONTOUR)
-    for line, warning in enumerate(result.warnings):
-        draw.text((left, gap + 250 + 22 * line), f"! {warning}"[:64], _WARNING, font=small)
+    for line, words in enumerate(warned):
+        draw.text((left, warned_from + 18 * line), words, _WARNING, font=small)
     for number, hit in enumerate(result.neighbours):
         x = gap + (number % columns) * (_TILE + gap)
         y = top + (number // columns) * (_TILE + caption + gap)
