@@ -115,6 +115,7 @@ def unseen(
     segmenter: Segmenter,
     out: Annotated[Path, typer.Option(help="Folder for all runs and unseen.md; an interrupted command goes on from there.")],
     config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "unseen",
+    ablation: Annotated[str, typer.Option(metavar="NAME", help="With this change, of those of `cxr train ablation`.")] = "shipped-recipe",
     source: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.", show_default="each")] = None,
     in_folds: Annotated[
         list[str] | None,
@@ -124,9 +125,9 @@ def unseen(
 ) -> None:
     """Leave one source after another out of training, then ask about it, with more and more films of its own in the gallery."""
     from cxr_retrieval.cases.manifest import read_manifest
-    from cxr_retrieval_training.config import EmbedderConfig, config_path, load_config
+    from cxr_retrieval_training.embedding.ablations import ablation_config
 
-    settings, rows = load_config(config_path(config), EmbedderConfig), read_manifest(manifest)
+    settings, rows = ablation_config(ablation, config), read_manifest(manifest)
 
     from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.report.unseen import leave_sources_out

@@ -19,7 +19,8 @@ _CROSS_ENTROPY: Final = {
     "lesion_weight": 0.0,
     "across_sources": False,
 }
-_PUBLISHED_LOSS: Final = {"losses": {"multi_similarity": 1.0}, "across_sources": False}
+_LOSS_ALONE: Final = {"losses": {"multi_similarity": 1.0}}
+_PUBLISHED_LOSS: Final = {**_LOSS_ALONE, "across_sources": False}
 
 FOLDS: Final = 4
 
@@ -37,6 +38,8 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "not-mirrored": {"mirrored": False},
     "two-members": {"copies": 2},
     "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
+    "no-proxies": _LOSS_ALONE,  # nor an adversary
+    "published-batches": {**_PUBLISHED_LOSS, "source_power": 1.0},
     "no-source-balance": {"source_power": 1.0, "across_sources": False},
     "within-sources": {"within_sources": True},
     "attention-unsupervised": {"lesion_weight": 0.0},
