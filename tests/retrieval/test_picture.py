@@ -22,7 +22,6 @@ from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
 from cxr_retrieval.retrieval.calibration import Trust
 from cxr_retrieval.retrieval.gate import Ood
 from cxr_retrieval.retrieval.picture import (
-    _WARNING,
     Thumbnails,
     colour_bar,
     facts_line,
