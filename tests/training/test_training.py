@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, ManifestError, UsageError
-from cxr_retrieval.evaluation.metrics import LabelledSet
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval_training.checkpoints import load_checkpoint, pick_device, save_checkpoint
 from cxr_retrieval_training.config import (
@@ -47,7 +45,7 @@ from cxr_retrieval_training.embedding.train_embedder import (
     train_embedder,
 )
 from cxr_retrieval_training.report.page import write_report
-from cxr_retrieval_training.report.results import Run, adult_pneumonia, blanked, shuffled
+from cxr_retrieval_training.report.results import blanked, shuffled
 from cxr_retrieval_training.segmentation.lungs import find_lungs, find_probabilities, load_segmenter
 from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 from cxr_retrieval_training.segmentation.train_segmenter import load_masked, train_segmentation, train_student
@@ -576,29 +574,6 @@ def test_folds_of_a_source_partition_its_patients(trained: Path, manifest: Manif
         EmbedderConfig.model_validate({**EMBEDDER.model_dump(), "leave_out_fold": (0, 3)})
     with pytest.raises(ValidationError, match="needs leave_out_source and i below n"):
         EmbedderConfig.model_validate({**source.model_dump(), "leave_out_fold": (3, 3)})
-
-
-def test_cross_validation_asks_each_run_about_its_own_fold() -> None:
-    """Two runs of one-hot vectors: within its own fold each is right, elsewhere wrong; what is left out of no run is not asked."""
-
-    def run(fold: int, flipped: Sequence[int]) -> Run:
-        labels = ["covid19", "non_covid_pneumonia"] * 4
-        vectors = np.eye(2, dtype=np.float32)[[(i % 2) ^ (i in flipped) for i in range(8)]]
-        sets = {
-            name: LabelledSet(
-                [f"{i}" for i in part], vectors[part], [labels[i] for i in part], [f"p{i}" for i in part], ["adult"] * len(part)
-            )
-            for name, part in (("train", list(range(6))), ("val", [6, 7]))
-        }
-        config = EMBEDDER.model_copy(update={"leave_out_source": "adult", "leave_out_fold": (fold, 2)})
-        return Run(f"fold-{fold}", Path(), config, sets, np.isin(np.arange(8), (0, 1) if fold == 0 else (2, 7)))
-
-    found = adult_pneumonia([run(0, flipped=[7]), run(1, flipped=[0, 2])])
-    assert found is not None
-    assert (found["n"], found["runs"]) == (4, ["fold-0", "fold-1"])
-    assert found["own_source"]["balanced_accuracy"] == 0.75, "film 2 alone is taken for the other label"
-    assert found["whole_gallery"]["balanced_accuracy"] == 0.75
-    assert adult_pneumonia([replace(run(0, []), config=EMBEDDER)]) is None
 
 
 def test_lungs_are_found_once_and_go_on_after_an_interruption(

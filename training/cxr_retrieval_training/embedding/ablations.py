@@ -22,8 +22,6 @@ _CROSS_ENTROPY: Final = {
 _LOSS_ALONE: Final = {"losses": {"multi_similarity": 1.0}}
 _PUBLISHED_LOSS: Final = {**_LOSS_ALONE, "across_sources": False}
 
-FOLDS: Final = 4
-
 ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "shipped-recipe": {},
     # Table 3 and 4, right: the usual classifier, and retrieval with its pooled features
@@ -52,8 +50,6 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         f"cross-entropy-without-{source}": {**_CROSS_ENTROPY, "leave_out_source": source}
         for source in ("kermany", "radiography", "ieee8023")
     },
-    # ieee8023 holds the only pneumonias of adults that are not COVID-19; each patient is asked about by a network that never saw him
-    **{f"ieee8023-fold-{i}": {"leave_out_source": "ieee8023", "leave_out_fold": (i, FOLDS)} for i in range(FOLDS)},
 }
 
 

@@ -62,7 +62,6 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "## A closer look",
         _closer(found["closer"], found["runs"][first]),
         *(["## Semantic against visual", balance_table(found["closer"]["balance"])] if found["closer"]["balance"] else []),
-        *(["## Pneumonia of adults", _adults_table(found["adult_pneumonia"])] if found["adult_pneumonia"] else []),
         *(["## Lungs", _lungs_table(found["segmentation"])] if "segmentation" in found else []),
         *(f"![{name}]({name})" for name in pictures),
     ]
@@ -145,12 +144,6 @@ def _classes_table(evaluation: Mapping[str, Any]) -> str:
         for label, row in evaluation["per_class"].items()
     ]
     return table(["label", "n", "sensitivity", "PPV", "F1", "recall@1", "@4", "@10"], lines)
-
-
-def _adults_table(adults: Mapping[str, Any]) -> str:
-    lines = [[name.replace("_", " "), with_interval(adults[name], "balanced_accuracy")] for name in ("whole_gallery", "own_source")]
-    head = f"COVID-19 against other pneumonia, cross-validated by patient ({adults['n']} films, {len(adults['runs'])} folds)"
-    return table([head, "balanced accuracy"], lines)
 
 
 def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from cxr_retrieval.cases.manifest import EXTRA_SPLIT, Manifest, ManifestRow
 from cxr_retrieval.contract import LABELS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.intervals import mean_interval
-from cxr_retrieval.evaluation.metrics import Gallery, LabelledSet, Ranking, balanced_accuracy, balanced_interval, evaluate
+from cxr_retrieval.evaluation.metrics import LabelledSet, Ranking, balanced_accuracy, evaluate
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, blended
 from cxr_retrieval.progress import track
 from cxr_retrieval.radiograph.letterbox import pixel_digest
@@ -29,7 +29,7 @@ from cxr_retrieval_training.checkpoints import load_checkpoint, on_device
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.data.datasets import Images, load_images, load_lesion_masks
 from cxr_retrieval_training.embedding.embedder import AttentionMapHead, Embedder
-from cxr_retrieval_training.embedding.train_embedder import build_embedder, embed_all, left_out, load_embedder
+from cxr_retrieval_training.embedding.train_embedder import build_embedder, embed_all, load_embedder
 from cxr_retrieval_training.report.balance import Described, along_the_dial
 from cxr_retrieval_training.segmentation.lungs import find_lungs
 from cxr_retrieval_training.segmentation.metrics import centre_prior, pixel_auroc, pointing_hit, source_probe
@@ -48,15 +48,12 @@ _HALF: Final = 128
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run: its config, its vectors by split with the rows they belong to, and which rows of train and val,
-    in this order, the config left out of training.
-    """
+    """One finished training run: its config, and its vectors by split with the rows they belong to."""
 
     name: str
     folder: Path
     config: EmbedderConfig
     sets: Mapping[str, LabelledSet]
-    unseen: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,6 @@ def load_run(folder: Path, manifest: Manifest, pictures: Pictures) -> Run:
     config = EmbedderConfig.model_validate(state["config"])
     rows = {row.image_id: row for row in manifest.rows}
     sets: dict[str, LabelledSet] = {}
-    unseen: list[NDArray[np.bool_]] = []
     for split in ("train", "val", EXTRA_SPLIT):
         path = folder / f"vectors-{split}.npz"
         if not path.exists():
@@ -107,9 +103,7 @@ def load_run(folder: Path, manifest: Manifest, pictures: Pictures) -> Run:
             kept = np.array([split == EXTRA_SPLIT or row.label in LABELS for row in mine])
             protocol = [row for row, keep in zip(mine, kept, strict=True) if keep]
             sets[split] = labelled(protocol, retrieved_with(config, vectors)[kept], pictures)
-            if split != EXTRA_SPLIT:
-                unseen.append(left_out(config, protocol))
-    return Run(folder.name, folder, config, sets, np.concatenate(unseen))
+    return Run(folder.name, folder, config, sets)
 
 
 def retrieved_with(config: EmbedderConfig, vectors: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -141,7 +135,6 @@ def report(manifest: Manifest, pictures: Pictures, segmenter: Path, folders: Seq
     return {
         "manifest_sha256": manifest.sha256,
         "runs": {run.name: measure(run) for run in track(runs, "runs")},
-        "adult_pneumonia": adult_pneumonia(runs),
         "closer": {
             "run": first.name,
             "k": k_sweep(first),
@@ -204,39 +197,6 @@ def half_left_out(train: LabelledSet, val: LabelledSet, extra: LabelledSet) -> d
     names = ("recall_at_1", "sensitivity", "least_recall_at_1")
     values = dict(zip(names, zip(*drawn, strict=True), strict=True))
     return {name: float(np.mean(of)) for name, of in values.items()} | {f"{name}_draws": list(of) for name, of in values.items()}
-
-
-def adult_pneumonia(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """COVID-19 against other pneumonia in the one source of adults that holds both, cross-validated by patient: each film is
-    asked about by the run that left its patient's fold out (`leave_out_fold`), in a gallery of every other film of train and val.
-
-    Returns:
-        n films, the runs, and the balanced accuracy of the vote (a vote for a third label is wrong) in a gallery of all
-        sources and of this source alone; none where no run leaves a fold out.
-    """
-    used = [run for run in runs if run.config.leave_out_fold is not None]
-    truth, patients, correct = [], [], []
-    for run in used:
-        both = run.sets["train"].beside(run.sets["val"])
-        ranking = Ranking(both, both)
-        asked: list[int] = np.flatnonzero(run.unseen & (np.array(both.labels) != "control")).tolist()
-        for query in asked:
-            truth.append(both.labels[query])
-            patients.append(both.patients[query])
-            correct.append([float(_voted(ranking, query, compared) == truth[-1]) for compared in (Gallery.everything, Gallery.own_source)])
-    if len(set(truth)) < 2:
-        return None
-    out: dict[str, Any] = {"n": len(truth), "runs": [run.name for run in used]}
-    for name, right in zip(("whole_gallery", "own_source"), np.array(correct).T, strict=True):
-        found, _ = balanced_interval(right, np.array(truth), np.array(patients))
-        out[name] = {"balanced_accuracy": balanced_accuracy(right, np.array(truth)), "balanced_accuracy_ci": found}
-    return out
-
-
-def _voted(ranking: Ranking, query: int, compared: Gallery) -> str:
-    order, similarity = ranking.of(query, compared)
-    labels = ranking.gallery.labels
-    return weighted_vote([(labels[int(i)], float(s)) for i, s in zip(order[:DEFAULT_K], similarity[:DEFAULT_K], strict=True)]).label
 
 
 def k_sweep(run: Run) -> dict[str, list[float]]:

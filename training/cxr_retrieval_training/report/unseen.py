@@ -31,7 +31,6 @@ from cxr_retrieval.progress import track
 from cxr_retrieval.retrieval.site import BALANCE, NEAREST, deviation_of, fitted, normalised
 from cxr_retrieval.retrieval.voting import DEFAULT_K, weighted_vote
 from cxr_retrieval_training.config import EmbedderConfig
-from cxr_retrieval_training.embedding.ablations import FOLDS
 from cxr_retrieval_training.embedding.train_embedder import left_out, train_embedder
 from cxr_retrieval_training.report.balance import Described
 from cxr_retrieval_training.report.figures import draw_unseen
@@ -43,6 +42,7 @@ OWN: Final = (0, 5, 10, 30, 100, 300)
 UNLABELLED: Final = 200
 """Described that adapting learns from, at most: half of what there is."""
 DRAWS: Final = 5
+FOLDS: Final = 4
 LEAST: Final = 20
 """Described of a label that a source needs to be asked about it."""
 _ASKED: Final = 10
