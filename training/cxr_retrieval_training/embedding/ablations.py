@@ -19,6 +19,7 @@ _CROSS_ENTROPY: Final = {
     "lesion_weight": 0.0,
     "across_sources": False,
 }
+_NO_ADVERSARY: Final = {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}}
 _LOSS_ALONE: Final = {"losses": {"multi_similarity": 1.0}}
 _PUBLISHED_LOSS: Final = {**_LOSS_ALONE, "across_sources": False}
 
@@ -35,9 +36,10 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     # what each of our own parts gives
     "not-mirrored": {"mirrored": False},
     "two-members": {"copies": 2},
-    "no-adversary": {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}},
+    "no-adversary": _NO_ADVERSARY,
+    "positives-from-any-source": {**_NO_ADVERSARY, "across_sources": False},
+    "nothing-against-sources": {**_NO_ADVERSARY, "across_sources": False, "source_power": 1.0},
     "no-proxies": _LOSS_ALONE,  # nor an adversary
-    "published-batches": {**_PUBLISHED_LOSS, "source_power": 1.0},
     "no-source-balance": {"source_power": 1.0, "across_sources": False},
     "within-sources": {"within_sources": True},
     "attention-unsupervised": {"lesion_weight": 0.0},
