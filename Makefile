@@ -75,12 +75,12 @@ clean:                          ## remove environments and everything made by de
 
 .venv/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[map]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
 	@touch $@
 
 .venv-dev/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # What Debian's bare python3 lacks: venv, and libpython as a shared library (Triton's Python backend embeds it).
