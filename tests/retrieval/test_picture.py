@@ -21,16 +21,7 @@ from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
 from cxr_retrieval.retrieval.calibration import Trust
 from cxr_retrieval.retrieval.gate import Ood
-from cxr_retrieval.retrieval.picture import (
-    Thumbnails,
-    colour_bar,
-    facts_line,
-    montage,
-    overlay,
-    write_html,
-    write_montage,
-    write_png,
-)
+from cxr_retrieval.retrieval.picture import Thumbnails, colour_bar, facts_line, montage, overlay, write_html, write_montage, write_png
 from cxr_retrieval.retrieval.query import Explanation, QueryResult
 from cxr_retrieval.retrieval.voting import weighted_vote
 from cxr_retrieval.settings import ThumbnailKind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -162,7 +163,7 @@ def export_(
     if json:
         print_json({"model_version": about.model_version, "cases": about.rows, "sha256": about.sha256, "file": str(out)})
     else:
-        beside = "".join(f" and its {KEPT[name]}" for name in sorted(about.kept))
+        beside = _beside(KEPT[name] for name in sorted(about.kept))
         typer.echo(f"{out}: {about.rows} cases{beside} of model version {about.model_version}, digest {about.sha256}")
 
 
@@ -198,8 +199,7 @@ def import_(
     if json:
         print_json({**told, "cases": about.rows, "restored": taken})
     else:
-        beside = "".join(f" and its {what}" for what in taken)
-        typer.echo(f"{about.rows} cases{beside} restored to the gallery of model version {about.model_version}")
+        typer.echo(f"{about.rows} cases{_beside(taken)} restored to the gallery of model version {about.model_version}")
 
 
 @app.command(name="map")
@@ -254,6 +254,11 @@ def use(
         before = operation.outcome["before"] = use_gallery(milvus, version)
     back = f"; back by `cxr gallery use {before.removeprefix(PREFIX)}`" if before else ""
     typer.echo(f"the gallery is now that of {version}{back}")
+
+
+def _beside(kept: Iterable[str]) -> str:
+    """What goes along with the cases, in words."""
+    return "".join(f" and its {what}" for what in kept)
 
 
 def _clause(images: list[str], patient: str | None, source: str | None, where: str) -> str:
