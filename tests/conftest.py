@@ -27,7 +27,7 @@ from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantoms
-from cxr_retrieval.serving.choices import Segmentation
+from cxr_retrieval.serving.choices import Networks
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 from tests_support import KEY_FILE
@@ -127,7 +127,7 @@ def server(repository: Path) -> Iterator[Endpoints]:
 @pytest.fixture(scope="session")
 def student_server(repository: Path) -> Iterator[Endpoints]:
     """The shipped weights with one network for the lungs in the place of five: answers of films, in half the time, after a quarter of it."""
-    options = ServerOptions(repository, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+    options = ServerOptions(repository, networks=Networks.student, grpc_port=0, http_port=0, metrics_port=0)
     with embedded_triton(options) as endpoints:
         yield endpoints
 

@@ -12,7 +12,8 @@ import typer
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import talk
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import EnginePrecision, Precision, Segmentation
+from cxr_retrieval.serving.choices import Embedder as EmbedderName
+from cxr_retrieval.serving.choices import EnginePrecision, Networks, Precision, Segmentation, networks_of
 
 app = typer.Typer(help="Export the networks, lower their precision, build TensorRT engines.", no_args_is_help=True)
 
@@ -20,7 +21,11 @@ Target = Annotated[Path, typer.Option("--repository", help="Production model rep
 Segmenter = Annotated[Path, typer.Option(help="segmenter.pt of `cxr train segmentation`.")]
 Embedder = Annotated[Path, typer.Option(help="embedder.pt of `cxr train embedder`.")]
 Student = Annotated[Path | None, typer.Option(help="student.pt of `cxr train student`.")]
+Published = Annotated[Path | None, typer.Option(help="embedder.pt of `cxr train embedder --config embedder-published`.")]
 Manifest = Annotated[Path, typer.Option("--manifest", help="CSV with the splits train and val.")]
+
+SegmentationBy = Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")]
+EmbeddedBy = Annotated[EmbedderName, typer.Option(help="The tuned one, or the published.")]
 
 DEFAULT_TARGET = Path("model_repository")
 
@@ -30,6 +35,7 @@ def onnx(
     segmenter: Segmenter,
     embedder: Embedder,
     student: Student = None,
+    published: Published = None,
     repository: Target = DEFAULT_TARGET,
 ) -> None:
     """Write the ONNX graphs (fp16 weights), check them against PyTorch, and announce the new model version.
@@ -39,13 +45,15 @@ def onnx(
     _require("cxr build onnx", "build", "torch", "onnx", "onnxruntime")
     from cxr_retrieval_build.release import release
 
-    report = release(segmenter, embedder, student, repository, talk())
+    report = release(segmenter, embedder, student, published, repository, talk())
     typer.echo(jsonlib.dumps(report, indent=2))
 
 
 @app.command()
 def checkpoints(
-    out: Annotated[Path, typer.Argument(help="Folder for segmenter.pt, embedder.pt and student.pt.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for segmenter.pt, embedder.pt, and student.pt and published.pt where there are such weights.")
+    ],
     source: options.Repository = None,
 ) -> None:
     """Write the weights that ship as checkpoints again: to measure gates, train on the lungs they find, or export anew from a clone.
@@ -66,6 +74,7 @@ def parity(
     segmenter: Segmenter,
     embedder: Embedder,
     student: Student = None,
+    published: Published = None,
     repository: Target = DEFAULT_TARGET,
 ) -> None:
     """Measure on the val split how far each runtime and precision is from PyTorch in fp32, and record which passed their gates.
@@ -76,9 +85,11 @@ def parity(
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_build.gates import Checkpoints, measure_gates, record, require_passed, table
 
-    sets = [Checkpoints(Segmentation.ensemble, segmenter, embedder)]
+    sets = [Checkpoints(Networks.ensemble, segmenter, embedder)]
     if student is not None:
-        sets.append(Checkpoints(Segmentation.student, student, embedder))
+        sets.append(Checkpoints(Networks.student, student, embedder))
+    if published is not None:
+        sets.append(Checkpoints(Networks.published, segmenter, published))
     rows = read_manifest(manifest)
     gates = [gate for checkpoints in sets for gate in measure_gates(repository, rows, checkpoints)]
     record(repository, gates)
@@ -103,7 +114,7 @@ def int8(
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval_build.gates import Checkpoints, build_int8, table
 
-    gates = build_int8(repository, read_manifest(manifest), Checkpoints(Segmentation.ensemble, segmenter, embedder), images)
+    gates = build_int8(repository, read_manifest(manifest), Checkpoints(Networks.ensemble, segmenter, embedder), images)
     talk().print(table(gates))
     typer.echo(repository / "lung_segmentation" / "1" / "model.int8.onnx")
 
@@ -115,7 +126,8 @@ def engines(
     ],
     source: options.Repository = None,
     precision: Annotated[EnginePrecision, typer.Option(help="Arithmetic of the convolutions; all else is fp32.")] = EnginePrecision.fp16,
-    segmentation: Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")] = Segmentation.ensemble,
+    segmentation: SegmentationBy = Segmentation.ensemble,
+    embedder: EmbeddedBy = EmbedderName.tuned,
     check: Annotated[
         bool,
         typer.Option("--check", help="Build nothing: fail unless engines fit this TensorRT and GPU, and configurations the repository."),
@@ -131,7 +143,7 @@ def engines(
         require_fitting(out, source or default_repository(), found)
         talk().print(f"all engines in {out} fit {found.name}, and their configurations the repository")
         return
-    report = build_engines(source or default_repository(), out, precision, segmentation, found, talk())
+    report = build_engines(source or default_repository(), out, precision, networks_of(segmentation, embedder), found, talk())
     typer.echo(jsonlib.dumps(report, indent=2))
 
 
@@ -140,7 +152,8 @@ def repository(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     source: options.Repository = None,
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the engines.")] = Precision.auto,
-    segmentation: Annotated[Segmentation, typer.Option(help="The five published networks, or the small one.")] = Segmentation.ensemble,
+    segmentation: SegmentationBy = Segmentation.ensemble,
+    embedder: EmbeddedBy = EmbedderName.tuned,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 2,
 ) -> None:
     """Derive the embedded model repository (Python backend, OpenVINO) from the production one, as `cxr serve` does."""
@@ -150,8 +163,8 @@ def repository(
 
     if out.exists():
         raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
-    models = source or default_repository()
-    derive_embedded(models, out, resolve(models, precision, segmentation), segmentation, threads)
+    models, networks = source or default_repository(), networks_of(segmentation, embedder)
+    derive_embedded(models, out, resolve(models, precision, networks), networks, threads)
     typer.echo(out)
 
 

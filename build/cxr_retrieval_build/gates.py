@@ -33,8 +33,8 @@ from cxr_retrieval.serving.choices import (
     ENGINE_GRAPHS_RUNTIME,
     PARITY_REPORT,
     EnginePrecision,
+    Networks,
     Precision,
-    Segmentation,
     missed,
 )
 from cxr_retrieval.serving.repository import graph_file, has_graph
@@ -67,9 +67,9 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What was exported: the networks that find the lungs (five, or the student), and the embedder."""
+    """What was exported: the networks that find the lungs (five, or the student), and the embedder (the tuned one, or the published)."""
 
-    segmentation: Segmentation
+    networks: Networks
     segmenter: Path
     embedder: Path
 
@@ -141,12 +141,12 @@ def measure_gate(reference: Answers, got: Answers, gallery: Gallery, labels: Seq
 
 
 def record(repository: Path, gates: Sequence[dict[str, Any]]) -> None:
-    """Puts the gates into `parity.json`, in the place of earlier ones of the same runtime, precision and segmentation."""
+    """Puts the gates into `parity.json`, in the place of earlier ones of the same networks, runtime and precision."""
     path = repository / PARITY_REPORT
     report = json.loads(path.read_text("utf-8"))
 
     def key(gate: dict[str, Any]) -> tuple[str, ...]:
-        return gate["segmentation"], gate["runtime"], gate["precision"]
+        return gate["networks"], gate["runtime"], gate["precision"]
 
     kept = {key(gate): gate for gate in [*report.get("gates", []), *gates]}
     report["gates"] = [kept[name] for name in sorted(kept)]
@@ -159,7 +159,7 @@ def require_passed(gates: Sequence[dict[str, Any]]) -> None:
     Raises:
         SetupError: Which, by how much.
     """
-    beyond = [f"{gate['segmentation']} in {gate['runtime']} {gate['precision']}: {missed(gate)}" for gate in gates if not gate["passed"]]
+    beyond = [f"{gate['networks']} in {gate['runtime']} {gate['precision']}: {missed(gate)}" for gate in gates if not gate["passed"]]
     if beyond:
         raise SetupError("a parity gate was missed", got="; ".join(beyond), next_step="do not ship this precision with these weights")
 
@@ -169,17 +169,17 @@ class Measure:
 
     def __init__(self, repository: Path, manifest: Manifest, checkpoints: Checkpoints) -> None:
         val, train = manifest.require(split="val"), manifest.require(split="train")
-        self.repository, self.segmentation = repository, checkpoints.segmentation
+        self.repository, self.networks = repository, checkpoints.networks
         self.images = load_images(val, f"{len(val)} val images")
         self.labels = [row.label for row in val]
         lungs = find_lungs(checkpoints.segmenter, train, "train", torch.device("cpu"))
-        self.gallery = Gallery(embed(repository, lungs), [row.label for row in train])
+        self.gallery = Gallery(embed(repository, self.networks, lungs), [row.label for row in train])
         segmenter, embedder = load_segmenter(checkpoints.segmenter), load_embedder(checkpoints.embedder, torch.device("cpu")).eval()
         self.reference = pytorch_answers(segmenter, embedder, self.images)
 
     def gate(self, runtime: str, precision: str, answers: Answers) -> dict[str, Any]:
         """The entry of `parity.json`."""
-        about = {"segmentation": self.segmentation.value, "runtime": runtime, "precision": precision}
+        about = {"networks": self.networks.value, "runtime": runtime, "precision": precision}
         return {**about, **measure_gate(self.reference, answers, self.gallery, self.labels, precision)}
 
 
@@ -187,12 +187,12 @@ def measure_gates(repository: Path, manifest: Manifest, checkpoints: Checkpoints
     """All runtimes and precisions that there are graphs for."""
     measure = Measure(repository, manifest, checkpoints)
     precisions = [Precision.fp32, Precision.bf16]
-    if has_graph(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=True):
+    if has_graph(repository, LUNG_SEGMENTATION, checkpoints.networks, int8=True):
         precisions.append(Precision.int8)
     gates = []
     for precision in precisions:
-        graph = graph_file(repository, LUNG_SEGMENTATION, checkpoints.segmentation, int8=precision is Precision.int8)
-        answers = openvino_answers(repository, graph, precision, measure.images)
+        graph = graph_file(repository, LUNG_SEGMENTATION, checkpoints.networks, int8=precision is Precision.int8)
+        answers = openvino_answers(measure, graph, precision)
         gates.append(measure.gate(EMBEDDED_RUNTIME, precision.value, answers))
     engines = [EnginePrecision.fp32, EnginePrecision.fp16, *([EnginePrecision.int8] if Precision.int8 in precisions else [])]
     return gates + [measure.gate(ENGINE_GRAPHS_RUNTIME, one.value, engine_graph_answers(measure, one)) for one in engines]
@@ -211,13 +211,13 @@ def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, i
     train = manifest.require(split="train")
     drawn = [train[i] for i in np.random.default_rng(0).permutation(len(train))[:images]]
     calibration = load_images(drawn, f"{len(drawn)} images to calibrate on")
-    source = graph_file(repository, LUNG_SEGMENTATION, checkpoints.segmentation)
+    source = graph_file(repository, LUNG_SEGMENTATION, checkpoints.networks)
     target = source.with_name(f"{source.stem}.int8.onnx")
     fresh = target.with_name(f".{target.name}")
     measure = Measure(repository, manifest, checkpoints)
     try:
         onnx.save(to_int8(onnx.load(source), {IMAGE.name: calibration}), fresh)
-        gate = measure.gate(EMBEDDED_RUNTIME, "int8", openvino_answers(repository, fresh, Precision.int8, measure.images))
+        gate = measure.gate(EMBEDDED_RUNTIME, "int8", openvino_answers(measure, fresh, Precision.int8))
         record(repository, [gate])
         require_passed([gate])
         fresh.replace(target)
@@ -230,11 +230,11 @@ def build_int8(repository: Path, manifest: Manifest, checkpoints: Checkpoints, i
 
 def table(gates: Sequence[dict[str, Any]]) -> Table:
     """Figures beside their limits, for people."""
-    shown = Table("segmentation", "runtime", "precision", *(name.replace("_", " ") for name in _LIMITS), "")
+    shown = Table("networks", "runtime", "precision", *(name.replace("_", " ") for name in _LIMITS), "")
     for gate in gates:
         figures = [f"{gate['figures'][name]['value']:.4f} ({gate['figures'][name]['limit']:g})" for name in _LIMITS]
         verdict = Text("passed", "green") if gate["passed"] else Text("missed", "yellow")
-        shown.add_row(gate["segmentation"], gate["runtime"], gate["precision"], *figures, verdict)
+        shown.add_row(gate["networks"], gate["runtime"], gate["precision"], *figures, verdict)
     return shown
 
 
@@ -249,16 +249,16 @@ def pytorch_answers(segmenter: nn.Module, embedder: nn.Module, images: Images) -
     return Answers(masks, np.concatenate(embeddings))
 
 
-def openvino_answers(repository: Path, graph: Path, precision: Precision, images: Images) -> Answers:
+def openvino_answers(measure: Measure, graph: Path, precision: Precision) -> Answers:
     """As `cxr serve` computes it: the segmentation graph in the precision, the embedder in fp32."""
     hint = "bf16" if precision is Precision.bf16 else "f32"
-    masks, lungs, _ = CpuEngine(graph, hint)(images, f"OpenVINO {precision.value}")
-    return Answers(masks, embed(repository, lungs))
+    masks, lungs, _ = CpuEngine(graph, hint)(measure.images, f"OpenVINO {precision.value}")
+    return Answers(masks, embed(measure.repository, measure.networks, lungs))
 
 
-def embed(repository: Path, lungs: Images) -> Vectors:
+def embed(repository: Path, networks: Networks, lungs: Images) -> Vectors:
     """What LUNGS are compared by, from the served embedder."""
-    path = graph_file(repository, EMBEDDER, Segmentation.ensemble)
+    path = graph_file(repository, EMBEDDER, networks)
     return _compared_by(CpuEngine(path)(lungs, "embedding"))
 
 
@@ -269,7 +269,7 @@ def engine_graph_answers(measure: Measure, precision: EnginePrecision) -> Answer
     """
     images = measure.images
     segment, embedder = (
-        onnxruntime.InferenceSession(engine_graph(measure.repository, leaf, precision, measure.segmentation).SerializeToString())
+        onnxruntime.InferenceSession(engine_graph(measure.repository, leaf, precision, measure.networks).SerializeToString())
         for leaf in (LUNG_SEGMENTATION, EMBEDDER)
     )
     masks, embeddings = np.empty_like(images), []

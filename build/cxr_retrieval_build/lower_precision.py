@@ -22,7 +22,7 @@ from onnx import TensorProto, numpy_helper
 
 from cxr_retrieval.contract import LUNG_SEGMENTATION
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
+from cxr_retrieval.serving.choices import EnginePrecision, Networks
 from cxr_retrieval.serving.repository import graph_file
 
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
@@ -178,14 +178,14 @@ def with_split_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     return split
 
 
-def engine_graph(repository: Path, leaf: str, precision: EnginePrecision, segmentation: Segmentation) -> onnx.ModelProto:
+def engine_graph(repository: Path, leaf: str, precision: EnginePrecision, networks: Networks) -> onnx.ModelProto:
     """What TensorRT builds the engine of a leaf from. In int8 the embedder is fp16: see `derive_embedded`.
 
     Raises:
         SetupError: The repository has no such graph.
     """
     int8 = precision is EnginePrecision.int8 and leaf == LUNG_SEGMENTATION
-    graph = onnx.load(graph_file(repository, leaf, segmentation, int8=int8))
+    graph = onnx.load(graph_file(repository, leaf, networks, int8=int8))
     if int8:
         return signed(graph)
     return graph if precision is EnginePrecision.fp32 else to_fp16(graph)

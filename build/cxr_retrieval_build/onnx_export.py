@@ -30,13 +30,11 @@ from cxr_retrieval.contract import (
     ENSEMBLE,
     LEAVES,
     LUNG_SEGMENTATION,
-    MODEL_VERSION_PARAMETER,
-    STUDENT_VERSION_PARAMETER,
     LeafSpec,
     TensorSpec,
 )
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Segmentation
+from cxr_retrieval.serving.choices import Networks
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval_build.lower_precision import CONVOLUTIONS
 from cxr_retrieval_training.embedding.embedder import AttentionMapHead
@@ -51,6 +49,8 @@ _TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
 
 
 STUDENT: Final = "student"
+PUBLISHED: Final = "published"
+"""The graph of the published embedder; `student` is that of the small segmentation network."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ class Graph:
 GRAPHS: Final = (
     *(Graph(leaf.name, leaf, Path(leaf.name, "1", "model.onnx")) for leaf in LEAVES),
     Graph(STUDENT, LEAVES[0], Path(LUNG_SEGMENTATION, "1", "student.onnx")),
+    Graph(PUBLISHED, LEAVES[1], Path(EMBEDDER, "1", "published.onnx")),
 )
 
 
-def load_networks(segmenter: Path, embedder: Path, student: Path | None = None) -> dict[str, nn.Module]:
+def load_networks(segmenter: Path, embedder: Path, student: Path | None = None, published: Path | None = None) -> dict[str, nn.Module]:
     """Builds the graphs from the checkpoints of `cxr train`, in evaluation mode, by name.
 
     Raises:
@@ -81,6 +82,8 @@ def load_networks(segmenter: Path, embedder: Path, student: Path | None = None) 
     }
     if student is not None:
         modules[STUDENT] = load_segmenter(student)
+    if published is not None:
+        modules[PUBLISHED] = load_embedder(published, torch.device("cpu"))
     return {name: module.eval() for name, module in modules.items()}
 
 
@@ -208,23 +211,20 @@ def store_weights_as_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def weights_version(repository: Path, segmentation: Segmentation = Segmentation.ensemble) -> str:
+def weights_version(repository: Path, networks: Networks = Networks.ensemble) -> str:
     """The model version: first 12 hex digits of the SHA-256 over the ONNX files served, in contract order."""
     digest = hashlib.sha256()
     for leaf in LEAVES:
-        digest.update(graph_file(repository, leaf.name, segmentation).read_bytes())
+        digest.update(graph_file(repository, leaf.name, networks).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def announce_versions(repository: Path, version: str, student: str = "") -> None:
-    """Writes the versions into the ensemble's config.pbtxt, leaving the rest of that hand-kept file as it is.
-
-    Args:
-        student: With the segmentation student in the place of the five networks; empty where there is none.
-    """
+def announce_versions(repository: Path, versions: Mapping[Networks, str]) -> None:
+    """Writes the versions into the ensemble's config.pbtxt, leaving the rest of that hand-kept file as it is; empty where there is none."""
     path = repository / ENSEMBLE / "config.pbtxt"
     text = path.read_text("utf-8")
-    for key, value in {MODEL_VERSION_PARAMETER: version, STUDENT_VERSION_PARAMETER: student}.items():
+    for networks in Networks:
+        key, value = networks.version_parameter, versions.get(networks, "")
         text, count = re.subn(rf'(key: "{key}" value \{{ string_value: ")[^"]*(")', rf"\g<1>{value}\g<2>", text)
         if count != 1:
             raise SetupError(

@@ -18,18 +18,18 @@ from torch import nn
 from cxr_retrieval.contract import EMBEDDER, LUNG_SEGMENTATION, TensorSpec
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval_build.lower_precision import with_plain_weights
-from cxr_retrieval_build.onnx_export import GRAPHS, STUDENT
+from cxr_retrieval_build.onnx_export import GRAPHS, PUBLISHED, STUDENT
 from cxr_retrieval_training.checkpoints import save_checkpoint
 from cxr_retrieval_training.embedding.train_embedder import described_embedder
 from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 from cxr_retrieval_training.shipped import as_trained
 
-FILES: Final = {LUNG_SEGMENTATION: "segmenter.pt", EMBEDDER: "embedder.pt", STUDENT: "student.pt"}
+FILES: Final = {LUNG_SEGMENTATION: "segmenter.pt", EMBEDDER: "embedder.pt", STUDENT: "student.pt", PUBLISHED: "published.pt"}
 """Graph → checkpoint; the attention map has no weights."""
 
 
 def write_checkpoints(repository: Path, out: Path) -> list[Path]:
-    """Writes a checkpoint of each graph with weights (of the student, if there is one) into a folder, or none.
+    """Writes a checkpoint of each graph with weights (of those that a repository may lack, if there is one) into a folder, or none.
 
     Exported again they give the same weights. Batch norms, folded on export, are there and change nothing.
 
@@ -40,12 +40,12 @@ def write_checkpoints(repository: Path, out: Path) -> list[Path]:
     checkpoints: dict[Path, dict[str, Any]] = {}
     for graph in GRAPHS:
         source = repository / graph.file
-        if graph.name not in FILES or (graph.name == STUDENT and not source.is_file()):
+        if graph.name not in FILES or (graph.name in (STUDENT, PUBLISHED) and not source.is_file()):
             continue
         path = out / FILES[graph.name]
         if path.exists():
             raise UsageError(f"{path}: already exists", expected="a folder without it", next_step="remove it, or give another folder")
-        checkpoints[path] = _checkpoint(source, graph.leaf.inputs[0], graph.name == EMBEDDER)
+        checkpoints[path] = _checkpoint(source, graph.leaf.inputs[0], graph.leaf.name == EMBEDDER)
     for path, checkpoint in checkpoints.items():
         save_checkpoint(path, checkpoint)
     return list(checkpoints)

@@ -23,7 +23,7 @@ from rich.console import Console
 from cxr_retrieval.contract import ENSEMBLE, LEAVES, LeafSpec
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval.serving.choices import ENGINE_GRAPHS_RUNTIME, EnginePrecision, Segmentation, gate, missed
+from cxr_retrieval.serving.choices import ENGINE_GRAPHS_RUNTIME, EnginePrecision, Networks, gate, missed
 from cxr_retrieval.serving.repository import ModelConfig, announce, read_config, write_config
 from cxr_retrieval_build.lower_precision import engine_graph
 
@@ -103,7 +103,7 @@ def gpu_compute_capability() -> str | None:
 
 
 def build_engines(
-    repository: Path, out: Path, precision: EnginePrecision, segmentation: Segmentation, trt: TensorRT, console: Console
+    repository: Path, out: Path, precision: EnginePrecision, networks: Networks, trt: TensorRT, console: Console
 ) -> dict[str, Any]:
     """Writes a production repository with engines: configurations, `model.plan` and its stamp for each leaf, the timing cache, a report.
 
@@ -116,12 +116,12 @@ def build_engines(
     Raises:
         SetupError: The precision missed its parity gate, a graph is missing, or TensorRT refused it (its own words).
     """
-    parity = _parity(repository, precision, segmentation)
+    parity = _parity(repository, precision, networks)
     engines: dict[str, Any] = {}
     out.mkdir(parents=True, exist_ok=True)
     for leaf in LEAVES:
         config = read_config(repository / leaf.name)
-        graph = engine_graph(repository, leaf.name, precision, segmentation)
+        graph = engine_graph(repository, leaf.name, precision, networks)
         serialised = graph.SerializeToString()
         batches = " ".join(map(str, batch_range(config)))
         wanted = (trt.name, trt.compute_capability(), precision.value, sha256(serialised).hexdigest(), batches)
@@ -138,13 +138,13 @@ def build_engines(
             console.print(f"{leaf.name}: {len(plan) / 1e6:.1f} MB in {report['seconds']:.1f} s, {len(report['warnings'])} warnings")
         write_config(out / leaf.name, config)
         engines[leaf.name] = report
-    write_config(out / ENSEMBLE, announce(read_config(repository / ENSEMBLE), segmentation))
+    write_config(out / ENSEMBLE, announce(read_config(repository / ENSEMBLE), networks))
     summary = {
         "tensorrt": trt.name,
         "compute_capability": trt.compute_capability(),
         "gpu_here": gpu_compute_capability(),
         "precision": precision.value,
-        "segmentation": segmentation.value,
+        "networks": networks.value,
         "parity": parity,
         "engines": engines,
     }
@@ -152,13 +152,13 @@ def build_engines(
     return summary
 
 
-def _parity(repository: Path, precision: EnginePrecision, segmentation: Segmentation) -> dict[str, Any] | None:
+def _parity(repository: Path, precision: EnginePrecision, networks: Networks) -> dict[str, Any] | None:
     """The parity gate of the graphs to build from, measured where they can be executed without a GPU; None if it was not.
 
     Raises:
         SetupError: It was missed.
     """
-    measured = gate(repository, ENGINE_GRAPHS_RUNTIME, precision.value, segmentation)
+    measured = gate(repository, ENGINE_GRAPHS_RUNTIME, precision.value, networks)
     if measured is not None and not measured["passed"]:
         raise SetupError(
             f"{precision.value} missed its parity gate with these weights",
@@ -185,7 +185,7 @@ def require_fitting(out: Path, repository: Path, trt: TensorRT) -> None:
     """
     try:
         last = json.loads((out / REPORT).read_text("utf-8"))
-        segmentation = Segmentation(last["segmentation"])
+        networks = Networks(last["networks"])
         here = {"tensorrt": trt.name, "compute_capability": trt.compute_capability(), "precision": str(last["precision"])}
     except (OSError, ValueError, LookupError) as error:
         raise SetupError(f"{out}: no finished build", expected=f"{REPORT} of `cxr build engines`", next_step=_NEXT) from error
@@ -205,7 +205,7 @@ def require_fitting(out: Path, repository: Path, trt: TensorRT) -> None:
         if sha256((folder / PLAN).read_bytes()).hexdigest() != stamp.get("plan_sha256"):
             raise SetupError(f"{leaf.name}: {PLAN} is not the engine that {STAMP} describes", next_step=_NEXT)
     expected_configs = {leaf.name: read_config(repository / leaf.name) for leaf in LEAVES}
-    expected_configs[ENSEMBLE] = announce(read_config(repository / ENSEMBLE), segmentation)
+    expected_configs[ENSEMBLE] = announce(read_config(repository / ENSEMBLE), networks)
     for name, config in expected_configs.items():
         if read_config(out / name) != config:
             raise SetupError(

@@ -30,6 +30,8 @@ MODEL_VERSION_PARAMETER: Final = "model_version"
 
 STUDENT_VERSION_PARAMETER: Final = "student_model_version"
 """The same for the weights with the segmentation student in the place of the five networks."""
+PUBLISHED_VERSION_PARAMETER: Final = "published_model_version"
+"""The same with the published embedder in the place of the tuned one."""
 
 Dtype = Literal["UINT8", "FP32"]
 

@@ -64,7 +64,7 @@ def measure_archive(segmentation: str, count: int) -> dict[str, Any]:
     best = statistics.median(found["perf_analyzer"])
     rates = {name: round(statistics.median(values), 2) for name, values in found.items()}
     return {
-        "segmentation": segmentation,
+        "networks": segmentation,
         "films": count,
         "gallery": GALLERY,
         "images_per_second": rates,

@@ -41,7 +41,7 @@ from cxr_retrieval.locations import default_repository
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from cxr_retrieval.retrieval.own import OWN_EXPECTED
-from cxr_retrieval.serving.choices import Precision, Segmentation, cpu_flags, supported
+from cxr_retrieval.serving.choices import Networks, Precision, cpu_flags, supported
 from cxr_retrieval.serving.repository import graph_file, has_graph, model_version
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
@@ -105,26 +105,27 @@ def pictures() -> Images:
     return np.stack([letterbox(make_phantom(seed, label).pixels)[0] for label in PHANTOM_LABELS for seed in range(3)])[:, None]
 
 
-def variants() -> list[tuple[Precision, Segmentation]]:
-    """What can be served here: each segmentation in each precision that this CPU multiplies in and that has a graph."""
+def variants() -> list[tuple[Precision, Networks]]:
+    """What can be served here: networks, as far as their graphs are here, in each precision that this CPU multiplies in."""
     return [
-        (precision, segmentation)
-        for segmentation in Segmentation
+        (precision, networks)
+        for networks in Networks
         for precision in (Precision.fp32, Precision.bf16, Precision.int8)
         if supported(precision, cpu_flags())
-        and has_graph(default_repository(), LUNG_SEGMENTATION, segmentation, int8=precision is Precision.int8)
+        and has_graph(default_repository(), LUNG_SEGMENTATION, networks, int8=precision is Precision.int8)
+        and has_graph(default_repository(), EMBEDDER, networks)
     ]
 
 
 def services() -> list[dict[str, Any]]:
     """Each variant: the bare engines beside the service, on an idle machine and with one core half busy."""
-    return [_service(precision, segmentation) for precision, segmentation in variants()]
+    return [_service(precision, networks) for precision, networks in variants()]
 
 
-def _service(precision: Precision, segmentation: Segmentation) -> dict[str, Any]:
+def _service(precision: Precision, networks: Networks) -> dict[str, Any]:
     images = pictures()
-    bare = BareEngines(precision, segmentation)
-    with serving(precision, segmentation) as (client, process), ThreadPoolExecutor(IN_FLIGHT) as pool:
+    bare = BareEngines(precision, networks)
+    with serving(precision, networks) as (client, process), ThreadPoolExecutor(IN_FLIGHT) as pool:
 
         def ask(batch: Images) -> None:
             client.infer(batch, (*PARTS, ATTENTION_MAP))
@@ -156,11 +157,11 @@ def _service(precision: Precision, segmentation: Segmentation) -> dict[str, Any]
                         for name, call in calls.items():
                             call()
                             found[state, name] += [milliseconds(call) for _ in range(CALLS)]
-        row: dict[str, Any] = {"precision": precision.value, "segmentation": segmentation.value, "idle": {}, "half_busy": {}}
+        row: dict[str, Any] = {"precision": precision.value, "networks": networks.value, "idle": {}, "half_busy": {}}
         for (state, name), values in found.items():
             row[state][name] = round(statistics.median(values), 3)
         row["memory_mb"] = resident_mb(process)
-    console.print(f"{segmentation.value} {precision.value}: {row['idle']}")
+    console.print(f"{networks.value} {precision.value}: {row['idle']}")
     return row
 
 
@@ -191,9 +192,9 @@ def half_busy() -> Generator[Callable[[bool], AbstractContextManager[None]]]:
 
 
 @contextmanager
-def serving(precision: Precision, segmentation: Segmentation) -> Generator[tuple[TritonClient, int]]:
+def serving(precision: Precision, networks: Networks) -> Generator[tuple[TritonClient, int]]:
     """The embedded server on free ports: its client and process number."""
-    options = ServerOptions(default_repository(), precision, segmentation, grpc_port=0, http_port=0, metrics_port=0)
+    options = ServerOptions(default_repository(), precision, networks, grpc_port=0, http_port=0, metrics_port=0)
     with embedded_triton(options) as server, TritonClient(TritonSettings(server.grpc)) as client:
         yield client, server.process.pid
 
@@ -218,15 +219,15 @@ def peer() -> dict[str, Any]:
         with open_pseudonyms(keys, create=True) as pseudonyms, Store(milvus, "benchmark", pseudonyms, create=True) as store:
             store.upsert(synthetic_entries(0, PEER_GALLERY, pseudonyms), [""] * PEER_GALLERY, synthetic_embeddings(PEER_GALLERY, seed=1))
             store.publish()
-            for precision, segmentation in variants():
-                with serving(precision, segmentation) as (client, _):
+            for precision, networks in variants():
+                with serving(precision, networks) as (client, _):
 
                     def query(i: int, client: TritonClient = client) -> None:
                         outputs = client.infer(images[i % len(images)][None], (*PARTS, ATTENTION_MAP))
                         store.search(side_by_side(outputs)[0], 10 + OWN_EXPECTED)
 
                     rate = in_flight(query, seconds=8.0)
-                found["ours"][f"{segmentation.value} {precision.value}"] = {
+                found["ours"][f"{networks.value} {precision.value}"] = {
                     "queries_per_second": rate,
                     "times_pytorch": round(rate / best, 2),
                 }
@@ -301,18 +302,18 @@ def retrieval() -> dict[str, Any]:
 def arithmetic() -> dict[str, Any]:
     """GFLOP of each graph, GFLOP/s reached by the bare engines, and by a large matrix product in the same precision."""
     images, repository = pictures(), default_repository()
-    embedder = gigaflop(graph_file(repository, EMBEDDER, Segmentation.ensemble))
+    embedder = gigaflop(graph_file(repository, EMBEDDER, Networks.ensemble))
     rows: list[dict[str, Any]] = []
     peaks = {precision: peak_gigaflops(precision) for precision in dict.fromkeys(precision for precision, _ in variants())}
-    for precision, segmentation in variants():
-        work = gigaflop(graph_file(repository, LUNG_SEGMENTATION, segmentation)) + embedder
-        bare = BareEngines(precision, segmentation)
+    for precision, networks in variants():
+        work = gigaflop(graph_file(repository, LUNG_SEGMENTATION, networks)) + embedder
+        bare = BareEngines(precision, networks)
         bare.rate(images, 4)
         reached = work * bare.rate(images, max(16, round(400 / work)))
         rows.append(
             {
                 "precision": precision.value,
-                "segmentation": segmentation.value,
+                "networks": networks.value,
                 "gflop_per_image": round(work, 2),
                 "gflops": round(reached, 1),
                 "peak_gflops": round(peaks[precision], 1),
@@ -324,16 +325,14 @@ def arithmetic() -> dict[str, Any]:
 
 def archive() -> list[dict[str, Any]]:
     """`cxr batch` beside perf_analyzer, through the networks that ship and through the student."""
-    return [
-        measure_archive(segmentation.value, count) for segmentation, count in ((Segmentation.ensemble, 600), (Segmentation.student, 1200))
-    ]
+    return [measure_archive(networks.value, count) for networks, count in ((Networks.ensemble, 600), (Networks.student, 1200))]
 
 
 def show(report: dict[str, Any]) -> None:
     """Ratios as tables on stdout, and the plot."""
     out = Console()
     if found := report.get("services"):
-        table = Table("segmentation", "precision", "machine", "bare images/s", "served / bare, 8s", "singles", "latency / bare", "MB")
+        table = Table("networks", "precision", "machine", "bare images/s", "served / bare, 8s", "singles", "latency / bare", "MB")
         for row in found:
             for state in ("idle", "half_busy"):
                 one = row[state]
@@ -343,7 +342,7 @@ def show(report: dict[str, Any]) -> None:
                     one["latency_ms"] / one["bare_latency_ms"],
                 )
                 rate, memory = f"{one['bare']:.2f}", f"{row['memory_mb']:.0f}"
-                table.add_row(row["segmentation"], row["precision"], state, rate, *(f"{value:.2f}" for value in ratios), memory)
+                table.add_row(row["networks"], row["precision"], state, rate, *(f"{value:.2f}" for value in ratios), memory)
         out.print(table)
     if found := report.get("peer"):
         table = Table("whole queries", "per second", "times PyTorch + FastAPI + FAISS")
@@ -367,18 +366,18 @@ def show(report: dict[str, Any]) -> None:
                 )
         out.print(table)
     if found := report.get("arithmetic"):
-        table = Table("segmentation", "precision", "GFLOP/image", "GFLOP/s", "matrix product GFLOP/s", "share")
+        table = Table("networks", "precision", "GFLOP/image", "GFLOP/s", "matrix product GFLOP/s", "share")
         for row in found["engines"]:
-            table.add_row(*(str(row[key]) for key in ("segmentation", "precision", "gflop_per_image", "gflops", "peak_gflops", "share")))
+            table.add_row(*(str(row[key]) for key in ("networks", "precision", "gflop_per_image", "gflops", "peak_gflops", "share")))
         out.print(table)
     if found := report.get("archive"):
         table = Table("cxr batch", "images/s", "of perf_analyzer's", "CPU ms a film: client", "workers", "Triton", "Milvus")
         for row in found:
-            table.add_row(f"{row['segmentation']}, perf_analyzer", f"{row['images_per_second']['perf_analyzer']:.2f}")
+            table.add_row(f"{row['networks']}, perf_analyzer", f"{row['images_per_second']['perf_analyzer']:.2f}")
             for name, share in row["of_perf_analyzer"].items():
                 spent = row["cpu_ms_per_film"][name]  # of an earlier run maybe, in which workers were not told apart
                 costs = (f"{spent[part]:.1f}" if part in spent else "–" for part in ("client", "workers", "triton", "milvus"))
-                table.add_row(f"{row['segmentation']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
+                table.add_row(f"{row['networks']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
         out.print(table)
     if found := report.get("page"):
         table = Table("cxr view", "ms", "of the answer's own time")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.contract import LEAVES, LUNG_SEGMENTATION
 from cxr_retrieval.locations import default_repository
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Networks, Precision
 from cxr_retrieval.serving.repository import graph_file
 
 CORES: Final = len(os.sched_getaffinity(0))
@@ -29,9 +29,9 @@ class BareEngines:
     As fast as they go: many images one to a core, or one image on all cores; compiled for one image.
     """
 
-    def __init__(self, precision: Precision, segmentation: Segmentation) -> None:
-        self._alone = self._compile(precision, segmentation, 1)[0]
-        self._lanes = self._compile(precision, segmentation, CORES)
+    def __init__(self, precision: Precision, networks: Networks) -> None:
+        self._alone = self._compile(precision, networks, 1)[0]
+        self._lanes = self._compile(precision, networks, CORES)
 
     def one(self, image: Images) -> None:
         """One image `[1, 1, 256, 256]` on all cores."""
@@ -66,13 +66,13 @@ class BareEngines:
         requests[2].infer({"ATTENTION": embedded["ATTENTION"], "MASK": segmented["LUNG_MASK"]})
 
     @staticmethod
-    def _compile(precision: Precision, segmentation: Segmentation, streams: int) -> list[list[Any]]:
+    def _compile(precision: Precision, networks: Networks, streams: int) -> list[list[Any]]:
         """Requests for each stream, by leaf."""
         core = ov.Core()
         compiled = []
         for leaf in LEAVES:
             lowered = precision if leaf.name == LUNG_SEGMENTATION else Precision.fp32
-            graph = core.read_model(graph_file(default_repository(), leaf.name, segmentation, int8=lowered is Precision.int8))
+            graph = core.read_model(graph_file(default_repository(), leaf.name, networks, int8=lowered is Precision.int8))
             graph.reshape({tensor: [1, *list(tensor.get_partial_shape())[1:]] for tensor in graph.inputs})
             settings = {"INFERENCE_PRECISION_HINT": HINTS[lowered], "INFERENCE_NUM_THREADS": CORES, "NUM_STREAMS": streams}
             compiled.append(core.compile_model(graph, "CPU", {**settings, "ENABLE_CPU_PINNING": False}))

@@ -21,7 +21,8 @@ from torch import nn
 from cxr_retrieval.contract import APPEARANCE_SIZE, EMBEDDING, LEAVES, LUNG_MASK, LeafSpec
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Embedder as EmbedderName
+from cxr_retrieval.serving.choices import Networks, Precision, Segmentation, networks_of
 from cxr_retrieval.serving.repository import derive_embedded, graph_file, model_version, read_config
 from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
@@ -38,7 +39,7 @@ from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, requi
 from cxr_retrieval_build.published import write_checkpoints
 from cxr_retrieval_build.release import release
 from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
-from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage
+from cxr_retrieval_training.config import EmbedderConfig, EmbedderMemberConfig, EmbedderStage, config_path, load_config
 from cxr_retrieval_training.embedding.embedder import Embedder
 from cxr_retrieval_training.embedding.train_embedder import build_embedder
 from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
@@ -47,10 +48,12 @@ from tests_support import cosine
 pytestmark = pytest.mark.usefixtures("few_repetitions")
 
 MEMBERS = ("linknet", "deeplabv3plus")
+Checkpoints = tuple[Path, Path, Path, Path]
+"""segmenter, embedder, student, published"""
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Random weights of all networks, batch-norm statistics taken from noise so that activations have a sane range.
 
     Of the five that find the lungs two, which have between them every kind of layer: exporting all takes two minutes.
@@ -63,9 +66,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
         appearance_size=APPEARANCE_SIZE,
         members=(EmbedderMemberConfig(stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)),) * 2,
     )
-    segmenter, embedder = LungSegmenter(MEMBERS), build_embedder(config, (128, 96))
+    of_paper = load_config(config_path("embedder-published"), EmbedderConfig)
+    segmenter, embedder, published = LungSegmenter(MEMBERS), build_embedder(config, (128, 96)), build_embedder(of_paper, (64,))
     noise = torch.randint(0, 256, (4, 2, 128, 128), dtype=torch.uint8)
-    for network, takes in ((segmenter, noise[:, :1]), (embedder, noise)):
+    for network, takes in ((segmenter, noise[:, :1]), (embedder, noise), (published, noise)):
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.9
@@ -82,15 +86,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
     student = LungSegmenter(("linknet",))
     student.members["linknet"] = segmenter.members["linknet"]
     save_checkpoint(folder / "student.pt", {"model": student.state_dict(), "config": {"members": ["linknet"]}})
-    assert embedder.appearance is not None
-    embedder.appearance.fit(np.random.default_rng(1).normal(size=(64, 896)).astype(np.float32))
-    members = [{"image_size": member.size} for member in embedder.each()]
-    save_checkpoint(folder / "embedder.pt", {"model": embedder.state_dict(), "members": members, "config": config.model_dump(mode="json")})
-    return folder / "segmenter.pt", folder / "embedder.pt", folder / "student.pt"
+    for name, network, how in (("embedder", embedder, config), ("published", published, of_paper)):
+        assert network.appearance is not None
+        size = network.appearance.mean.numel()
+        network.appearance.fit(np.random.default_rng(1).normal(size=(64, size)).astype(np.float32))
+        members = [{"image_size": member.size} for member in network.each()]
+        save_checkpoint(folder / f"{name}.pt", {"model": network.state_dict(), "members": members, "config": how.model_dump(mode="json")})
+    return folder / "segmenter.pt", folder / "embedder.pt", folder / "student.pt", folder / "published.pt"
 
 
 @pytest.fixture(scope="module")
-def released(checkpoints: tuple[Path, Path, Path], repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def released(checkpoints: Checkpoints, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with these weights, written by the release step."""
     target = tmp_path_factory.mktemp("released") / "repository"
     shutil.copytree(repository, target, ignore=shutil.ignore_patterns("*.onnx"))
@@ -105,7 +111,8 @@ def test_report_holds_every_output_in_both_runtimes(released: Path) -> None:
     assert measured == expected
     assert all(row["passed"] for row in report["parity"])
     assert report["model_version"] == model_version(released)
-    assert report["student_model_version"] == model_version(released, Segmentation.student) != model_version(released)
+    assert {report[networks.version_parameter] for networks in Networks} == {model_version(released, networks) for networks in Networks}
+    assert len({model_version(released, networks) for networks in Networks}) == 3
 
 
 def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Path) -> None:
@@ -124,7 +131,7 @@ def read_back(released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return write_checkpoints(released, tmp_path_factory.mktemp("read_back"))
 
 
-def test_checkpoints_of_the_graphs_give_the_same_weights(checkpoints: tuple[Path, Path, Path], read_back: list[Path]) -> None:
+def test_checkpoints_of_the_graphs_give_the_same_weights(checkpoints: Checkpoints, read_back: list[Path]) -> None:
     """To the bit."""
     assert [path.name for path in read_back] == [path.name for path in checkpoints]
     expected, got = load_networks(*checkpoints), load_networks(*read_back)
@@ -135,7 +142,7 @@ def test_checkpoints_of_the_graphs_give_the_same_weights(checkpoints: tuple[Path
             assert torch.equal(tensor, state[key]), f"{name}.{key}"
 
 
-def test_checkpoints_of_the_graphs_say_what_the_first_ones_said(checkpoints: tuple[Path, Path, Path], read_back: list[Path]) -> None:
+def test_checkpoints_of_the_graphs_say_what_the_first_ones_said(checkpoints: Checkpoints, read_back: list[Path]) -> None:
     """So that an export of them is the same file; and training can go on from them."""
     for path, again in zip(checkpoints, read_back, strict=True):
         first, second = load_checkpoint(path), load_checkpoint(again)
@@ -163,21 +170,22 @@ def test_graphs_that_do_not_say_how_they_are_built(released: Path, repository: P
     assert not (tmp_path / "out").exists(), "nor is the segmenter written, which could be"
 
 
-def test_a_weight_that_the_graph_lacks_is_refused(checkpoints: tuple[Path, Path, Path], released: Path) -> None:
+def test_a_weight_that_the_graph_lacks_is_refused(checkpoints: Checkpoints, released: Path) -> None:
     graph = onnx.load(released / "lung_segmentation" / "1" / "student.onnx")
     with pytest.raises(SetupError, match=r"the exported graph does not hold members\.linknet\..*weight"):
         stored_as(load_networks(*checkpoints)["student"], graph)
 
 
 def test_graphs_tell_nothing_of_the_machine_they_were_made_on(released: Path, repository: Path) -> None:
-    for graph in GRAPHS:
-        for path in (released / graph.file, repository / graph.file):
-            data = path.read_bytes()
-            assert b"site-packages" not in data
-            assert b"/cxr_retrieval_training/" not in data
+    paths = [*released.rglob("*.onnx"), *repository.rglob("*.onnx")]
+    assert len(paths) > len(GRAPHS)
+    for path in paths:
+        data = path.read_bytes()
+        assert b"site-packages" not in data
+        assert b"/cxr_retrieval_training/" not in data
 
 
-def test_served_equals_pytorch(released: Path, checkpoints: tuple[Path, Path, Path]) -> None:
+def test_served_equals_pytorch(released: Path, checkpoints: Checkpoints) -> None:
     """The whole chain: PyTorch originals against the ensemble in Triton."""
     images = parity_inputs(per_class=1)
     networks = load_networks(*checkpoints)
@@ -213,7 +221,7 @@ def copying(released: Path) -> Callable[[nn.Module, LeafSpec, Path, object], Non
 
 
 def test_other_weights_fail_the_gate_and_change_nothing(
-    released: Path, checkpoints: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    released: Path, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the export computed something else than the network it came from."""
     import cxr_retrieval_build.release as module
@@ -232,21 +240,43 @@ def test_other_weights_fail_the_gate_and_change_nothing(
     assert not list(target.glob(".export-*"))
 
 
-def test_student_is_served_in_the_place_of_the_five(released: Path, checkpoints: tuple[Path, Path, Path]) -> None:
+def test_student_is_served_in_the_place_of_the_five(released: Path, checkpoints: Checkpoints) -> None:
     """Its mask, its agreement, and its own model version, so that its gallery is its own."""
     images = parity_inputs(per_class=1)[:2]
     with torch.inference_mode():
         mask, _, agreement = load_networks(*checkpoints)["student"](torch.from_numpy(images))
-    options = ServerOptions(released, segmentation=Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+    options = ServerOptions(released, networks=Networks.student, grpc_port=0, http_port=0, metrics_port=0)
     with embedded_triton(options) as server, TritonClient(TritonSettings(server.grpc)) as client:
-        assert client.model_version == model_version(released, Segmentation.student)
+        assert client.model_version == model_version(released, Networks.student)
         served = client.infer(images)
     assert (served["LUNG_MASK"] != mask.numpy()).mean() < 5e-3
     assert served["LUNG_AGREEMENT"] == pytest.approx(agreement.numpy(), abs=0.01)
 
 
+def test_published_embedder_is_served_in_the_place_of_the_tuned(released: Path, checkpoints: Checkpoints) -> None:
+    """Its vectors, of the lungs that the five find, and its own model version."""
+    images = parity_inputs(per_class=1)[:2]
+    options = ServerOptions(released, networks=Networks.published, grpc_port=0, http_port=0, metrics_port=0)
+    with embedded_triton(options) as server, TritonClient(TritonSettings(server.grpc)) as client:
+        assert client.model_version == model_version(released, Networks.published)
+        served = client.infer(images)
+    networks = load_networks(*checkpoints)
+    with torch.inference_mode():
+        _, lungs, _ = networks["lung_segmentation"](torch.from_numpy(images))
+        expected, tuned = (networks[name](lungs)[0].numpy() for name in ("published", "embedder"))
+    assert cosine(served["EMBEDDING"], expected) > 0.9999
+    assert cosine(served["EMBEDDING"], tuned) < 0.99
+
+
+def test_the_student_is_not_served_with_the_published_embedder() -> None:
+    assert networks_of(Segmentation.student, EmbedderName.tuned) is Networks.student
+    assert networks_of(Segmentation.ensemble, EmbedderName.published) is Networks.published
+    with pytest.raises(UsageError, match=r"--segmentation student with --embedder published.*leave one of them out"):
+        networks_of(Segmentation.student, EmbedderName.published)
+
+
 def test_release_takes_away_what_came_of_older_weights(
-    released: Path, checkpoints: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    released: Path, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A student of other teachers, or an int8 graph of other weights, must not outlive them."""
     import cxr_retrieval_build.release as module
@@ -255,13 +285,16 @@ def test_release_takes_away_what_came_of_older_weights(
     shutil.copytree(released, target)
     monkeypatch.setattr(module, "export", copying(released))
     (target / "lung_segmentation" / "1" / "model.int8.onnx").write_bytes(b"of older weights")
-    release(*checkpoints[:2], None, target, Console(stderr=True))
-    for missing, int8 in ((Segmentation.student, False), (Segmentation.ensemble, True)):
+    release(*checkpoints[:2], None, None, target, Console(stderr=True))
+    for missing, int8 in ((Networks.student, False), (Networks.ensemble, True)):
         with pytest.raises(SetupError, match="lung_segmentation: no weights"):
             graph_file(target, "lung_segmentation", missing, int8=int8)
+    with pytest.raises(SetupError, match=r"embedder: no weights.*published\.onnx"):
+        graph_file(target, "embedder", Networks.published)
     with pytest.raises(SetupError, match="student"):
-        derive_embedded(target, tmp_path / "models", Precision.fp32, Segmentation.student, 1)
-    assert read_config(target / "cxr_retrieval").parameters["student_model_version"].string_value == ""
+        derive_embedded(target, tmp_path / "models", Precision.fp32, Networks.student, 1)
+    told = read_config(target / "cxr_retrieval").parameters
+    assert [told[name].string_value for name in ("student_model_version", "published_model_version")] == ["", ""]
     assert model_version(target) == model_version(released)
 
 
@@ -318,11 +351,11 @@ def test_no_two_convolutions_read_one_bias() -> None:
 def test_version_line_must_be_there(tmp_path: Path, repository: Path) -> None:
     shutil.copytree(repository, tmp_path / "r", ignore=shutil.ignore_patterns("*.onnx"))
     config = tmp_path / "r" / "cxr_retrieval" / "config.pbtxt"
-    announce_versions(tmp_path / "r", "0123456789ab")
+    announce_versions(tmp_path / "r", {Networks.ensemble: "0123456789ab"})
     assert model_version(tmp_path / "r") == "0123456789ab"
     config.write_text(config.read_text().replace('model_version"', 'other"'))
     with pytest.raises(SetupError, match="no single model_version"):
-        announce_versions(tmp_path / "r", "x")
+        announce_versions(tmp_path / "r", {Networks.ensemble: "x"})
 
 
 def test_absent_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Precision, Segmentation, doubts, graph_path, resolve
+from cxr_retrieval.serving.choices import Networks, Precision, doubts, graph_path, resolve
 from cxr_retrieval_build.gates import Answers, Gallery, limits, measure_gate, record, require_passed, table
 
 N = 200
@@ -87,16 +87,16 @@ def test_not_a_number_never_passes(reference: Answers, gallery: Gallery) -> None
     assert not found["figures"]["embedding_cosine_p1"]["passed"]
 
 
-def entry(precision: str, *, passed: bool, segmentation: str = "ensemble") -> dict[str, Any]:
+def entry(precision: str, *, passed: bool, networks: str = "ensemble") -> dict[str, Any]:
     one = {"value": 1.0 if passed else 0.5, "limit": 0.98, "passed": passed}
-    about = {"segmentation": segmentation, "runtime": "OpenVINO", "precision": precision}
+    about = {"networks": networks, "runtime": "OpenVINO", "precision": precision}
     return {**about, "n": 1, "figures": dict.fromkeys(limits(precision), one), "passed": passed}
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     (tmp_path / "parity.json").write_text(json.dumps({"model_version": "x", "parity": []}))
-    record(tmp_path, [entry("bf16", passed=False), entry("int8", passed=True, segmentation="student")])
+    record(tmp_path, [entry("bf16", passed=False), entry("int8", passed=True, networks="student")])
     return tmp_path
 
 
@@ -104,37 +104,37 @@ def test_record_replaces_the_same_and_keeps_the_rest(recorded: Path) -> None:
     record(recorded, [entry("bf16", passed=True)])
     report = json.loads((recorded / "parity.json").read_text())
     assert report["model_version"] == "x"
-    assert [(one["segmentation"], one["precision"], one["passed"]) for one in report["gates"]] == [
+    assert [(one["networks"], one["precision"], one["passed"]) for one in report["gates"]] == [
         ("ensemble", "bf16", True),
         ("student", "int8", True),
     ]
 
 
 def test_auto_takes_the_fastest_that_the_cpu_has_and_that_passed(recorded: Path) -> None:
-    def chosen(segmentation: Segmentation, flags: frozenset[str] = FLAGS) -> Precision:
-        return resolve(recorded, Precision.auto, segmentation, flags)
+    def chosen(networks: Networks, flags: frozenset[str] = FLAGS) -> Precision:
+        return resolve(recorded, Precision.auto, networks, flags)
 
-    assert chosen(Segmentation.ensemble) is Precision.fp32, "bf16 missed its gate"
-    assert chosen(Segmentation.student) is Precision.fp32, "int8 passed, but its graph is not here"
-    graph = graph_path(recorded, "lung_segmentation", Segmentation.student, int8=True)
+    assert chosen(Networks.ensemble) is Precision.fp32, "bf16 missed its gate"
+    assert chosen(Networks.student) is Precision.fp32, "int8 passed, but its graph is not here"
+    graph = graph_path(recorded, "lung_segmentation", Networks.student, int8=True)
     graph.parent.mkdir(parents=True)
     graph.touch()
-    assert chosen(Segmentation.student) is Precision.int8
-    assert chosen(Segmentation.student, frozenset()) is Precision.fp32, "the CPU has no int8"
+    assert chosen(Networks.student) is Precision.int8
+    assert chosen(Networks.student, frozenset()) is Precision.fp32, "the CPU has no int8"
     record(recorded, [entry("bf16", passed=True)])
-    assert chosen(Segmentation.ensemble) is Precision.bf16
-    assert resolve(recorded, Precision.fp32, Segmentation.student, FLAGS) is Precision.fp32, "asked for"
-    assert resolve(recorded / "nowhere", Precision.auto, Segmentation.ensemble, FLAGS) is Precision.fp32
+    assert chosen(Networks.ensemble) is Precision.bf16
+    assert resolve(recorded, Precision.fp32, Networks.student, FLAGS) is Precision.fp32, "asked for"
+    assert resolve(recorded / "nowhere", Precision.auto, Networks.ensemble, FLAGS) is Precision.fp32
 
 
 def test_doubts_are_told(recorded: Path) -> None:
-    assert "missed its parity gate" in doubts(recorded, Precision.bf16, Segmentation.ensemble, FLAGS)
-    assert "mask_dice 0.5000 (limit 0.98)" in doubts(recorded, Precision.bf16, Segmentation.ensemble, FLAGS)
-    assert "was not measured" in doubts(recorded, Precision.bf16, Segmentation.student, FLAGS)
-    assert "no int8 arithmetic" in doubts(recorded, Precision.int8, Segmentation.student, frozenset())
-    assert doubts(recorded, Precision.int8, Segmentation.student, FLAGS) == ""
+    assert "missed its parity gate" in doubts(recorded, Precision.bf16, Networks.ensemble, FLAGS)
+    assert "mask_dice 0.5000 (limit 0.98)" in doubts(recorded, Precision.bf16, Networks.ensemble, FLAGS)
+    assert "was not measured" in doubts(recorded, Precision.bf16, Networks.student, FLAGS)
+    assert "no int8 arithmetic" in doubts(recorded, Precision.int8, Networks.student, frozenset())
+    assert doubts(recorded, Precision.int8, Networks.student, FLAGS) == ""
     record(recorded, [entry("fp32", passed=False)])
-    assert doubts(recorded, Precision.fp32, Segmentation.ensemble, frozenset()) == "", "there is nothing more exact to serve"
+    assert doubts(recorded, Precision.fp32, Networks.ensemble, frozenset()) == "", "there is nothing more exact to serve"
 
 
 def test_missed_gates_fail_and_say_which() -> None:
@@ -150,4 +150,4 @@ def test_shipped_report_belongs_to_the_shipped_weights(repository: Path) -> None
 
     report = json.loads((repository / "parity.json").read_text())
     assert report["model_version"] == weights_version(repository)
-    assert report["student_model_version"] == weights_version(repository, Segmentation.student)
+    assert report["student_model_version"] == weights_version(repository, Networks.student)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cxr_retrieval.contract import LEAVES
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import EnginePrecision, Segmentation
+from cxr_retrieval.serving.choices import EnginePrecision, Networks
 from cxr_retrieval.serving.repository import announce, model_version, read_config
 from cxr_retrieval_build import tensorrt_engine
 from cxr_retrieval_build.lower_precision import engine_graph
@@ -35,7 +35,7 @@ QUIET = Console(quiet=True)
 
 
 def build(repository: Path, out: Path, precision: EnginePrecision = EnginePrecision.fp16) -> dict[str, Any]:
-    return build_engines(repository, out, precision, Segmentation.ensemble, find_tensorrt(), QUIET)
+    return build_engines(repository, out, precision, Networks.ensemble, find_tensorrt(), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +131,13 @@ def test_an_edited_configuration_arrives_though_every_engine_fits(
     out = tmp_path / "engines"
     shutil.copytree(engines, out)
     source = edited(repository, tmp_path, model, old, new)
-    assert read_config(out / model) != announce(read_config(source / model), Segmentation.ensemble)
+    assert read_config(out / model) != announce(read_config(source / model), Networks.ensemble)
     with pytest.raises(SetupError, match=rf"{model}: config\.pbtxt in .* is not the one derived from .*Next: run `cxr build engines`"):
         require_fitting(out, source, find_tensorrt())
     before = times(out)
     build(source, out)
     assert times(out) == before, "the engines were kept"
-    assert read_config(out / model) == announce(read_config(source / model), Segmentation.ensemble)
+    assert read_config(out / model) == announce(read_config(source / model), Networks.ensemble)
     require_fitting(out, source, find_tensorrt())
 
 
@@ -220,7 +220,7 @@ def test_engines_without_a_stamp_are_refused(engines: Path, repository: Path, tm
 
 def test_a_precision_that_missed_its_gate_is_not_built(repository: Path, tmp_path: Path) -> None:
     figures = {"top10_overlap": {"value": 0.9, "limit": 0.98, "passed": False}, "mask_dice": {"value": 1.0, "limit": 0.995, "passed": True}}
-    about = {"segmentation": "ensemble", "runtime": "ONNX Runtime", "precision": "fp16"}
+    about = {"networks": "ensemble", "runtime": "ONNX Runtime", "precision": "fp16"}
     models = tmp_path / "models"
     models.mkdir()
     (models / "parity.json").write_text(json.dumps({"gates": [{**about, "figures": figures, "passed": False}]}))

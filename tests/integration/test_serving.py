@@ -29,7 +29,7 @@ from cxr_retrieval.errors import (
 )
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving import server as server_module
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Networks, Precision
 from cxr_retrieval.serving.repository import graph_file
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_triton
 from cxr_retrieval.settings import TritonSettings
@@ -94,7 +94,7 @@ def test_served_equals_onnx(triton: TritonClient, squares: NDArray[np.uint8], re
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     known: dict[str, Any] = {"IMAGE": squares[:4]}
     for leaf in LEAVES:
-        graph = graph_file(repository, leaf.name, Segmentation.ensemble, int8=int8 and leaf.name == LUNG_SEGMENTATION)
+        graph = graph_file(repository, leaf.name, Networks.ensemble, int8=int8 and leaf.name == LUNG_SEGMENTATION)
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         names = [spec.name for spec in leaf.outputs]
         known |= dict(zip(names, session.run(names, {spec.name: known[spec.name] for spec in leaf.inputs}), strict=True))
@@ -240,7 +240,7 @@ def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
 def test_nothing_is_left_behind(repository: Path) -> None:
     before = leftovers(os.getpid())
     with embedded_triton(
-        ServerOptions(repository, Precision.bf16, Segmentation.student, grpc_port=0, http_port=0, metrics_port=0)
+        ServerOptions(repository, Precision.bf16, Networks.student, grpc_port=0, http_port=0, metrics_port=0)
     ) as endpoints:
         assert leftovers(os.getpid()) != before
         group = endpoints.process.pid

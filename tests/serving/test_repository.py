@@ -8,7 +8,7 @@ from google.protobuf import text_format
 
 from cxr_retrieval.contract import LEAF_MODELS
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Networks, Precision
 from cxr_retrieval.serving.repository import derive_embedded, embedded_leaf, model_version, read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -23,7 +23,7 @@ def test_embedded_config_is_golden(name: str, repository: Path) -> None:
 
 
 def test_derived_repository_is_complete(repository: Path, tmp_path: Path) -> None:
-    derive_embedded(repository, tmp_path / "models", Precision.fp32, Segmentation.ensemble, 1)
+    derive_embedded(repository, tmp_path / "models", Precision.fp32, Networks.ensemble, 1)
     for name in LEAF_MODELS:
         assert (tmp_path / "models" / name / "1" / "model.py").is_file()
         assert Path(read_config(tmp_path / "models" / name).parameters["onnx"].string_value).is_file()
@@ -42,7 +42,7 @@ def test_missing_weights_and_broken_config_are_named(repository: Path, tmp_path:
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("*.onnx"))
     with pytest.raises(SetupError, match="lung_segmentation: no weights"):
-        derive_embedded(copy, tmp_path / "models", Precision.fp32, Segmentation.ensemble, 1)
+        derive_embedded(copy, tmp_path / "models", Precision.fp32, Networks.ensemble, 1)
     (copy / "embedder" / "config.pbtxt").write_text("nonsense {")
     with pytest.raises(SetupError, match="not a Triton ModelConfig"):
         read_config(copy / "embedder")

@@ -12,7 +12,7 @@ from rich.text import Text
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import talk
 from cxr_retrieval.errors import SetupError, UsageError
-from cxr_retrieval.serving.choices import Precision, Segmentation
+from cxr_retrieval.serving.choices import Embedder, Precision, Segmentation, networks_of
 from cxr_retrieval.settings import DEFAULT_STORE, Tls
 
 _LOCKED = "Encryption and credentials"
@@ -26,6 +26,9 @@ def serve(
     segmentation: Annotated[
         Segmentation, typer.Option(help="The five published networks, or the small one that learnt from them, with a gallery of its own.")
     ] = Segmentation.ensemble,
+    embedder: Annotated[
+        Embedder, typer.Option(help="The tuned network, or that of Zhong et al. 2020, where its weights are, with a gallery of its own.")
+    ] = Embedder.tuned,
     store: Annotated[Path, typer.Option(help="Gallery to serve: a Milvus Lite folder ending in .db.")] = DEFAULT_STORE,
     no_store: Annotated[bool, typer.Option("--no-store", help="Serve no gallery; clients use another Milvus.")] = False,
     host: Annotated[
@@ -83,14 +86,13 @@ def serve(
             raise
         console.print(Text.assemble(("warning", "yellow"), f"  {error.what}; {error.expected} would not let them"), soft_wrap=True)
     models = repository or default_repository()
-    settings = ServerOptions(models, precision, segmentation, host, grpc_port, http_port, metrics_port, threads, ready_timeout, tls)
+    networks = networks_of(segmentation, embedder)
+    settings = ServerOptions(models, precision, networks, host, grpc_port, http_port, metrics_port, threads, ready_timeout, tls)
     chosen = settings.chosen_precision
     try:
         with ExitStack() as stack:
-            console.print(
-                f"loading  model version {model_version(models, segmentation)}, {chosen.value}, segmentation by {segmentation.value}"
-            )
-            if doubt := doubts(models, chosen, segmentation, cpu_flags()):
+            console.print(f"loading  model version {model_version(models, networks)}, {chosen.value}, {networks.told}", soft_wrap=True)
+            if doubt := doubts(models, chosen, networks, cpu_flags()):
                 console.print(Text.assemble(("warning", "yellow"), f"  {doubt}"), soft_wrap=True)
             if not no_store:
                 milvus = stack.enter_context(embedded_milvus(store.expanduser(), host, milvus_port, access))

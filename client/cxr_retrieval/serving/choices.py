@@ -8,7 +8,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from cxr_retrieval.contract import LUNG_SEGMENTATION
+from cxr_retrieval.contract import (
+    EMBEDDER,
+    LUNG_SEGMENTATION,
+    MODEL_VERSION_PARAMETER,
+    PUBLISHED_VERSION_PARAMETER,
+    STUDENT_VERSION_PARAMETER,
+)
+from cxr_retrieval.errors import UsageError
 
 PARITY_REPORT: Final = "parity.json"
 """In the model repository: how far each precision is from PyTorch, and which ones passed their gates (`cxr build parity`)."""
@@ -44,6 +51,58 @@ class Segmentation(str, Enum):
     student = "student"
 
 
+class Embedder(str, Enum):
+    """Which network describes the lungs: the one tuned to these data, or that of Zhong et al. 2020 as far as they describe it."""
+
+    tuned = "tuned"
+    published = "published"
+
+
+class Networks(str, Enum):
+    """Networks that are served together. Their weights have a version of their own, and so have their galleries."""
+
+    ensemble = "ensemble"
+    student = "student"
+    """The small network finds the lungs."""
+    published = "published"
+    """The published embedder describes them."""
+
+    @property
+    def version_parameter(self) -> str:
+        """Where the production ensemble's `config.pbtxt` has the version of their weights."""
+        own = {Networks.student: STUDENT_VERSION_PARAMETER, Networks.published: PUBLISHED_VERSION_PARAMETER}
+        return own.get(self, MODEL_VERSION_PARAMETER)
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        segmentation = Segmentation.student if self is Networks.student else Segmentation.ensemble
+        embedder = Embedder.published if self is Networks.published else Embedder.tuned
+        return f"segmentation by {segmentation.value}, {embedder.value} embedder"
+
+    def stem(self, leaf: str) -> str:
+        """What the ONNX file of a leaf is called, without its endings."""
+        own = {(Networks.student, LUNG_SEGMENTATION): "student", (Networks.published, EMBEDDER): "published"}
+        return own.get((self, leaf), "model")
+
+
+def networks_of(segmentation: Segmentation, embedder: Embedder) -> Networks:
+    """Those that a user's two choices come to.
+
+    Raises:
+        UsageError: The student together with the published embedder: no version was measured of these two.
+    """
+    if embedder is Embedder.tuned:
+        return Networks(segmentation.value)
+    if segmentation is Segmentation.student:
+        raise UsageError(
+            "--segmentation student with --embedder published",
+            expected="the published embedder on the lungs that the five networks find, on which it was trained",
+            next_step="leave one of them out",
+        )
+    return Networks.published
+
+
 def cpu_flags() -> frozenset[str]:
     """Features of this CPU as Linux names them; none where it does not tell."""
     try:
@@ -58,23 +117,22 @@ def supported(precision: Precision, flags: frozenset[str]) -> bool:
     return precision is Precision.fp32 or bool(_NEEDS.get(precision.value, set()) & flags)
 
 
-def graph_path(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool) -> Path:
+def graph_path(repository: Path, leaf: str, networks: Networks, *, int8: bool) -> Path:
     """Where the ONNX graph of a leaf belongs, whether it is there or not."""
-    stem = "student" if leaf == LUNG_SEGMENTATION and segmentation is Segmentation.student else "model"
-    return repository / leaf / "1" / f"{stem}{'.int8' if int8 else ''}.onnx"
+    return repository / leaf / "1" / f"{networks.stem(leaf)}{'.int8' if int8 else ''}.onnx"
 
 
-def gate(repository: Path, runtime: str, precision: str, segmentation: Segmentation) -> dict[str, Any] | None:
+def gate(repository: Path, runtime: str, precision: str, networks: Networks) -> dict[str, Any] | None:
     """The gate as `cxr build parity` measured it for the weights at hand; None where it did not."""
     try:
         report = json.loads((repository / PARITY_REPORT).read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    wanted = {"runtime": runtime, "precision": precision, "segmentation": segmentation.value}
+    wanted = {"runtime": runtime, "precision": precision, "networks": networks.value}
     return next((dict(one) for one in report.get("gates", []) if all(one.get(key) == value for key, value in wanted.items())), None)
 
 
-def resolve(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str] | None = None) -> Precision:
+def resolve(repository: Path, precision: Precision, networks: Networks, flags: frozenset[str] | None = None) -> Precision:
     """The precision itself. `auto`: the fastest that the CPU (or `flags`) has and that passed its gates with these weights, else fp32.
 
     int8 has a graph of its own, which a repository may lack.
@@ -82,21 +140,21 @@ def resolve(repository: Path, precision: Precision, segmentation: Segmentation, 
     if precision is not Precision.auto:
         return precision
     for fast in (Precision.int8, Precision.bf16):
-        if fast is Precision.int8 and not graph_path(repository, LUNG_SEGMENTATION, segmentation, int8=True).is_file():
+        if fast is Precision.int8 and not graph_path(repository, LUNG_SEGMENTATION, networks, int8=True).is_file():
             continue
-        measured = gate(repository, EMBEDDED_RUNTIME, fast.value, segmentation)
+        measured = gate(repository, EMBEDDED_RUNTIME, fast.value, networks)
         if supported(fast, cpu_flags() if flags is None else flags) and measured is not None and measured["passed"]:
             return fast
     return Precision.fp32
 
 
-def doubts(repository: Path, precision: Precision, segmentation: Segmentation, flags: frozenset[str]) -> str:
+def doubts(repository: Path, precision: Precision, networks: Networks, flags: frozenset[str]) -> str:
     """What speaks against a precision that was asked for; empty where nothing does, and for fp32, there being nothing more exact."""
     if precision is Precision.fp32:
         return ""
     if not supported(precision, flags):
         return f"this CPU has no {precision.value} arithmetic; it is emulated, and slower than fp32"
-    measured = gate(repository, EMBEDDED_RUNTIME, precision.value, segmentation)
+    measured = gate(repository, EMBEDDED_RUNTIME, precision.value, networks)
     if measured is None:
         return f"{precision.value} was not measured with these weights (`cxr build parity`)"
     if measured["passed"]:

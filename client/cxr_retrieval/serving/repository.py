@@ -14,9 +14,9 @@ from typing import Any, Final
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER, STUDENT_VERSION_PARAMETER
+from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER
 from cxr_retrieval.errors import SetupError
-from cxr_retrieval.serving.choices import Precision, Segmentation, graph_path
+from cxr_retrieval.serving.choices import Networks, Precision, graph_path
 
 _pb: Any = model_config_pb2  # generated code without type information
 ModelConfig = Any
@@ -50,41 +50,42 @@ def write_config(model: Path, config: ModelConfig) -> None:
     (model / "config.pbtxt").write_text(text_format.MessageToString(config), "utf-8")
 
 
-def model_version(repository: Path, segmentation: Segmentation = Segmentation.ensemble) -> str:
+def model_version(repository: Path, networks: Networks = Networks.ensemble) -> str:
     """The version of the weights that the ensemble announces when it finds the lungs in this way."""
-    return announce(read_config(repository / ENSEMBLE), segmentation).parameters[MODEL_VERSION_PARAMETER].string_value
+    return announce(read_config(repository / ENSEMBLE), networks).parameters[MODEL_VERSION_PARAMETER].string_value
 
 
-def announce(ensemble: ModelConfig, segmentation: Segmentation) -> ModelConfig:
+def announce(ensemble: ModelConfig, networks: Networks) -> ModelConfig:
     """The ensemble's configuration with the version of just what is served, so that galleries of two segmentations are never mixed."""
     config = _pb.ModelConfig()
     config.CopyFrom(ensemble)
-    if STUDENT_VERSION_PARAMETER in config.parameters:
-        if segmentation is Segmentation.student:
-            config.parameters[MODEL_VERSION_PARAMETER].string_value = config.parameters[STUDENT_VERSION_PARAMETER].string_value
-        del config.parameters[STUDENT_VERSION_PARAMETER]
+    version = config.parameters[networks.version_parameter].string_value if networks.version_parameter in config.parameters else ""
+    for other in Networks:
+        if other.version_parameter in config.parameters:
+            del config.parameters[other.version_parameter]
+    config.parameters[MODEL_VERSION_PARAMETER].string_value = version
     return config
 
 
-def graph_file(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool = False) -> Path:
+def graph_file(repository: Path, leaf: str, networks: Networks, *, int8: bool = False) -> Path:
     """The ONNX graph of one leaf.
 
     Raises:
         SetupError: It is not there.
     """
-    path = graph_path(repository, leaf, segmentation, int8=int8)
+    path = graph_path(repository, leaf, networks, int8=int8)
     if path.is_file():
         return path.resolve()
     command = "cxr build int8" if int8 else "cxr build onnx"
     raise SetupError(f"{leaf}: no weights", expected=str(path), next_step=f"check out the weights, or run `{command}`")
 
 
-def has_graph(repository: Path, leaf: str, segmentation: Segmentation, *, int8: bool = False) -> bool:
+def has_graph(repository: Path, leaf: str, networks: Networks, *, int8: bool = False) -> bool:
     """Whether `graph_file` finds one."""
-    return graph_path(repository, leaf, segmentation, int8=int8).is_file()
+    return graph_path(repository, leaf, networks, int8=int8).is_file()
 
 
-def derive_embedded(repository: Path, target: Path, precision: Precision, segmentation: Segmentation, threads: int) -> None:
+def derive_embedded(repository: Path, target: Path, precision: Precision, networks: Networks, threads: int) -> None:
     """Writes the four embedded models under `target`; the ONNX files are linked, not copied.
 
     Args:
@@ -97,10 +98,10 @@ def derive_embedded(repository: Path, target: Path, precision: Precision, segmen
     """
     for name in LEAF_MODELS:
         lowered = precision if name == LUNG_SEGMENTATION else Precision.fp32
-        onnx = graph_file(repository, name, segmentation, int8=lowered is Precision.int8)
+        onnx = graph_file(repository, name, networks, int8=lowered is Precision.int8)
         write_config(target / name, embedded_leaf(read_config(repository / name), onnx, lowered, threads))
         shutil.copyfile(_BACKEND_MODEL, target / name / "1" / "model.py")
-    ensemble = announce(read_config(repository / ENSEMBLE), segmentation)
+    ensemble = announce(read_config(repository / ENSEMBLE), networks)
     ensemble.ensemble_scheduling.ClearField("max_inflight_requests")  # the embedded Triton 2.51 does not know it
     write_config(target / ENSEMBLE, ensemble)
 

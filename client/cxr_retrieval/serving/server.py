@@ -27,7 +27,7 @@ from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.interruption import uninterrupted
 from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
-from cxr_retrieval.serving.choices import Precision, Segmentation, resolve
+from cxr_retrieval.serving.choices import Networks, Precision, resolve
 from cxr_retrieval.serving.repository import derive_embedded
 from cxr_retrieval.settings import Tls
 
@@ -56,7 +56,7 @@ class ServerOptions:
 
     repository: Path
     precision: Precision = Precision.auto
-    segmentation: Segmentation = Segmentation.ensemble
+    networks: Networks = Networks.ensemble
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8000
@@ -86,7 +86,7 @@ class ServerOptions:
     @property
     def chosen_precision(self) -> Precision:
         """The precision itself: `auto` resolved for this CPU and these weights."""
-        return resolve(self.repository, self.precision, self.segmentation)
+        return resolve(self.repository, self.precision, self.networks)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _started(options: ServerOptions, stack: ExitStack) -> Endpoints:
     prefix = f"{work.name}-"
     stack.callback(_remove_shared_memory, prefix)
     threads = options.threads or len(os.sched_getaffinity(0))
-    derive_embedded(options.repository, work / "models", options.chosen_precision, options.segmentation, threads)
+    derive_embedded(options.repository, work / "models", options.chosen_precision, options.networks, threads)
     binary, environment = _install_backend(work)
     log = stack.enter_context((work / "triton.log").open("wb"))
     process = subprocess.Popen(
