@@ -666,7 +666,7 @@ def test_published_embedder_trains(trained: Path, manifest: Manifest, tmp_path: 
     """Two iterations, small: no gradient is clipped, and the last state is kept though the first did better on val."""
     published = load_config(config_path("embedder-published"), EmbedderConfig)
     stage = published.members[0].stages[0].model_copy(update={"iterations": 2, "image_size": 64})
-    small = {"images_per_class": 2, "validate_every": 1, "members": (EmbedderMemberConfig(stages=(stage,)),)}
+    small = {"images_per_class": 2, "validate_every": 1, "appearance_size": 8, "members": (EmbedderMemberConfig(stages=(stage,)),)}
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(embedder_training, "leave_one_out_recall", lambda *_: next(scores))
 

@@ -56,14 +56,15 @@ def model_version(repository: Path, networks: Networks = Networks.ensemble) -> s
 
 
 def announce(ensemble: ModelConfig, networks: Networks) -> ModelConfig:
-    """The ensemble's configuration with the version of just what is served, so that galleries of two segmentations are never mixed."""
+    """The ensemble's configuration with the version of just what is served, so that galleries of two sets of networks are never mixed."""
     config = _pb.ModelConfig()
     config.CopyFrom(ensemble)
-    version = config.parameters[networks.version_parameter].string_value if networks.version_parameter in config.parameters else ""
-    for other in Networks:
-        if other.version_parameter in config.parameters:
-            del config.parameters[other.version_parameter]
-    config.parameters[MODEL_VERSION_PARAMETER].string_value = version
+    names = [one.version_parameter for one in Networks if one.version_parameter in config.parameters]
+    versions = {name: config.parameters[name].string_value for name in names}
+    for name in versions:
+        del config.parameters[name]
+    if versions:
+        config.parameters[MODEL_VERSION_PARAMETER].string_value = versions.get(networks.version_parameter, "")
     return config
 
 
