@@ -66,7 +66,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         appearance_size=APPEARANCE_SIZE,
         members=(EmbedderMemberConfig(stages=(EmbedderStage(image_size=64, iterations=1, learning_rate=1e-3),)),) * 2,
     )
-    of_paper = load_config(config_path("embedder-published"), EmbedderConfig)
+    of_paper = load_config(config_path("embedder-published"), EmbedderConfig).model_copy(update={"backbone": "efficientnet_lite0"})
     segmenter, embedder, published = LungSegmenter(MEMBERS), build_embedder(config, (128, 96)), build_embedder(of_paper, (64,))
     noise = torch.randint(0, 256, (4, 2, 128, 128), dtype=torch.uint8)
     for network, takes in ((segmenter, noise[:, :1]), (embedder, noise), (published, noise)):
