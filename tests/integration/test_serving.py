@@ -237,6 +237,14 @@ def test_a_port_in_use_is_named(server: Endpoints, repository: Path) -> None:
         pytest.fail("must not start")
 
 
+def test_free_ports_are_three(repository: Path) -> None:
+    """One that is let go of before the next is chosen is chosen again, once in some thousand times."""
+    options = ServerOptions(repository, grpc_port=0, http_port=0, metrics_port=0)
+    for _ in range(20_000):
+        ports = options.on_free_ports()
+        assert len({ports.grpc_port, ports.http_port, ports.metrics_port}) == 3
+
+
 def test_nothing_is_left_behind(repository: Path) -> None:
     before = leftovers(os.getpid())
     with embedded_triton(

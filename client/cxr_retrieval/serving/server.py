@@ -71,17 +71,18 @@ class ServerOptions:
         return self.host if self.tls is None else "127.0.0.1"
 
     def on_free_ports(self) -> ServerOptions:
-        """The same with each port chosen, and found free.
+        """The same with each port chosen, and found free. Each stays bound until all are, or one might be chosen twice.
 
         Raises:
             SetupError: One is in use.
         """
-        return replace(
-            self,
-            grpc_port=_free_port(self.host, self.grpc_port, "grpc"),
-            http_port=_free_port(self.plain_host, self.http_port, "http"),
-            metrics_port=_free_port(self.plain_host, self.metrics_port, "metrics"),
-        )
+        with ExitStack() as bound:
+            return replace(
+                self,
+                grpc_port=bound.enter_context(_free_port(self.host, self.grpc_port, "grpc")),
+                http_port=bound.enter_context(_free_port(self.plain_host, self.http_port, "http")),
+                metrics_port=bound.enter_context(_free_port(self.plain_host, self.metrics_port, "metrics")),
+            )
 
     @property
     def chosen_precision(self) -> Precision:
@@ -216,7 +217,8 @@ def embedded_milvus(folder: Path, host: str, port: int, access: Access = Access(
     from cxr_retrieval.gallery.milvus import one_blas_thread
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    port = _free_port(host, port, "milvus")
+    with _free_port(host, port, "milvus") as port:
+        pass
     try:
         database = MilvusLite(str(folder))
     except DataDirLockedError as error:
@@ -237,8 +239,9 @@ def embedded_milvus(folder: Path, host: str, port: int, access: Access = Access(
         database.close()
 
 
-def _free_port(host: str, port: int, name: str) -> int:
-    """Checks a port by binding it (Triton and gRPC would otherwise share it silently through SO_REUSEPORT)."""
+@contextmanager
+def _free_port(host: str, port: int, name: str) -> Generator[int]:
+    """Checks a port by binding it (Triton and gRPC would otherwise share it silently through SO_REUSEPORT), until it is left."""
     with socket.socket(socket.AF_INET6 if address(host).version == 6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -250,7 +253,7 @@ def _free_port(host: str, port: int, name: str) -> int:
                 got=error.strerror or str(error),
                 next_step=f"stop what uses it, or give --{name}-port",
             ) from error
-        return int(probe.getsockname()[1])
+        yield int(probe.getsockname()[1])
 
 
 def _install_backend(work: Path) -> tuple[Path, dict[str, str]]:
