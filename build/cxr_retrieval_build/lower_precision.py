@@ -31,18 +31,26 @@ _STEM: Final = 3
 
 
 def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with its fp16 weights as fp32 initialisers, without the Cast behind each (`store_weights_as_fp16` undone)."""
+    """The same graph with its fp16 and int8 weights as fp32 initialisers, without what stands behind each (`with_small_weights` undone)."""
     plain = copy.deepcopy(model)
-    halved = {tensor.name: tensor for tensor in plain.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+    held = {tensor.name: tensor for tensor in plain.graph.initializer}
+    small = {name for name, tensor in held.items() if tensor.data_type in (TensorProto.FLOAT16, TensorProto.INT8)}
+    raised: dict[str, onnx.TensorProto] = {}
     nodes: list[onnx.NodeProto] = []
     for node in plain.graph.node:
-        if node.op_type == "Cast" and node.input[0] in halved:
-            tensor = halved[node.input[0]]
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), node.output[0]))
+        first, into = (node.input[0], node.output[0]) if node.op_type in ("Cast", "Div") else ("", "")
+        if node.op_type == "Cast" and first in small:
+            values = numpy_helper.to_array(held[first]).astype(np.float32)
+        elif node.op_type == "Div" and first in raised:
+            values = numpy_helper.to_array(raised[first]) / numpy_helper.to_array(held[node.input[1]])
         else:
             nodes.append(node)
+            continue
+        raised[into] = numpy_helper.from_array(values, into)
     del plain.graph.node[:]
     plain.graph.node.extend(nodes)
+    plain.graph.initializer.extend(raised.values())
+    _drop_unused(plain.graph)
     return plain
 
 
@@ -188,7 +196,7 @@ def engine_graph(repository: Path, leaf: str, precision: EnginePrecision, networ
     graph = onnx.load(graph_file(repository, leaf, networks, int8=int8))
     if int8:
         return signed(graph)
-    return graph if precision is EnginePrecision.fp32 else to_fp16(graph)
+    return with_plain_weights(graph) if precision is EnginePrecision.fp32 else to_fp16(graph)
 
 
 def signed(model: onnx.ModelProto) -> onnx.ModelProto:

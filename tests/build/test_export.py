@@ -29,11 +29,12 @@ from cxr_retrieval.settings import TritonSettings
 from cxr_retrieval_build.onnx_export import (
     DESCRIPTION,
     GRAPHS,
+    PUBLISHED,
     announce_versions,
     load_networks,
-    store_weights_as_fp16,
     stored_as,
     with_own_biases,
+    with_small_weights,
 )
 from cxr_retrieval_build.parity import TOLERANCES, measure, parity_inputs, require_parity
 from cxr_retrieval_build.published import write_checkpoints
@@ -115,14 +116,16 @@ def test_report_holds_every_output_in_both_runtimes(released: Path) -> None:
     assert len({model_version(released, networks) for networks in Networks}) == 3
 
 
-def test_graphs_have_contract_names_dynamic_batch_and_fp16_weights(released: Path) -> None:
-    for leaf in LEAVES:
-        graph = onnx.load(released / leaf.name / "1" / "model.onnx").graph
-        assert [value.name for value in graph.input] == [spec.name for spec in leaf.inputs]
-        assert [value.name for value in graph.output] == [spec.name for spec in leaf.outputs]
+def test_graphs_have_contract_names_dynamic_batch_and_small_weights(released: Path) -> None:
+    for one in GRAPHS:
+        graph = onnx.load(released / one.file).graph
+        assert [value.name for value in graph.input] == [spec.name for spec in one.leaf.inputs]
+        assert [value.name for value in graph.output] == [spec.name for spec in one.leaf.outputs]
         assert all(value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output))
-        large = [tensor for tensor in graph.initializer if numpy_helper.to_array(tensor).size >= 256]
-        assert all(tensor.data_type != onnx.TensorProto.FLOAT for tensor in large)
+        large = {tensor.name: tensor.data_type for tensor in graph.initializer if numpy_helper.to_array(tensor).size >= 256}
+        divisors = {name for name in large if name.endswith("_divisor")}
+        assert onnx.TensorProto.FLOAT not in {large[name] for name in large.keys() - divisors}
+        assert (onnx.TensorProto.INT8 in large.values()) == (one.name == PUBLISHED)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +329,7 @@ def test_weights_that_fp16_cannot_hold_are_refused(value: float) -> None:
     tensor = numpy_helper.from_array(np.full(512, value, np.float32), "w")
     graph = onnx.helper.make_graph([], "g", [], [], [tensor])
     with pytest.raises(SetupError, match=r"weight w does not fit fp16.*as_shipped"):
-        store_weights_as_fp16(onnx.helper.make_model(graph))
+        with_small_weights(onnx.helper.make_model(graph))
 
 
 def test_no_two_convolutions_read_one_bias() -> None:

@@ -13,7 +13,7 @@ from cxr_retrieval.contract import IMAGE, LUNGS
 from cxr_retrieval_training.config import BackboneName
 from cxr_retrieval_training.embedding.embedder import Embedder
 from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
-from cxr_retrieval_training.shipped import HALVED_FROM, Convolution, as_shipped
+from cxr_retrieval_training.shipped import HALVED_FROM, Convolution, as_shipped, int8_scale
 
 
 def look_at_noise(network: nn.Module, channels: int) -> None:
@@ -62,3 +62,29 @@ def test_embedder_finds_the_same_with_folded_and_rounded_weights(backbone: Backb
     with torch.inference_mode():
         expected, got = (network(lungs)[0] for network in (trained, shipped))
     assert (got * expected).sum(dim=1).min() > 0.999
+
+
+def test_embedder_finds_nearly_the_same_with_weights_of_int8() -> None:
+    """And rounding them again, or as others are, changes nothing."""
+    torch.manual_seed(0)
+    trained = Embedder(backbone="resnet50", sizes=(64,))
+    look_at_noise(trained, 2)
+    shipped = as_shipped(copy.deepcopy(trained), LUNGS, int8_weights=True)
+    assert rounded_only_as(shipped)
+    again = as_shipped(copy.deepcopy(shipped), LUNGS, int8_weights=True)
+    for module, other in zip(shipped.modules(), again.modules(), strict=True):
+        if isinstance(module, Convolution | nn.Linear):
+            assert isinstance(other, Convolution | nn.Linear)
+            steps = module.weight / int8_scale(module.weight)
+            assert torch.equal(steps, steps.round())
+            assert 63 < steps.abs().flatten(1).amax(dim=1).min() <= steps.abs().max() <= 127
+            assert torch.equal(module.weight, other.weight)
+    lungs = torch.randint(0, 256, (2, 2, 128, 128), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected, got = (network(lungs)[0] for network in (trained, shipped))
+    assert (got * expected).sum(dim=1).min() > 0.998
+
+
+def test_a_row_of_zeros_has_a_scale() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1.0, -127.0], [127.5, 1.0], [2.0**-20, 0.0]])
+    assert int8_scale(weight).flatten().tolist() == [1.0, 1.0, 2.0, 2.0**-26]

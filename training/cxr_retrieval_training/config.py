@@ -130,6 +130,8 @@ class EmbedderConfig(_Frozen):
     """Decoupled (AdamW); with 0 it is Adam."""
     clip_gradients: Annotated[float, Field(ge=0)] = 5.0
     """To this length of all together; 0: not."""
+    int8_weights: bool = False
+    """Ships with weights that int8 holds (`as_shipped`)."""
     keep: KeptName = "best"
     validate_every: PositiveInt = 200
     alpha: PositiveFloat = 2.0

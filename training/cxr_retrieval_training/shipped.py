@@ -19,7 +19,7 @@ Convolution = nn.Conv2d | nn.ConvTranspose2d
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def as_shipped(network: Network, takes: TensorSpec) -> Network:
+def as_shipped(network: Network, takes: TensorSpec, int8_weights: bool = False) -> Network:
     """Folds each batch norm into the convolution before it and rounds weights, in place; it computes in fp32 as before.
 
     Large tensors become what fp16 holds, as which they are stored, and convolutions' weights what bf16 holds as well: rounded by the
@@ -32,17 +32,33 @@ def as_shipped(network: Network, takes: TensorSpec) -> Network:
     Args:
         network: Not to be trained any further.
         takes: Its one input.
+        int8_weights: Weights of convolutions and linear layers become what int8 and a power of two for each row hold, as which they are
+            stored in half the size.
     """
     network.eval()
     _fold_batch_norms(network, takes)
     with torch.no_grad():
         for module in network.modules():
-            if isinstance(module, Convolution):
+            if int8_weights and isinstance(module, Convolution | nn.Linear):
+                scale = int8_scale(module.weight)
+                module.weight.copy_((module.weight / scale).round() * scale)
+            elif isinstance(module, Convolution):
                 module.weight.copy_(module.weight.bfloat16())
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.dtype == torch.float32 and tensor.numel() >= HALVED_FROM:
                 tensor.copy_(tensor.half())
     return network
+
+
+def int8_scale(weight: Tensor) -> Tensor:
+    """`[out, 1, …]`: of each row of a weight `[out, …]`, the least power of two by which the largest of it is 127 at most.
+
+    A power of two, for then int8's numbers are numbers of bf16 and fp16, too, and rounding them again changes nothing.
+    """
+    largest = weight.abs().flatten(1).amax(dim=1)
+    mantissa, exponent = torch.frexp(largest / 127.0)  # mantissa from 0.5 to below 1
+    scale = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
+    return torch.where(largest > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (weight.dim() - 1))
 
 
 def as_trained(network: Network, shipped: Mapping[str, Tensor], takes: TensorSpec) -> Network:

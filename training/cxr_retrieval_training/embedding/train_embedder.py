@@ -87,7 +87,7 @@ def train_embedder(
     for member, state in zip(network.each(), best, strict=True):
         member.load_state_dict(state["model"])
     if network.appearance is not None:
-        shipped = as_shipped(copy.deepcopy(network), LUNGS)
+        shipped = as_shipped(copy.deepcopy(network), LUNGS, config.int8_weights)
         on_device(shipped, device)
         layout = embed_all(shipped, data.lungs, device, "principal axes of train")["layout"]
         network.appearance.fit(layout, Strata(data.labels, data.sources) if config.appearance_forgets_source else None)
@@ -120,7 +120,7 @@ def _train_member(
     seed = config.seed * 1000 + number
     torch.manual_seed(seed)
     model = build_embedder(alone).each()[0]
-    fitted = {"appearance_size", "appearance_forgets_source"}
+    fitted = {"appearance_size", "appearance_forgets_source", "int8_weights"}
     identity = {"config": alone.model_dump(mode="json", exclude=fitted), "data_sha256": data_sha256}
     if init is not None:
         load_resnet50(model, init)
@@ -224,14 +224,18 @@ def load_embedder(path: Path, device: torch.device) -> Embedder:
     state = load_checkpoint(path)
     network = described_embedder(state)
     network.load_state_dict(state["model"])
-    on_device(as_shipped(network, LUNGS), device)
+    on_device(as_shipped(network, LUNGS, described(state).int8_weights), device)
     return network
+
+
+def described(state: Mapping[str, Any]) -> EmbedderConfig:
+    """A checkpoint's config. The weights are in the checkpoint: none are looked for."""
+    return EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
 
 
 def described_embedder(state: Mapping[str, Any]) -> Embedder:
     """The untrained network of a checkpoint's `config` and `members`."""
-    config = EmbedderConfig.model_validate(state["config"]).model_copy(update={"init": "random"})
-    return build_embedder(config, [member["image_size"] for member in state["members"]])
+    return build_embedder(described(state), [member["image_size"] for member in state["members"]])
 
 
 def build_embedder(config: EmbedderConfig, sizes: Sequence[int] | None = None) -> Embedder:
@@ -397,7 +401,7 @@ def write_vectors(path: Path, manifest: Manifest, segmenter: Path, device: torch
 
     They hold image_ids, embedding `[n, d]`, appearance `[n, a]` and features `[n, 2048]`, all of unit length.
     """
-    network, config = load_embedder(path, device), EmbedderConfig.model_validate(load_checkpoint(path)["config"])
+    network, config = load_embedder(path, device), described(load_checkpoint(path))
     for split in (*SPLITS, EXTRA_SPLIT):
         rows = manifest.select(split=split, labels=None if split == EXTRA_SPLIT else LABELS)
         if rows:
