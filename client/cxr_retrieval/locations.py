@@ -1,7 +1,8 @@
-"""Where the files that ship lie."""
+"""Where the files that ship lie, and what is kept to be faster the next time."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cxr_retrieval.contract import ENSEMBLE
@@ -19,3 +20,8 @@ def default_repository() -> Path:
         if (candidate / ENSEMBLE / "config.pbtxt").is_file():
             return candidate
     raise SetupError("no model repository found", expected=f"model_repository/{ENSEMBLE}/config.pbtxt", next_step="give --repository")
+
+
+def cache_folder() -> Path:
+    """What may be deleted at any time lies here, in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxr-retrieval"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from cxr_retrieval.errors import SetupError
+from cxr_retrieval.locations import cache_folder
 
 WHEELS: Final = ("tritonclient==2.50.0", "nvidia-cuda-runtime-cu12==12.9.79")
 _LIBB64: Final = "libb64.so.0d"
@@ -50,8 +51,7 @@ def find_perf_analyzer(cache: Path | None = None) -> PerfAnalyzer:
     """
     if found := shutil.which("perf_analyzer"):
         return _checked(PerfAnalyzer(Path(found)))
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cxr-retrieval"
-    folder = root / WHEELS[0].replace("==", "-")
+    folder = (cache or cache_folder()) / WHEELS[0].replace("==", "-")
     if not folder.is_dir():
         _fetch(folder)
     return _checked(PerfAnalyzer(folder / "perf_analyzer", (folder,)))

@@ -26,6 +26,7 @@ from typing import Any, Final
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.interruption import uninterrupted
+from cxr_retrieval.locations import cache_folder
 from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
 from cxr_retrieval.serving.choices import Networks, Precision, resolve
 from cxr_retrieval.serving.repository import derive_embedded
@@ -277,6 +278,7 @@ def _install_backend(work: Path) -> tuple[Path, dict[str, str]]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "CXR_"))}  # nor any secret
     environment["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
     environment["PYTHONPATH"] = ":".join(path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path)
+    environment["CXR_COMPILED"] = str(cache_folder() / "openvino")
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     return package / "tritonserver" / "bin" / "tritonserver", environment
 
