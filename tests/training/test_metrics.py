@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cxr_retrieval_training.segmentation.metrics import centre_prior, hausdorff_95, pixel_auroc, pointing_hit, source_probe
+from cxr_retrieval_training.segmentation.metrics import (
+    centre_prior,
+    extent_correlation,
+    hausdorff_95,
+    pixel_auroc,
+    pointing_hit,
+    source_probe,
+)
 
 
 def square(top: int, left: int, side: int = 20) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -46,6 +53,19 @@ def test_pixel_auroc_looks_inside_the_lungs_only() -> None:
     assert pixel_auroc(attention, lesions, inside) == 1
     assert pixel_auroc(-attention, lesions, inside) == 0
     assert pixel_auroc(attention, inside, inside) is None
+
+
+def test_attention_that_covers_what_lesions_cover() -> None:
+    inside = np.stack([square(10, 10, 40)] * 12)
+    lesions = np.stack([square(12, 12, 3 + film) for film in range(12)])
+    patients = np.arange(12)
+    grows = extent_correlation(lesions.astype(float), lesions, inside, patients)
+    assert grows["correlation"] == pytest.approx(1)
+    assert grows["ci"] == pytest.approx([1, 1])
+    assert extent_correlation(-lesions.astype(float), lesions, inside, patients)["correlation"] == pytest.approx(-1)
+    outside = np.where(inside, 0.5, lesions.cumsum(axis=0).astype(float))
+    assert np.isnan(extent_correlation(outside, lesions, inside, patients)["correlation"]), "what lies outside the lungs does not count"
+    assert extent_correlation(lesions.astype(float), lesions, inside, patients // 3)["ci"] is None, "of four patients"
 
 
 def test_centre_prior_peaks_in_the_middle_of_the_box() -> None:

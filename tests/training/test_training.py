@@ -80,19 +80,11 @@ def test_multi_similarity_is_equation_2() -> None:
 
 def test_batches_are_balanced_and_without_repetition() -> None:
     labels = np.array([0] * 100 + [1] * 50 + [2] * 16)
-    batch = balanced_batch(labels, np.zeros_like(labels), 16, 1.0, np.random.default_rng(3))
+    batch = balanced_batch(labels, 16, np.random.default_rng(3))
     assert np.bincount(labels[batch]).tolist() == [16, 16, 16]
     assert len(set(batch.tolist())) == 48
     few = np.array([0] * 100 + [1] * 5)
-    assert len(balanced_batch(few, np.zeros_like(few), 16, 1.0, np.random.default_rng(3))) == 32, "a small class repeats"
-
-
-@pytest.mark.parametrize(("power", "share"), [(1.0, 0.9), (0.5, 0.75), (0.0, 0.5)])
-def test_sources_are_drawn_by_the_power_of_their_size(power: float, share: float) -> None:
-    labels, sources = np.zeros(1000, np.int64), np.array([0] * 900 + [1] * 100)
-    random = np.random.default_rng(0)
-    drawn = np.concatenate([balanced_batch(labels, sources, 8, power, random) for _ in range(600)])
-    assert (sources[drawn] == 0).mean() == pytest.approx(share, abs=0.02)
+    assert len(balanced_batch(few, 16, np.random.default_rng(3))) == 32, "a small class repeats"
 
 
 def test_info_nce_written_out() -> None:
@@ -106,81 +98,22 @@ def test_info_nce_written_out() -> None:
         for j in range(9)
         if i != j and y[i] == y[j]
     ]
-    found = criterion("info_nce")({"info_nce": 1.0}, x, torch.zeros(9, 2048), y, torch.zeros_like(y))
+    found = criterion("info_nce")({"info_nce": 1.0}, x, torch.zeros(9, 2048), y)
     assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
-def criterion(*names: LossName, across_sources: bool = False, held: torch.Tensor | None = None) -> Criterion:
+def criterion(*names: LossName) -> Criterion:
     torch.manual_seed(1)
-    return Criterion(
-        frozenset(names),
-        classes=3,
-        sources=2,
-        embedding_size=7,
-        alpha=2.0,
-        beta=20.0,
-        base=0.5,
-        miner_epsilon=0.1,
-        across_sources=across_sources,
-        held=held,
-    )
+    return Criterion(frozenset(names), classes=3, embedding_size=7, alpha=2.0, beta=20.0, base=0.5, miner_epsilon=0.1)
 
 
 def test_losses_add_up_with_their_weights() -> None:
     x, features, y = torch.nn.functional.normalize(torch.randn(6, 7), dim=1), torch.randn(6, 2048), torch.arange(6) % 3
     both = criterion("multi_similarity", "cross_entropy")
-    source = torch.zeros_like(y)
-    one, other = (both({name: 1.0}, x, features, y, source).item() for name in ("multi_similarity", "cross_entropy"))
-    assert both({"multi_similarity": 0.5, "cross_entropy": 2.0}, x, features, y, source).item() == pytest.approx(0.5 * one + 2 * other)
+    one, other = (both({name: 1.0}, x, features, y).item() for name in ("multi_similarity", "cross_entropy"))
+    assert both({"multi_similarity": 0.5, "cross_entropy": 2.0}, x, features, y).item() == pytest.approx(0.5 * one + 2 * other)
     with pytest.raises(ValueError, match="not among those announced"):
-        both({"normalized_softmax": 1.0}, x, features, y, source)
-
-
-def test_positives_come_from_other_sources_where_there_are_any() -> None:
-    torch.manual_seed(0)
-    x = torch.nn.functional.normalize(torch.randn(12, 7), dim=1)
-    label = torch.tensor([0] * 6 + [1] * 6)
-    source = torch.tensor([0, 0, 0, 1, 1, 1] + [0] * 6)
-    anchor, positive, other, negative = criterion("multi_similarity", across_sources=True).pairs(x, label, source)
-    assert len(anchor)
-    assert (label[anchor] == label[positive]).all()
-    assert (label[other] != label[negative]).all()
-    crossing = source[anchor] != source[positive]
-    assert crossing[label[anchor] == 0].all(), "label 0 has two sources"
-    assert (label[anchor] == 1).any(), "label 1 has one source and keeps its pairs"
-
-
-def test_within_sources_to_know_the_source_earns_nothing() -> None:
-    """Negatives are of the anchor's source; a film of a source that holds one label alone teaches the proxies nothing."""
-    torch.manual_seed(0)
-    x = torch.nn.functional.normalize(torch.randn(12, 7), dim=1)
-    label, source = torch.tensor([0, 1] * 3 + [2] * 6), torch.tensor([0] * 6 + [1] * 6)
-    held = torch.tensor([[True, True, False], [False, False, True]])
-    within = criterion("multi_similarity", "normalized_softmax", held=held)
-    _, _, other, negative = within.pairs(x, label, source)
-    assert len(other)
-    assert (source[other] == source[negative]).all()
-    assert within({"normalized_softmax": 1.0}, x[6:], torch.zeros(6, 2048), label[6:], source[6:]).item() == 0.0
-    free = criterion("multi_similarity", "normalized_softmax")
-    assert free({"normalized_softmax": 1.0}, x[6:], torch.zeros(6, 2048), label[6:], source[6:]).item() > 0.0
-
-
-def test_the_adversary_learns_the_source_and_the_embedding_unlearns_it() -> None:
-    x = torch.randn(8, 7, requires_grad=True)
-    y, source = torch.zeros(8, dtype=torch.long), torch.arange(8) % 2
-    against = criterion("source_adversary")
-    assert against.adversary is not None
-    loss = against({"source_adversary": 1.0}, x, torch.zeros(8, 2048), y, source)
-    loss.backward()
-    assert x.grad is not None
-    with torch.no_grad():
-        step = 0.1
-        worse = against({"source_adversary": 1.0}, x - step * x.grad, torch.zeros(8, 2048), y, source)
-        for parameter in against.adversary.parameters():
-            assert parameter.grad is not None
-            parameter -= step * parameter.grad
-        better = against({"source_adversary": 1.0}, x, torch.zeros(8, 2048), y, source)
-    assert worse > loss > better
+        both({"normalized_softmax": 1.0}, x, features, y)
 
 
 def test_attention_loss_is_the_share_on_lesions() -> None:
@@ -465,7 +398,6 @@ EMBEDDER = EmbedderConfig(
     learned_size=11,
     mirrored=True,
     images_per_class=2,
-    source_power=0.5,
     frozen_layers=2,
     appearance_size=8,
     appearance_forgets_source=True,
@@ -478,7 +410,7 @@ EMBEDDER = EmbedderConfig(
     members=tuple(
         EmbedderMemberConfig(
             stages=(
-                EmbedderStage(losses={"normalized_softmax": 1.0, "source_adversary": 0.1}, image_size=64, iterations=3, learning_rate=1e-3),
+                EmbedderStage(losses={"normalized_softmax": 1.0, "multi_similarity": 0.5}, image_size=64, iterations=3, learning_rate=1e-3),
                 EmbedderStage(losses={"multi_similarity": 1.0}, image_size=size, iterations=3, learning_rate=1e-3),
             )
         )
@@ -616,9 +548,9 @@ def test_ablations_change_what_they_are_named_for() -> None:
     assert ablation_config("size-128").learned_size == 128
     assert ablation_config("info-nce").members[0].stages[0].losses == {"info_nce": 1.0}
     assert ablation_config("cross-entropy-without-kermany").leave_out_source == "kermany"
-    plain = ablation_config("nothing-against-sources", "unseen")
-    assert (plain.source_power, plain.across_sources, len(plain.members)) == (1.0, False, 1)
-    assert plain.members[0].stages[0].losses == {"normalized_softmax": 1.0, "multi_similarity": 0.5}
+    alone = ablation_config("multi-similarity", "unseen").members
+    assert [[stage.losses for stage in member.stages] for member in alone] == [[{"multi_similarity": 1.0}]]
+    assert len(ablation_config("two-members", "unseen").members) == 2
     with pytest.raises(UsageError, match="no ablation nonsense"):
         ablation_config("nonsense")
 

@@ -25,7 +25,7 @@ SegmenterName = Literal["unet", "unetplusplus", "fpn", "linknet", "deeplabv3plus
 BackboneName = Literal["resnet50", "efficientnet_lite0"]
 KeptName = Literal["best", "last"]
 """Of a network: the state that did best on val, or the one that training ends with."""
-LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy", "source_adversary"]
+LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -111,12 +111,6 @@ class EmbedderConfig(_Frozen):
     leave_out_fold: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=2)]] | None = None
     """(i, n): of that source only patients of fold i of n, for a cross-validation grouped by patient."""
     images_per_class: PositiveInt = 16
-    source_power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Within a class, a source is drawn in proportion to its size to this power: 1 as the images come, 0 all sources alike."""
-    across_sources: bool = False
-    """Pair losses take positives from other sources only, where the batch has any."""
-    within_sources: bool = False
-    """Losses compare a film with others of its own source only, so that to know the source tells nothing of the label (`Criterion`)."""
     jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Each edge of the lungs' box moves by up to this share of its size; of a frame, a window smaller by so much is cut out at random."""
     lesion_images: Annotated[int, Field(ge=0)] = 0

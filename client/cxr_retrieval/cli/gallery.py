@@ -60,7 +60,7 @@ def remove(
 @options.with_servers
 def drop(
     milvus: MilvusSettings,
-    collection: Annotated[str, typer.Argument(help="As `cxr info --collections` lists it, such as cxr_d834966df2ba.")],
+    collection: Annotated[str, typer.Argument(help="As `cxr info --collections` lists it, such as cxr_0123456789ab.")],
     reason: _Reason = "",
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:

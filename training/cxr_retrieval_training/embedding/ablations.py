@@ -17,11 +17,7 @@ _CROSS_ENTROPY: Final = {
     "losses": {"cross_entropy": 1.0},
     "appearance_size": 0,
     "lesion_weight": 0.0,
-    "across_sources": False,
 }
-_NO_ADVERSARY: Final = {"losses": {"normalized_softmax": 1.0, "multi_similarity": 0.5}}
-_LOSS_ALONE: Final = {"losses": {"multi_similarity": 1.0}}
-_PUBLISHED_LOSS: Final = {**_LOSS_ALONE, "across_sources": False}
 
 ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "shipped-recipe": {},
@@ -30,18 +26,12 @@ ABLATIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "cross-entropy-resnet50": {**_CROSS_ENTROPY, "backbone": "resnet50", "frozen_layers": 0},
     # 3.3.1 attention, 3.3.2 loss, 3.3.4 size (3.3.3, k from 1 to 30, is in every report)
     "no-attention": {"attention": False, "lesion_weight": 0.0},
-    "multi-similarity": _PUBLISHED_LOSS,
-    "info-nce": {"losses": {"info_nce": 1.0}, "across_sources": False},
+    "multi-similarity": {"losses": {"multi_similarity": 1.0}},
+    "info-nce": {"losses": {"info_nce": 1.0}},
     **{f"size-{size}": {"learned_size": size, "appearance_size": 0} for size in (32, 64, 128, 256, 512)},
     # what each of our own parts gives
     "not-mirrored": {"mirrored": False},
     "two-members": {"copies": 2},
-    "no-adversary": _NO_ADVERSARY,
-    "positives-from-any-source": {**_NO_ADVERSARY, "across_sources": False},
-    "nothing-against-sources": {**_NO_ADVERSARY, "across_sources": False, "source_power": 1.0},
-    "no-proxies": _LOSS_ALONE,  # nor an adversary
-    "no-source-balance": {"source_power": 1.0, "across_sources": False},
-    "within-sources": {"within_sources": True},
     "attention-unsupervised": {"lesion_weight": 0.0},
     "from-random-weights": {"init": "random", "frozen_layers": 0},
     "whole-radiograph": {"lungs_only": False},

@@ -2,9 +2,8 @@
 
 Sections 2.4.1 and 2.4.3: multi-similarity loss with α = 2, β = 20, λ = 0.5 and hard mining (Wang et al. 2019), batches of 16
 images of each class, Adam, learning rate 3e-5, ImageNet weights: `configs/embedder-published.toml`. The shipped recipe,
-`configs/embedder.toml`, adds a proxy loss, draws sources evenly, takes positives across sources, sets an adversary on the
-source, supervises attention where a radiologist has drawn lesions, averages weights, and lets two networks look at the lungs and
-their mirror image, at two sizes; `docs/results.md` says what was tried.
+`configs/embedder.toml`, adds a proxy loss, supervises attention where a radiologist has drawn lesions, averages weights, and lets
+two networks look at the lungs and their mirror image, at two sizes; `docs/results.md` says what was tried.
 """
 
 from __future__ import annotations
@@ -129,14 +128,11 @@ def _train_member(
     criterion = Criterion(
         frozenset(name for stage in stages for name in stage.losses),
         classes=len(LABELS),
-        sources=int(data.sources.max()) + 1,
         embedding_size=model.learned_size,
         alpha=config.alpha,
         beta=config.beta,
         base=config.base,
         miner_epsilon=config.miner_epsilon,
-        across_sources=config.across_sources,
-        held=labels_held(data) if config.within_sources else None,
     ).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     kept = cast("EmbedderMember", average.module) if config.ema_decay else model
@@ -163,7 +159,7 @@ def _train_member(
             random = np.random.default_rng([seed, iteration])
             chosen, lesions = draw_batch(data, config, random)
             lungs, lesions = augment(torch.from_numpy(data.lungs[chosen]).to(device), torch.from_numpy(lesions).to(device))
-            label, source = (torch.from_numpy(values[chosen]).to(device) for values in (data.labels, data.sources))
+            label = torch.from_numpy(data.labels[chosen]).to(device)
             move = _cropped if config.view == "frame" else _jittered
             box = move(model.box(lungs[:, 1:]), config.jitter)
             for group in optimizer.param_groups:
@@ -172,7 +168,7 @@ def _train_member(
             model.keep_frozen(config.frozen_layers)
             with mixed_precision(device):
                 found = model(lungs, stage.image_size, box)
-            loss = criterion(stage.losses, found.learned, found.features, label, source)
+            loss = criterion(stage.losses, found.learned, found.features, label)
             if config.lesion_weight:
                 in_frame = from_box(found.attention.float(), box, IMAGE_SIZE, IMAGE_SIZE) * (lungs[:, 1:] > 0)
                 loss = loss + config.lesion_weight * attention_on_lesions(in_frame, lesions)
@@ -316,16 +312,9 @@ def _pictures(
     return np.concatenate([images, np.full_like(images, 255)], axis=1)  # the whole frame counts as lung
 
 
-def labels_held(data: TrainingSet) -> Tensor:
-    """`[sources, classes]`: which labels each source holds."""
-    held = torch.zeros(int(data.sources.max()) + 1, len(LABELS), dtype=torch.bool)
-    held[data.sources, data.labels] = True
-    return held
-
-
 def draw_batch(data: TrainingSet, config: EmbedderConfig, random: np.random.Generator) -> tuple[NDArray[np.int64], Images]:
     """Indices of a balanced batch with `lesion_images` more that show drawn lesions, and everyone's lesion mask."""
-    chosen = balanced_batch(data.labels, data.sources, config.images_per_class, config.source_power, random)
+    chosen = balanced_batch(data.labels, config.images_per_class, random)
     count = min(config.lesion_images, len(data.with_lesions))
     drawn = random.choice(len(data.with_lesions), count, replace=False) if count else np.empty(0, np.int64)
     lesions = np.zeros((len(chosen) + count, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
@@ -333,19 +322,12 @@ def draw_batch(data: TrainingSet, config: EmbedderConfig, random: np.random.Gene
     return np.concatenate([chosen, data.with_lesions[drawn]]), lesions
 
 
-def balanced_batch(
-    labels: NDArray[np.int64], sources: NDArray[np.int64], per_class: int, source_power: float, random: np.random.Generator
-) -> NDArray[np.int64]:
-    """Indices of `per_class` images of each class: "a minibatch of size T×N" (section 2.4.1).
-
-    Within a class a source of n images has weight n^source_power; a class with too few images repeats some.
-    """
+def balanced_batch(labels: NDArray[np.int64], per_class: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of `per_class` images of each class: "a minibatch of size T×N" (section 2.4.1); a class with too few repeats some."""
     drawn = []
     for label in np.unique(labels):
         mine = np.flatnonzero(labels == label)
-        _, of_source, sizes = np.unique(sources[mine], return_inverse=True, return_counts=True)
-        weight = sizes[of_source].astype(np.float64) ** (source_power - 1.0)
-        drawn.append(random.choice(mine, per_class, replace=len(mine) < per_class, p=weight / weight.sum()))
+        drawn.append(random.choice(mine, per_class, replace=len(mine) < per_class))
     return np.concatenate(drawn)
 
 

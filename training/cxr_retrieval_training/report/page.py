@@ -161,8 +161,8 @@ def _closer(closer: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             part = closer["attention"][name]
             lines.append(
                 [
-                    f"attention on lesions ({closer['attention']['n']} images), {name.replace('_', ' ')}: hit rate; pixel AUROC",
-                    f"{with_interval(part['hit_rate'], 'mean', 'ci')}; {with_interval(part['pixel_auroc'], 'mean', 'ci')}",
+                    f"attention on lesions ({closer['attention']['n']} images), {name.replace('_', ' ')}: hit rate; pixel AUROC; extent",
+                    "; ".join(with_interval(part[figure], key, "ci") for figure, key in _ATTENTION.items()),
                 ]
             )
     halves = run.get("added_class", {}).get("half_left_out")
@@ -210,6 +210,9 @@ def _lungs_table(segmentation: Mapping[str, Any]) -> str:
         dice = f"**{with_interval(ensemble, 'dice')}**"
         lines.append([reference, str(part["n"]), "**ensemble**", dice, _number(ensemble["dice_least"]), f"{ensemble['hausdorff_95']:.1f}"])
     return table(["masks", "n", "network", "Dice", "least", "HD95"], lines)
+
+
+_ATTENTION: Final = {"hit_rate": "mean", "pixel_auroc": "mean", "extent": "correlation"}
 
 
 def with_interval(part: Mapping[str, Any], key: str, interval: str | None = None) -> str:

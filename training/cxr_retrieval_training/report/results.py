@@ -29,10 +29,10 @@ from cxr_retrieval_training.checkpoints import load_checkpoint, on_device
 from cxr_retrieval_training.config import EmbedderConfig
 from cxr_retrieval_training.data.datasets import Images, load_images, load_lesion_masks
 from cxr_retrieval_training.embedding.embedder import AttentionMapHead, Embedder
-from cxr_retrieval_training.embedding.train_embedder import build_embedder, embed_all, load_embedder
+from cxr_retrieval_training.embedding.train_embedder import SPLITS, build_embedder, embed_all, load_embedder
 from cxr_retrieval_training.report.balance import Described, along_the_dial
 from cxr_retrieval_training.segmentation.lungs import find_lungs
-from cxr_retrieval_training.segmentation.metrics import centre_prior, pixel_auroc, pointing_hit, source_probe
+from cxr_retrieval_training.segmentation.metrics import centre_prior, extent_correlation, pixel_auroc, pointing_hit, source_probe
 
 LARGEST_K: Final = 30
 """Section 3.3.3 looks at k up to 30."""
@@ -285,13 +285,22 @@ _WITHOUT_ANATOMY: Final[Mapping[str, Callable[[Images], Images]]] = {"blanked": 
 def attention_on_lesions(
     network: Embedder, config: EmbedderConfig, manifest: Manifest, segmenter: Path, device: torch.device
 ) -> dict[str, Any] | None:
-    """Pointing game and pixel AUROC inside the lungs on val images with drawn lesions: ours, untrained, and the centre prior."""
-    everything = manifest.select(split="val", labels=LABELS)
-    chosen = [i for i, row in enumerate(everything) if row.fields.get("lesion_mask_path")]
-    if not chosen or not config.attention:
+    """On images with drawn lesions, inside the lungs: pointing game, pixel AUROC, and whether attention covers more where lesions do;
+    of ours, of the untrained network, and of the centre prior.
+
+    On val, and on train as well where no lesion was shown in training.
+    """
+    rows: list[ManifestRow] = []
+    found: list[Images] = []
+    for split in ("val",) if config.lesion_weight else SPLITS:
+        everything = manifest.select(split=split, labels=LABELS)
+        chosen = [i for i, row in enumerate(everything) if row.fields.get("lesion_mask_path")]
+        if chosen and config.attention:
+            rows += [everything[i] for i in chosen]
+            found.append(np.asarray(find_lungs(segmenter, everything, split, device)[chosen]))
+    if not rows:
         return None
-    rows = [everything[i] for i in chosen]
-    lungs = np.asarray(find_lungs(segmenter, everything, "val", device)[chosen])
+    lungs = np.concatenate(found)
     lesions = load_lesion_masks(rows)[:, 0] > 127
     torch.manual_seed(config.seed)
     untrained = build_embedder(config, [member.size for member in network.each()])
@@ -310,6 +319,7 @@ def attention_on_lesions(
         out[name] = {
             "hit_rate": _with_interval(hits, patients),
             "pixel_auroc": _with_interval(auroc[~np.isnan(auroc)], patients[~np.isnan(auroc)]),
+            "extent": extent_correlation(values, lesions, inside, patients),
         }
     out["lesion_share_of_lung"] = float(np.mean([(lesion & mask).sum() / mask.sum() for lesion, mask in zip(lesions, inside, strict=True)]))
     return out

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.stats import ConstantInputWarning, spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
+
+from cxr_retrieval.evaluation.intervals import interval, weights_of
 
 Mask = NDArray[np.bool_]
 
@@ -42,6 +46,28 @@ def pixel_auroc(attention: NDArray[np.floating[Any]], lesions: Mask, inside: Mas
     """How well attention tells lesion from other lung, pixel by pixel; None where the lungs hold only one of them."""
     truth = lesions[inside]
     return float(roc_auc_score(truth, attention[inside])) if truth.any() and not truth.all() else None
+
+
+def extent_correlation(attention: NDArray[np.floating[Any]], lesions: Mask, inside: Mask, patients: NDArray[np.generic]) -> dict[str, Any]:
+    """Whether attention covers more where disease does (Zhong et al. 2020, Fig. 3): over films, Spearman's correlation of the lesions'
+    share of the lungs with the mean attention inside them; −1 to 1, NaN where either is the same in all.
+
+    Args:
+        attention: `[n, h, w]`, as are `lesions` and `inside`, the lungs.
+        patients: Of each film, for the interval over patients.
+    """
+    area = inside.sum(axis=(1, 2))
+    extent, attended = (lesions & inside).sum(axis=(1, 2)) / area, (attention * inside).sum(axis=(1, 2)) / area
+
+    def correlation(which: NDArray[np.int64]) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConstantInputWarning)
+            found: Any = spearmanr(extent[which], attended[which])  # untyped
+        return float(found.statistic)
+
+    weights, films = weights_of(patients), np.arange(len(area))
+    drawn = [] if weights is None else [correlation(np.repeat(films, weight)) for weight in weights.astype(np.int64)]
+    return {"correlation": correlation(films), "ci": interval(np.array(drawn)) if drawn else None}
 
 
 def centre_prior(inside: Mask) -> NDArray[np.float64]:
