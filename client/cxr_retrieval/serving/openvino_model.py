@@ -91,7 +91,7 @@ def _compiled(core: ov.Core, path: Path, precision: dict[str, str]) -> bytes:
     kept = Path(folder) / f"{hashlib.sha256(about + graph).hexdigest()[:32]}.compiled" if folder else None
     if kept and (found := _found(kept)):
         return found
-    model = core.read_model(graph)
+    model = core.read_model(path)  # of bytes, an error would not name the file
     model.reshape({tensor: [1, *list(tensor.get_partial_shape())[1:]] for tensor in model.inputs})
     stream = io.BytesIO()
     core.compile_model(model, "CPU", precision).export_model(stream)
