@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,21 @@ def test_query_and_batch_through_tls_with_certificate_and_token(locked: Locked, 
         stderr=subprocess.PIPE,
         text=True,
     ) as batch:
-        ours = [process.cmdline() for process in (psutil.Process(batch.pid), psutil.Process(locked.served.process.pid))]
+        own = (batch.pid, locked.served.process.pid)
+        ours: list[list[str]] = []
         seen: set[int] = set()
         while batch.poll() is None:
+            with suppress(psutil.Error):
+                ours = [psutil.Process(pid).cmdline() for pid in own]  # anew: what was just started may not be the command yet
             for process in [*tree(batch.pid), *tree(locked.served.process.pid)]:
                 try:
                     command, inherited = process.cmdline(), process.environ()
                 except psutil.Error:
                     continue
                 assert not [word for word in command if "planted" in word]
-                if command not in ours and not Path(command[0]).name.startswith("cxr"):  # nor a fork of ours, about to be another program
+                if (
+                    process.pid not in own and command not in ours and not Path(command[0]).name.startswith("cxr")
+                ):  # nor a fork of ours, about to be another program
                     seen.add(process.pid)
                     assert not [name for name, value in inherited.items() if "planted" in value], command
             time.sleep(0.05)
