@@ -35,21 +35,18 @@ def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     plain = copy.deepcopy(model)
     held = {tensor.name: tensor for tensor in plain.graph.initializer}
     small = {name for name, tensor in held.items() if tensor.data_type in (TensorProto.FLOAT16, TensorProto.INT8)}
-    raised: dict[str, onnx.TensorProto] = {}
+    raised: dict[str, NDArray[np.float32]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in plain.graph.node:
-        first, into = (node.input[0], node.output[0]) if node.op_type in ("Cast", "Div") else ("", "")
-        if node.op_type == "Cast" and first in small:
-            values = numpy_helper.to_array(held[first]).astype(np.float32)
-        elif node.op_type == "Div" and first in raised:
-            values = numpy_helper.to_array(raised[first]) / numpy_helper.to_array(held[node.input[1]])
+        if node.op_type == "Cast" and node.input[0] in small:
+            raised[node.output[0]] = numpy_helper.to_array(held[node.input[0]]).astype(np.float32)
+        elif node.op_type == "Div" and node.input[0] in raised:
+            raised[node.output[0]] = raised[node.input[0]] / numpy_helper.to_array(held[node.input[1]])
         else:
             nodes.append(node)
-            continue
-        raised[into] = numpy_helper.from_array(values, into)
     del plain.graph.node[:]
     plain.graph.node.extend(nodes)
-    plain.graph.initializer.extend(raised.values())
+    plain.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in raised.items())
     _drop_unused(plain.graph)
     return plain
 

@@ -135,9 +135,8 @@ def test_query_and_batch_through_tls_with_certificate_and_token(locked: Locked, 
                 except psutil.Error:
                     continue
                 assert not [word for word in command if "planted" in word]
-                if (
-                    process.pid not in own and command not in ours and not Path(command[0]).name.startswith("cxr")
-                ):  # nor a fork of ours, about to be another program
+                # nor a fork of ours, about to be another program
+                if process.pid not in own and command not in ours and not Path(command[0]).name.startswith("cxr"):
                     seen.add(process.pid)
                     assert not [name for name, value in inherited.items() if "planted" in value], command
             time.sleep(0.05)

@@ -98,7 +98,7 @@ def _compiled(core: ov.Core, path: Path, precision: dict[str, str]) -> bytes:
     made = stream.getvalue()
     if kept:
         try:
-            _keep(kept, hashlib.sha256(made).digest() + made)
+            _store(kept, hashlib.sha256(made).digest() + made)
         except OSError as error:
             pb_utils.Logger.log_warn(f"{kept.parent}: compiled graphs are not kept, so the next start takes as long: {error.strerror}")
     return made
@@ -114,7 +114,7 @@ def _found(path: Path) -> bytes:
     return b""
 
 
-def _keep(path: Path, content: bytes) -> None:
+def _store(path: Path, content: bytes) -> None:
     """Whole or not at all, for two instances may write and read it at once; and forgets what was not used for longest."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

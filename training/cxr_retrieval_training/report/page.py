@@ -17,6 +17,7 @@ from cxr_retrieval_training.report import figures
 from cxr_retrieval_training.report.results import load_run, look_at, report, write_json
 
 _HALVES: Final = ("recall_at_1", "sensitivity", "least_recall_at_1")
+_ATTENTION: Final = {"hit_rate": "mean", "pixel_auroc": "mean", "extent": "correlation"}
 
 
 def write_report(manifest: Manifest, segmenter: Path, folders: Sequence[Path], out: Path, device: torch.device) -> Path:
@@ -210,9 +211,6 @@ def _lungs_table(segmentation: Mapping[str, Any]) -> str:
         dice = f"**{with_interval(ensemble, 'dice')}**"
         lines.append([reference, str(part["n"]), "**ensemble**", dice, _number(ensemble["dice_least"]), f"{ensemble['hausdorff_95']:.1f}"])
     return table(["masks", "n", "network", "Dice", "least", "HD95"], lines)
-
-
-_ATTENTION: Final = {"hit_rate": "mean", "pixel_auroc": "mean", "extent": "correlation"}
 
 
 def with_interval(part: Mapping[str, Any], key: str, interval: str | None = None) -> str:
