@@ -161,7 +161,8 @@ def real_milvus(**settings: object) -> Generator[Any]:
                 gc.collect()
             yield server
         finally:
-            if server.server_proc is not None:  # the package kills what has not ended after a second, and gives up when that takes three more
+            if server.server_proc is not None:
+                # the package kills what has not ended after a second, and gives up when that takes three more
                 server.server_proc.kill()
                 server.server_proc.wait(60)
             server.stop()

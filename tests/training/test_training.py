@@ -285,6 +285,10 @@ def test_init_takes_a_torchvision_state_dict(tmp_path: Path) -> None:
     assert torch.equal(own["f1.5.3.conv3.weight"], source["layer2.3.conv3.weight"])
     assert torch.equal(own["f2.0.5.bn2.running_var"], source["layer3.5.bn2.running_var"])
     assert torch.equal(own["rest.0.2.conv1.weight"], source["layer4.2.conv1.weight"])
+    torch.save({f"module.pre.{key}": value for key, value in source.items()}, tmp_path / "imgsim.pth")
+    within = EmbedderMember(backbone="resnet50")
+    load_resnet50(within, tmp_path / "imgsim.pth")
+    assert torch.equal(within.state_dict()["rest.0.2.conv1.weight"], source["layer4.2.conv1.weight"])
     torch.save({"fc.weight": source["fc.weight"]}, tmp_path / "head.pt")
     with pytest.raises(UsageError, match="not a torchvision ResNet-50"):
         load_resnet50(model, tmp_path / "head.pt")

