@@ -14,7 +14,7 @@ from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, Answer, Journal
 from cxr_retrieval.archive.results import Format, write_table
 from cxr_retrieval.errors import ImageError, SetupError, UsageError
-from cxr_retrieval.radiograph.containers import printable
+from cxr_retrieval.radiograph.files import printable
 
 OPTIONS = {"model_version": "v", "top_k": 10}
 

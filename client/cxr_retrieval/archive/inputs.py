@@ -23,9 +23,8 @@ from typing import Final
 
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, InputError, ManifestError, UsageError
-from cxr_retrieval.radiograph.containers import HEAD_BYTES, is_dicom, is_dicomdir, is_left_out, is_zip, opened, printable
 from cxr_retrieval.radiograph.decoding import FilmReader, Identity
-from cxr_retrieval.radiograph.reading import SUFFIXES
+from cxr_retrieval.radiograph.files import HEAD_BYTES, SUFFIXES, is_dicom, is_dicomdir, is_left_out, is_zip, opened, printable
 
 STDIN: Final = "-"
 INSIDE: Final = "!/"

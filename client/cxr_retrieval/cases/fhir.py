@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from cxr_retrieval.cases.features import FEATURES, Feature
 from cxr_retrieval.errors import InputError, UsageError
-from cxr_retrieval.radiograph.containers import opened, printable
+from cxr_retrieval.radiograph.files import opened, printable
 
 MAX_BYTES: Final = 32 * 2**20
 """Of one bundle."""

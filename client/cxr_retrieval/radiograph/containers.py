@@ -11,16 +11,12 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
-import unicodedata
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, BinaryIO, Final
 
 import pydicom
 from pydicom.dataelem import RawDataElement
@@ -28,10 +24,21 @@ from pydicom.multival import MultiValue
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, SUFFIXES
+from cxr_retrieval.radiograph.files import (
+    HEAD_BYTES,
+    MAX_FILE_BYTES,
+    MAX_NAME,
+    SUFFIXES,
+    Contents,
+    base_name,
+    is_dicom,
+    is_dicomdir,
+    is_left_out,
+    opened,
+    printable,
+    shortened,
+)
 
-HEAD_BYTES: Final = 512
-"""Of a file, by which `is_zip`, `is_dicom` and `is_dicomdir` know it."""
 MAX_MEMBERS: Final = 100_000
 """Entries of a ZIP, records of a DICOMDIR."""
 MAX_RATIO: Final = 200
@@ -40,84 +47,10 @@ MAX_RATIO: Final = 200
 _FREE_BYTES: Final = 2**20
 """What may come out whatever the ratio: costs nothing."""
 _PAGE: Final = 500
-_MAX_NAME: Final = 4096
 _LOCAL_HEADER_BYTES: Final = 30
 _ENCRYPTED: Final = 0x1
 _UTF8: Final = 0x800
 _UNDEFINED_LENGTH: Final = 0xFFFFFFFF
-_DIRECTORY_CLASS: Final = b"\x02\x00\x02\x00UI\x14\x00" + MediaStorageDirectoryStorage.encode()
-"""(0002,0002) Media Storage SOP Class UID as a DICOMDIR has it; the file meta group is always explicit VR little endian (PS3.10 7.1)."""
-_SYSTEM_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
-"""Made by macOS, Synology and Windows; the second holds a thumbnail of every picture."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A page of what a container holds.
-
-    Attributes:
-        kind: What it is.
-        names: Members that can be radiographs, as the ZIP is to be asked for them; or Referenced File IDs, their components joined by "/".
-        problems: Of those that cannot be used, name and reason.
-        rest: Where the next page begins; None after the last.
-    """
-
-    kind: Literal["ZIP", "DICOMDIR"]
-    names: tuple[str, ...]
-    problems: tuple[tuple[str, ImageError], ...]
-    rest: int | None
-
-
-def is_zip(head: bytes) -> bool:
-    """By its first bytes; an empty one counts, too."""
-    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
-
-
-def is_dicom(head: bytes) -> bool:
-    """By the prefix after the preamble (PS3.10 7.1)."""
-    return head[128:132] == b"DICM"
-
-
-def is_dicomdir(head: bytes) -> bool:
-    """By its SOP class."""
-    return is_dicom(head) and _DIRECTORY_CLASS in head
-
-
-def is_left_out(name: str) -> bool:
-    """Files and folders that no search takes up: hidden ones, among them macOS' `._` twins, and what systems keep for themselves."""
-    return (name.startswith(".") and name not in (".", "..")) or name in _SYSTEM_FOLDERS
-
-
-def printable(name: str) -> str:
-    """A name that can be written anywhere: bytes that are no text, controls and marks of direction appear escaped, as in Python."""
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c).startswith("C") else c for c in name)
-
-
-def opened(path: Path) -> BinaryIO:
-    """A regular file, open for reading; a FIFO is not waited for.
-
-    Raises:
-        ImageError: It is none, or cannot be read.
-    """
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
-            kind = next((name for test, name in kinds if test(mode)), "a device")
-            raise ImageError(f"{path.name}: is no file", expected="a regular file", got=kind, next_step="give the path of an image")
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # no wait, if it is a FIFO by now
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> ImageError:
-    """What to say where the system refuses a file."""
-    return ImageError(
-        f"{path.name}: cannot be read",
-        expected="a readable file",
-        got=error.strerror or str(error),
-        next_step="check path and permissions",
-    )
 
 
 def contents_of(path: Path, start: int, shelf: ZipShelf) -> Contents:
@@ -200,7 +133,7 @@ class _OpenedZip:
                 if self._can_be_film(entry):
                     names.append(_name(entry))
             except ImageError as error:
-                problems.append((_short(_name(entry)), error))
+                problems.append((shortened(_name(entry)), error))
         return Contents("ZIP", tuple(names), tuple(problems), end if end < len(self._entries) else None)
 
     def read(self, member: str) -> bytes:
@@ -235,7 +168,7 @@ class _OpenedZip:
         name, at_most = _name(entry), max(MAX_RATIO * entry.compress_size, _FREE_BYTES)
         if self._times[name] > 1:
             raise self._unreadable(name, "several members of that name, of which each program reads another")
-        if "\0" in name or len(name) > _MAX_NAME:
+        if "\0" in name or len(name) > MAX_NAME:
             raise self._unreadable(name, "a name that no file can have")
         if entry.flag_bits & _ENCRYPTED:
             raise self._unreadable(name, "a password is needed")
@@ -278,11 +211,6 @@ class _OpenedZip:
         )
 
 
-def base_name(member: str) -> str:
-    """What to call a member in a message."""
-    return printable(_short(re.split(r"[/\\]", member)[-1]))
-
-
 def _too_large(name: str, got: str) -> ImageError:
     return ImageError(
         f"{base_name(name)}: the file is too large",
@@ -300,10 +228,6 @@ def _name(entry: zipfile.ZipInfo) -> str:
         return entry.orig_filename.encode("cp437").decode()
     except UnicodeError:
         return entry.orig_filename
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _MAX_NAME else f"{name[:100]}… ({sha256(name.encode(errors='replace')).hexdigest()[:16]})"
 
 
 def _referenced(data: bytes, name: str) -> Contents:

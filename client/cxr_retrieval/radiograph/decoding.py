@@ -9,44 +9,34 @@ dies idle breaks the pool (Pebble 5.2, `concurrent.futures`). A worker is no san
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
-import logging
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Literal
 
-import numpy as np
-
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
-from cxr_retrieval.radiograph.containers import Contents, ZipShelf, base_name, contents_of, opened, unreadable
+from cxr_retrieval.radiograph.files import Contents, base_name
 from cxr_retrieval.radiograph.grey import Grey8
-from cxr_retrieval.radiograph.greys import Greys, greys_of
-from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox, pixel_digest
-from cxr_retrieval.radiograph.reading import MAX_FILE_BYTES, MIN_SIDE, read_patient_and_day, read_radiograph
+from cxr_retrieval.radiograph.greys import Greys
+from cxr_retrieval.radiograph.letterbox import Letterbox
 
 _START_S: Final = 120.0
 """Seconds that a worker may take to import its libraries; a fraction of one on an idle machine."""
-_LOG_BYTES: Final = 2**16
-"""What native libraries may print while one file is decoded; also the largest file a worker can write."""
+_WORKER: Final = "cxr_retrieval.radiograph.worker"
+"""Module whose `work` is the life of a worker; not imported here, for it loads every decoder."""
 _END_S: Final = 2.0
 """Seconds that a process may take to be gone once it is dead."""
-_NO_MEMORY: Final = ("bad_alloc", "Unable to allocate", "annot allocate memory")
+NO_MEMORY: Final = ("bad_alloc", "Unable to allocate", "annot allocate memory")
 """What C++, NumPy and C say when memory runs out."""
 _ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class DecodingLimits:
             raise SetupError(
                 "the limits of decoding are out of range",
                 expected="0 workers (one per core) or more, a timeout above 0 s and up to a day, and at least 256 MiB of memory",
-                got=f"{self.workers} workers, {self.timeout_s:g} s, {_size(self.memory_bytes)}",
+                got=f"{self.workers} workers, {self.timeout_s:g} s, {size_of(self.memory_bytes)}",
                 next_step="correct the limits",
             )
 
@@ -149,15 +139,15 @@ class FilmReader:
 
         The future raises what `read` raises; `cancel` works until a worker takes the file up.
         """
-        return self._ask(_Question("film", path.absolute(), member, called=called))
+        return self._ask(Question("film", path.absolute(), member, called=called))
 
     def greys(self, path: Path, member: str | None = None, called: str | None = None) -> Future[Greys]:
         """As `submit`, for the film's own grey values."""
-        return self._ask(_Question("greys", path.absolute(), member, called=called))
+        return self._ask(Question("greys", path.absolute(), member, called=called))
 
     def identity(self, path: Path, member: str | None = None) -> Future[Identity]:
         """Queues the question which file this is. The future raises what `read` raises where it cannot be read."""
-        return self._ask(_Question("identity", path.absolute(), member))
+        return self._ask(Question("identity", path.absolute(), member))
 
     def contents(self, path: Path, start: int = 0) -> Contents:
         """A page of what a ZIP or DICOMDIR holds; the next one begins at `rest`. Waits for it.
@@ -166,9 +156,9 @@ class FilmReader:
             ImageError: It is neither, or damaged, or hostile as a whole.
             SetupError: As `read`.
         """
-        return self._ask(_Question("contents", path.absolute(), start=start)).result()
+        return self._ask(Question("contents", path.absolute(), start=start)).result()
 
-    def _ask(self, question: _Question) -> Future[Any]:
+    def _ask(self, question: Question) -> Future[Any]:
         job = _Job(question, Future())
         with self._lock:
             if self._closed:
@@ -239,7 +229,7 @@ class FilmReader:
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins."""
 
     kind: Literal["film", "greys", "identity", "contents"]
@@ -258,12 +248,12 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Job:
-    question: _Question
+    question: Question
     future: Future[Any]
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
 
     outcome: Film | Greys | Identity | Contents | CxrError
@@ -300,7 +290,7 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def answer(self, question: _Question) -> Film | Greys | Identity | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Contents:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
@@ -350,7 +340,7 @@ class _Worker:
                     work = f"work({theirs.fileno()}, {os.getpid()}, {limits.memory_bytes})"
                     self.process = subprocess.Popen(
                         # It is given where to import from, and no main module: no line of the user's program runs again.
-                        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; from {__name__} import work; {work}"],
+                        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; from {_WORKER} import work; {work}"],
                         stdin=subprocess.DEVNULL,
                         stdout=self._log,
                         stderr=self._log,
@@ -378,7 +368,7 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def answer(self, question: _Question) -> Film | Greys | Identity | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Contents:
         """Sends one question to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
@@ -390,7 +380,7 @@ class _Worker:
         self._log.truncate()
         try:
             self._connection.send(question)
-            answer: _Answer | None = self._connection.recv() if self._connection.poll(self._limits.timeout_s) else None
+            answer: Answer | None = self._connection.recv() if self._connection.poll(self._limits.timeout_s) else None
         except Exception as error:  # it died, or sends whatever its broken memory holds
             raise _WorkerLostError(self._crash(question.name), certain=False) from error
         if answer is None:
@@ -413,7 +403,7 @@ class _Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_END_S)
         code, words = self.process.poll(), self._last_words()
-        if any(sign in words for sign in _NO_MEMORY):
+        if any(sign in words for sign in NO_MEMORY):
             return _too_much_memory(name, self._limits.memory_bytes)
         if code == -signal.SIGKILL and not words:
             words = "SIGKILL, which the kernel sends when the machine has no memory left"
@@ -433,7 +423,8 @@ class _Worker:
         return next((line for line in reversed(lines) if line), "")[:200]
 
 
-def _size(number: int) -> str:
+def size_of(number: int) -> str:
+    """Bytes in words."""
     return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
 
 
@@ -450,7 +441,7 @@ def _closed() -> SetupError:
     return SetupError("the file reader was closed before this file was decoded")
 
 
-def _too_slow(question: _Question, seconds: float) -> ImageError:
+def _too_slow(question: Question, seconds: float) -> ImageError:
     if question.kind in ("identity", "contents"):
         return ImageError(
             f"{question.name}: reading it took longer than {seconds:g} s",
@@ -467,101 +458,7 @@ def _too_slow(question: _Question, seconds: float) -> ImageError:
 
 def _too_much_memory(name: str, limit: int) -> ImageError:
     return ImageError(
-        f"{name}: needs more than {_size(limit)} of memory",
+        f"{name}: needs more than {size_of(limit)} of memory",
         expected="a radiograph that decodes within that",
         next_step="scale the image down or export it again",
     )
-
-
-# ------------------------------------------------------------------------------------------- in the worker process
-
-
-def work(connection: int, parent: int, memory_bytes: int) -> None:
-    """The life of a worker: answers questions that come over a socket until its other end closes.
-
-    Args:
-        connection: File descriptor of the socket.
-        parent: Process that started it, and that it must not outlive.
-        memory_bytes: Address space it may use.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked to be told
-        return
-    for kind, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, _LOG_BYTES),
-        (resource.RLIMIT_CORE, 0),  # a core dump would hold patient data
-    ):
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
-    logging.disable()  # pydicom logs what elements hold
-    letterbox(np.zeros((MIN_SIDE, MIN_SIDE), np.uint8))  # the first of a process is slow
-    shelf = ZipShelf()
-    with Connection(connection) as parent_end, contextlib.suppress(EOFError, OSError):
-        parent_end.send(None)
-        while True:
-            parent_end.send(_answer(parent_end.recv(), shelf))
-
-
-def _answer(question: _Question, shelf: ZipShelf) -> _Answer:
-    try:
-        return _Answer(_outcome(question, shelf))
-    except CxrError as error:
-        return _Answer(error, spent=_ran_out_of_memory(error))
-    except Exception as error:  # decoders raise anything on a damaged file
-        damaged = ImageError(
-            f"{question.name}: the file is damaged",
-            expected="a complete image",
-            got=" ".join(f"{type(error).__name__} {error}".split())[:300],
-            next_step="copy or export the file again",
-        )
-        return _Answer(damaged, spent=_ran_out_of_memory(error))
-
-
-def _outcome(question: _Question, shelf: ZipShelf) -> Film | Greys | Identity | Contents:
-    started = time.monotonic()
-    path, member = question.path, question.member
-    if question.kind == "contents":
-        return contents_of(path, question.start, shelf)
-    data = _bytes(path) if member is None else shelf.zip(path).read(member)
-    if question.kind == "identity":
-        return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
-    radiograph = read_radiograph(data, question.name)
-    if question.kind == "greys":
-        return greys_of(radiograph)
-    square, box = letterbox(radiograph.pixels)
-    return Film(
-        square,
-        box,
-        radiograph.format,
-        radiograph.warnings,
-        radiograph.patient_id,
-        pixels=pixel_digest(square),
-        file=hashlib.sha256(data).hexdigest(),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise ImageError(
-                    f"{path.name}: the file is too large",
-                    expected=f"at most {_size(MAX_FILE_BYTES)}",
-                    got=_size(size),
-                    next_step="give a single radiograph",
-                )
-            return file.read(size)  # and no more: some files of /proc have no size, and no end
-    except OSError as error:  # while it was read
-        raise unreadable(path, error) from error
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
-        return True
-    cause = error.__cause__ or error.__context__
-    return cause is not None and _ran_out_of_memory(cause)

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 PhantomLabel = Literal["control", "non_covid_pneumonia", "covid19"]
 PHANTOM_LABELS: Final[tuple[PhantomLabel, ...]] = ("control", "non_covid_pneumonia", "covid19")
@@ -111,6 +108,10 @@ def write_phantoms(folder: Path, phantoms: Sequence[Phantom], split: str = "trai
 
 def write_dicom(phantom: Phantom, path: Path) -> None:
     """Writes a phantom as a 12-bit MONOCHROME1 Digital X-Ray image with a window, as a detector would (PS3.3 A.26)."""
+    import pydicom  # here, because whoever draws one for a server to look at writes none
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
     dataset = pydicom.Dataset()
     dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
     dataset.SOPInstanceUID = generate_uid(entropy_srcs=[phantom.image_id])

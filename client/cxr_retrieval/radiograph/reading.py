@@ -10,11 +10,6 @@ from cxr_retrieval.radiograph.dicom import patient_and_day, read_dicom
 from cxr_retrieval.radiograph.grey import NEXT_STEP, Radiograph
 from cxr_retrieval.radiograph.raster import read_raster
 
-SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff"})
-"""File name endings that a folder scan picks up (content, not name, decides how a file is read)."""
-
-MAX_FILE_BYTES: Final = 2**30
-"""Bytes; five times what `grey.MAX_PIXELS` of 16 bits need."""
 MIN_SIDE: Final = 64
 """Pixels; a smaller picture holds no lung texture."""
 MAX_ASPECT: Final = 4.0
