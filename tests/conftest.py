@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -157,14 +157,25 @@ def quick_client(quick: Endpoints) -> Iterator[TritonClient]:
 
 
 @pytest.fixture(scope="module")
-def few_repetitions() -> Iterator[None]:
-    """Networks of this process drop islands of a few pixels, by the operators that drop those of 13, but a third as many: of a network that
-    is exported or traced for a test, the others take as long as all the rest. What ships has them all (tests/build/test_published.py).
+def small_networks() -> Iterator[None]:
+    """Networks of this process have every kind of layer, but half as many of them, and drop islands of a few pixels by a sixth of the operators
+    that drop those of 13: training, exporting and tracing one takes half the time. What ships has them all (tests/build/test_published.py).
     """
+    from timm.models import efficientnet
+
+    from cxr_retrieval_training.embedding import embedder
+    from cxr_retrieval_training.imagenet import imagenet_state
     from cxr_retrieval_training.segmentation import segmenter
 
+    whole = {channels: imagenet_state(channels) for channels in (1, 3)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmenter, "_OPENING_RADIUS", 2)
+        built: Any = efficientnet._gen_efficientnet_lite  # pyright: ignore
+        patch.setattr(
+            efficientnet, "_gen_efficientnet_lite", lambda *given, **options: built(*given, **options | {"depth_multiplier": 0.3})
+        )
+        patch.setattr(segmenter, "_OPENING_RADIUS", 1)
+        for module in (embedder, segmenter):
+            patch.setattr(module, "imagenet_state", lambda channels=3: whole[channels])
         yield
 
 

@@ -46,7 +46,7 @@ from cxr_retrieval_training.embedding.train_embedder import build_embedder
 from cxr_retrieval_training.segmentation.segmenter import LungSegmenter
 from tests_support import cosine
 
-pytestmark = pytest.mark.usefixtures("few_repetitions")
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 MEMBERS = ("linknet", "deeplabv3plus")
 Checkpoints = tuple[Path, Path, Path, Path]

@@ -12,7 +12,7 @@ from chaos.run import Plan, World, run_one, world
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[World]:
-    with world(45, ("batch", "ingest")) as made:
+    with world(30, ("batch", "ingest")) as made:
         yield made
     assert made.triton.left_behind() == []
 

@@ -30,6 +30,7 @@ from tritonclient.utils import InferenceServerException
 
 from cxr_retrieval.contract import ENSEMBLE
 from cxr_retrieval.gallery.balance import VECTOR_SIZE
+from cxr_retrieval.locations import cache_folder
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
 from tests_support import ENVIRONMENT, cxr_command
 
@@ -80,10 +81,17 @@ def free_port() -> int:
 
 
 def environment(home: Path, mark: str = "") -> dict[str, str]:
-    """Of a child: its home and its temporary files lie in `home`."""
+    """Of a child: its home and its temporary files lie in `home`; what OpenVINO has compiled is where it is for everyone."""
     temporary = home / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    own = {"HOME": str(home), "TMPDIR": str(temporary), "CXR_PSEUDONYM_KEY": PSEUDONYM_KEY, MARK: mark, "OPENBLAS_NUM_THREADS": "1"}
+    own = {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(cache_folder().parent),
+        "TMPDIR": str(temporary),
+        "CXR_PSEUDONYM_KEY": PSEUDONYM_KEY,
+        MARK: mark,
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     return {name: value for name, value in ENVIRONMENT.items() if name != "CXR_PSEUDONYM_KEY_FILE"} | own
 
 

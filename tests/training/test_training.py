@@ -51,7 +51,7 @@ from cxr_retrieval_training.segmentation.metrics import dice_coefficient
 from cxr_retrieval_training.segmentation.train_segmenter import load_masked, train_segmentation, train_student
 from tests_support import phantoms_to_train_on
 
-pytestmark = pytest.mark.usefixtures("few_repetitions")
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 CPU = torch.device("cpu")
 

@@ -167,27 +167,29 @@ def _trunk(x: Field, y: Field, random: np.random.Generator) -> Field:
 def _middle(x: Field, y: Field, random: np.random.Generator) -> Field:
     """Mediastinum, spine with its discs, heart, aortic knob, hila, trachea."""
     spine = 0.20 * np.exp(-((x / 0.075) ** 2)) * (1 + 0.10 * np.sin(y * 44 + random.uniform(0, 6)))
-    upper = 0.22 * np.exp(-((x / 0.13) ** 4))
+    upper = 0.22 * np.exp(-(((x / 0.13) ** 2) ** 2))
     size = random.uniform(0.92, 1.10)
     heart = 0.34 * _ellipse(x, y, 0.13 * size, 0.30, 0.30 * size, 0.29, 0.35)
     knob = 0.16 * _ellipse(x, y, 0.11, -0.22, 0.085, 0.10, 0)
     hila = sum(0.11 * np.exp(-(((x - s * 0.19) / 0.075) ** 2) - ((y + 0.02 + 0.03 * s) / 0.15) ** 2) for s in (-1, 1))
-    trachea = -0.16 * np.exp(-(((x - 0.01) / 0.04) ** 4)) / (1 + np.exp((y + 0.28) * 22))
+    trachea = -0.16 * np.exp(-((((x - 0.01) / 0.04) ** 2) ** 2)) / (1 + np.exp((y + 0.28) * 22))
     return _blur(spine + upper + heart + knob, 3.0) + hila + trachea
 
 
 def _ribs(x: Field, y: Field, lungs: NDArray[np.bool_], random: np.random.Generator) -> Field:
     total = np.zeros_like(x)
     spacing = random.uniform(0.148, 0.162)
-    cage = np.clip((0.92 - np.abs(x)) / 0.06, 0, 1)
+    u = np.abs(x)
+    cage = np.clip((0.92 - u) / 0.06, 0, 1)
+    arch, flank = 0.10 * np.sin(np.clip(u / 0.5, 0, 1) * np.pi / 2), np.clip(u - 0.30, 0, None) ** 1.5
+    behind, before = np.clip((u - 0.07) / 0.05, 0, 1), np.clip((u - 0.30) / 0.16, 0, 1)
     for rib in range(10):
         start = -0.86 + spacing * rib
-        u = np.abs(x)
-        back = start - 0.10 * np.sin(np.clip(u / 0.5, 0, 1) * np.pi / 2) + (0.20 + 0.02 * rib) * np.clip(u - 0.30, 0, None) ** 1.5 * 2.0
+        back = start - arch + (0.20 + 0.02 * rib) * flank * 2.0
         front = start + 0.34 - 0.30 * (u - 0.25)
-        total += _band(y - back, 0.030) * np.clip((u - 0.07) / 0.05, 0, 1) * 0.105 * cage
+        total += _band(y - back, 0.030) * behind * 0.105 * cage
         if rib < 7:
-            total += _band(y - front, 0.036) * np.clip((u - 0.30) / 0.16, 0, 1) * 0.050 * cage
+            total += _band(y - front, 0.036) * before * 0.050 * cage
     for side in (-1, 1):
         u = side * x
         line = -0.66 + 0.07 * np.sin((u - 0.1) * 4.2) - 0.13 * u
@@ -199,9 +201,12 @@ def _ribs(x: Field, y: Field, lungs: NDArray[np.bool_], random: np.random.Genera
 
 def _band(distance: Field, half: float) -> Field:
     """A flat tube seen from the side: denser at its two cortical edges."""
-    inside = np.clip((half - np.abs(distance)) / 0.008, 0, 1)
-    edge = np.exp(-(((np.abs(distance) - half * 0.8) / 0.009) ** 2))
-    return inside * (0.75 + 0.45 * edge)
+    away = np.abs(distance)
+    tube = np.zeros_like(away)
+    within = away < half
+    away = away[within]
+    tube[within] = np.clip((half - away) / 0.008, 0, 1) * (0.75 + 0.45 * np.exp(-(((away - half * 0.8) / 0.009) ** 2)))
+    return tube
 
 
 def _vessels(x: Field, y: Field, depth: Field, random: np.random.Generator) -> Field:
@@ -246,12 +251,16 @@ def _opacity(
         grade = random.uniform(0.5, 0.75)
         for lung in (right, left):
             edge = 1 - np.clip(_blur(lung.astype(float), 26) * 1.75 - 0.55, 0, 1)  # high near the pleura
+            box = np.ix_(lung.any(axis=1), lung.any(axis=0))
+            inside, near, across, down, uneven = lung[box], edge[box], x[box], y[box], 0.45 * texture[box]
+            added = filled[box]
             for _ in range(int(random.integers(6, 9))):
-                rows, columns = np.nonzero(lung & (edge > 0.35) & (y > random.uniform(-0.5, 0.1)))
+                rows, columns = np.nonzero(inside & (near > 0.35) & (down > random.uniform(-0.5, 0.1)))
                 pick = int(random.integers(len(rows)))
-                cx, cy = x[rows[pick], columns[pick]], y[rows[pick], columns[pick]]
-                patch = 1.1 - np.hypot((x - cx) / random.uniform(0.18, 0.30), (y - cy) / random.uniform(0.22, 0.40)) + 0.45 * texture
-                filled = np.maximum(filled, grade * np.clip(patch * 1.4, 0, 1) * (0.55 + 0.45 * edge) * lung)
+                cx, cy = across[rows[pick], columns[pick]], down[rows[pick], columns[pick]]
+                patch = 1.1 - np.hypot((across - cx) / random.uniform(0.18, 0.30), (down - cy) / random.uniform(0.22, 0.40)) + uneven
+                added = np.maximum(added, grade * np.clip(patch * 1.4, 0, 1) * (0.55 + 0.45 * near) * inside)
+            filled[box] = added
         filled *= 1 + 0.5 * _noise(x.shape, 3, random)
     filled = _blur(np.clip(filled, 0, 1), 3.0)
     return _AIR * depth * filled, (filled > 0.1) & (right | left)
