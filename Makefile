@@ -2,6 +2,9 @@
 PYTHON ?= python3
 SHARED_DATA ?= ../shared/data/cxr-public
 
+# What Python has compiled is kept: tests start commands by the hundred, each of which would compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Of the long forms of tests; a seed of nothing is another one each time.
 SEEDS ?= 1 2 3 4 5
 HARMED ?= 2000
@@ -78,10 +81,9 @@ clean:                          ## remove environments and everything made by de
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
 	@touch $@
 
-# Not compiled: most of its 19,000 modules are never imported, and the others are compiled then.
 .venv-dev/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # What Debian's bare python3 lacks: venv, and libpython as a shared library (Triton's Python backend embeds it).

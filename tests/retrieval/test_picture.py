@@ -129,7 +129,7 @@ def test_colour_bar_is_the_key_to_the_overlay() -> None:
     for percent in (0, 25, 50, 51, 75, 100):
         middle = overlay(grey, lungs, np.full((5, 5), percent / 100, np.float32))[2, 2]
         assert np.abs(bar[1, percent].astype(int) - middle).max() <= 1, percent
-    assert (bar[0, :51] == bar[0, 0]).all(), "up to this film's own average there is no colour"
+    assert (bar[0, :51] == bar[0, 0]).all(), "up to 0.5 there is no colour"
     brightness = bar[0, 51:].astype(int).sum(axis=1)
     assert (np.diff(brightness) >= 0).all(), "and from there it grows, in grey print as well"
 
@@ -200,7 +200,7 @@ def test_page_in_a_browser(result: QueryResult, reader: FilmReader, tmp_path: Pa
     assert "film &lt;1&gt;.png" in text
     assert "<script>" not in text
     assert "http" not in text.replace("http://www.w3.org", "")
-    for words in ("0.5 film&#39;s own average", "where the network looked", "Bright is no proof of disease, and dark no proof of health"):
+    for words in ("0.5 no colour below", "where the network looked", "Bright is no proof of disease, and dark no proof of health"):
         assert words in text
     for fact in ("<dt>white blood cells</dt><dd>11.25 ×10⁹/L</dd>", "<dt>crp</dt><dd>12</dd>", "<dt>notes</dt><dd>x</dd>"):
         assert fact in text, "laboratory values, own columns, notes: all that is known"

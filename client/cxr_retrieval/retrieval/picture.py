@@ -36,10 +36,10 @@ DISCLAIMER: Final = "Research use only. Not for diagnosis."
 _HEAT: Final = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
 """Five anchors of the "inferno" colour map (perceptually uniform, readable in grey)."""
 _NEUTRAL: Final = 0.5
-"""Attention that is each film's own average (`contract.ATTENTION`); what lies below is not coloured."""
+"""Attention that is each film's own average with the default networks (`contract.ATTENTION`); what lies below is not coloured."""
 _OPACITY: Final = 0.6
 _BAR_GREY: Final = 96.0
-_SCALE: Final = ((0.0, "0"), (_NEUTRAL, "0.5 film's own average"), (1.0, "1"))
+_SCALE: Final = ((0.0, "0"), (_NEUTRAL, "0.5 no colour below"), (1.0, "1"))
 """The numbers under the colour bar."""
 _CONTOUR: Final = (64, 224, 208)
 _INK, _MUTED, _PAPER = (232, 236, 241), (150, 160, 172), (18, 22, 28)

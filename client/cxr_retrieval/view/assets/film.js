@@ -1,7 +1,7 @@
 // A film as the viewer draws it: its own grey values through a window, attention and outline over it. Nothing here knows the page.
 
 const SMALLEST = 300_000; // pixels of the coarsest level
-const NEUTRAL = 0.5; // attention that is a film's own average: no colour up to there (retrieval/picture.py)
+const NEUTRAL = 0.5; // attention with no colour up to there (retrieval/picture.py)
 const INFERNO = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 
 /** A film's values, and the same at a half, a quarter …, so that what is drawn costs what the screen has, not what the film has. */
@@ -83,7 +83,7 @@ export function overlaid({ width, height, pixels }) {
   return { colours, outline: outlined(lungs, width, height) };
 }
 
-/** Attention as a colour: RGBA, opaque at 1, none up to the film's own average. */
+/** Attention as a colour: RGBA, opaque at 1, none up to NEUTRAL. */
 export function tint(value) {
   const place = Math.min(value, 1) * (INFERNO.length - 1);
   const below = Math.min(Math.floor(place), INFERNO.length - 2);

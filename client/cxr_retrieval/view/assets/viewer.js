@@ -266,7 +266,7 @@ export function OverlayTools() {
     </label>
     <div class="key">
       <canvas ref=${bar} width="200" height="8" aria-hidden="true"></canvas>
-      <span class="ends"><span>0</span><span>0.5 film’s own average</span><span>1</span></span>
+      <span class="ends"><span>0</span><span>0.5 no colour below</span><span>1</span></span>
       <span class="caution">Where the network looked. Bright is no proof of disease, and dark no proof of health.</span>
     </div>
   </fieldset>`;
