@@ -81,9 +81,10 @@ clean:                          ## remove environments and everything made by de
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
 	@touch $@
 
+# Compiled when imported, as most of its 19,000 modules never are.
 .venv-dev/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # What Debian's bare python3 lacks: venv, and libpython as a shared library (Triton's Python backend embeds it).

@@ -128,7 +128,7 @@ def world(films: int, commands: Sequence[str] = COMMANDS, *, instant: bool = Fal
         stack.enter_context(triton)
         archive = make_archive(folder / "archive", films)
         made = World(folder, archive, triton, port, folder / "gallery.db", write_manifest(folder / "archive.csv", archive))
-        cases = write_manifest(folder / "cases.csv", make_archive(folder / "cases", 30, seed=7, variants=1))
+        cases = write_manifest(folder / "cases.csv", make_archive(folder / "cases", 30, seed=7, variants=3))
         milvus, milvus_port = milvus_service(folder / "milvus", made.gallery)
         with milvus:
             filling = Client.start(

@@ -38,7 +38,7 @@ from cxr_retrieval.settings import MilvusSettings, ThumbnailKind, TritonSettings
 from tests_support import ENVIRONMENT, cxr_command, run_cxr
 from vectors import make_former_gallery
 
-COPIES = 8
+COPIES = 12
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSettings]
 
 @pytest.fixture(scope="module")
 def drawn(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 films of nine phantoms, two of each patient, each a little different; and their manifest."""
+    """108 films of nine phantoms, two of each patient, each a little different; and their manifest."""
     folder = tmp_path_factory.mktemp("drawn")
     lines = ["image_id,path,label,patient_id,source,age"]
     for number, phantom in enumerate(phantoms):
