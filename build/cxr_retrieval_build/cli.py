@@ -120,6 +120,18 @@ def int8(
 
 
 @app.command()
+def outcome(
+    checkpoint: Annotated[Path, typer.Argument(help="outcome.pt of `cxr train outcome`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Write a model of what becomes of patients, with its card, for `cxr serve --outcome`; in production copy it beside the engines."""
+    _require("cxr build outcome", "build", "torch", "onnx", "onnxruntime")
+    from cxr_retrieval_build.outcome import build_outcome
+
+    typer.echo(jsonlib.dumps(build_outcome(checkpoint, out), indent=2))
+
+
+@app.command()
 def engines(
     out: Annotated[
         Path, typer.Argument(help="Folder for the repository with engines; engines that fit are kept, configurations written anew.")

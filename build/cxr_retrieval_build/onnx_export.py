@@ -97,7 +97,20 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path, about: Mapping[str, A
     Raises:
         SetupError: PyTorch exported nothing, a weight does not fit fp16, or the graph lacks a weight.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    model = traced(network, leaf)
+    if about is not None:
+        kept = {key: about[key] for key in DESCRIPTION if key in about}
+        stored = {"checkpoint": kept, "stored_as": stored_as(network, model)}
+        onnx.helper.set_model_props(model, {key: json.dumps(value, sort_keys=True) for key, value in stored.items()})
+    save(with_small_weights(with_own_biases(model)), path)
+
+
+def traced(network: nn.Module, leaf: LeafSpec) -> onnx.ModelProto:
+    """The graph with the contract's names, a dynamic batch dimension and its weights in fp32.
+
+    Raises:
+        SetupError: PyTorch exported nothing.
+    """
     batch = torch.export.Dim("batch", min=1, max=1024)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the exporter remarks on axes that share a name, as ours do
@@ -113,13 +126,13 @@ def export(network: nn.Module, leaf: LeafSpec, path: Path, about: Mapping[str, A
         )
     if program is None:
         raise SetupError(f"{leaf.name}: PyTorch exported nothing", next_step="check the installed torch and onnxscript")
-    model = without_traces(program.model_proto)
-    if about is not None:
-        kept = {key: about[key] for key in DESCRIPTION if key in about}
-        stored = {"checkpoint": kept, "stored_as": stored_as(network, model)}
-        onnx.helper.set_model_props(model, {key: json.dumps(value, sort_keys=True) for key, value in stored.items()})
-    model = with_small_weights(with_own_biases(model))
+    return without_traces(program.model_proto)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Checks a graph and writes it."""
     onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
 
 

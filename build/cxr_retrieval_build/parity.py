@@ -83,7 +83,7 @@ def compare(networks: Mapping[str, nn.Module], repository: Path, images: NDArray
         if graph.name not in networks:
             continue
         inputs = {spec.name: known[spec.name] for spec in graph.leaf.inputs}
-        reference = _torch(networks[graph.name], graph.leaf, inputs)
+        reference = in_torch(networks[graph.name], graph.leaf, inputs)
         for runtime, run in RUNTIMES.items():
             outputs = run(repository / graph.file, inputs, list(reference))
             results += [measure(graph.name, name, runtime, reference[name], outputs[name]) for name in reference]
@@ -126,7 +126,8 @@ def as_report(results: list[Parity]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _torch(network: nn.Module, leaf: LeafSpec, inputs: Arrays) -> Arrays:
+def in_torch(network: nn.Module, leaf: LeafSpec, inputs: Arrays) -> Arrays:
+    """What the network itself answers, by output name."""
     outputs = network(*(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in leaf.inputs))
     return {spec.name: value.numpy() for spec, value in zip(leaf.outputs, outputs, strict=True)}
 

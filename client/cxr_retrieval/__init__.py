@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.calibration import Calibration, Trust
     from cxr_retrieval.retrieval.feedback import Mark, Marked
     from cxr_retrieval.retrieval.gate import Ood
+    from cxr_retrieval.retrieval.outcome import Outcome, OutcomeModel
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
     from cxr_retrieval.retrieval.retriever import Retriever
@@ -82,6 +83,7 @@ _WHERE = {
     "retrieval.calibration": ("Calibration", "Trust"),
     "retrieval.feedback": ("Mark", "Marked"),
     "retrieval.gate": ("Ood",),
+    "retrieval.outcome": ("Outcome", "OutcomeModel"),
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
     "retrieval.retriever": ("Retriever",),
@@ -117,6 +119,8 @@ __all__ = [
     "Neighbour",
     "Ood",
     "Original",
+    "Outcome",
+    "OutcomeModel",
     "PseudonymSettings",
     "Pseudonyms",
     "QueryResult",

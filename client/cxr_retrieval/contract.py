@@ -25,6 +25,13 @@ EMBEDDER: Final = "embedder"
 ATTENTION_MAP_MODEL: Final = "attention_map"
 LEAF_MODELS: Final = (LUNG_SEGMENTATION, EMBEDDER, ATTENTION_MAP_MODEL)
 
+OUTCOME_MODEL: Final = "outcome"
+"""A further model, where one is served: what becomes of patients. It is no step of the ensemble, which costs what it did."""
+OUTCOME_PARTS: Final = ("image", "facts", "both")
+"""Last axis of OUTCOME: what a probability rests on."""
+CARD_PARAMETER: Final = "card"
+"""Key in the outcome model's parameters under which it says, as JSON, what it was trained on and how well it does."""
+
 MODEL_VERSION_PARAMETER: Final = "model_version"
 """Key in the ensemble's `config.pbtxt` parameters under which the server announces its weights."""
 
@@ -81,6 +88,15 @@ class LeafSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def outcome_leaf(facts: int, outcomes: int) -> LeafSpec:
+    """The outcome model's tensors: FEATURES, FACTS and whether each is KNOWN (0 or 1) → OUTCOME, probabilities for each of OUTCOME_PARTS.
+
+    Which facts and outcomes they are, and in what order, its card says.
+    """
+    given = (FEATURES, TensorSpec("FACTS", "FP32", (facts,)), TensorSpec("KNOWN", "FP32", (facts,)))
+    return LeafSpec(OUTCOME_MODEL, given, (TensorSpec("OUTCOME", "FP32", (outcomes, len(OUTCOME_PARTS))),))
 
 
 LEAVES: Final = (

@@ -58,6 +58,7 @@ COMMANDS = (
     "train ablation",
     "train unseen",
     "train gate",
+    "train outcome",
     "train report",
     "train all",
     "build",
@@ -65,6 +66,7 @@ COMMANDS = (
     "build checkpoints",
     "build parity",
     "build int8",
+    "build outcome",
     "build engines",
     "build repository",
 )

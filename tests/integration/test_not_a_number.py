@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,9 @@ def test_model_not_ready(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copytree(tiny, broken)
     (broken / EMBEDDER / "1" / "model.onnx").write_bytes(b"no graph")
 
-    def until_it_gave_up(server: Endpoints, timeout_s: float) -> None:
+    def until_it_gave_up(server: Endpoints, models: Sequence[str], timeout_s: float) -> None:
         with pytest.raises(server_module.SetupError, match="could not load embedder"):
-            real(server, timeout_s)
+            real(server, models, timeout_s)
 
     real = server_module._wait_until_ready  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(server_module, "_wait_until_ready", until_it_gave_up)

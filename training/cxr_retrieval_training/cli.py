@@ -157,6 +157,57 @@ def gate(
 
 
 @app.command()
+@options.with_servers
+def outcome(
+    triton: TritonSettings,
+    manifest: Annotated[Path, typer.Option("--manifest", help="CSV with facts and outcomes; any split but extra.")],
+    out: Annotated[Path, typer.Option(help="Folder for outcome.pt and outcome.md; an interrupted run goes on from there.")],
+    config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "outcome",
+    outcomes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--outcome",
+            metavar="COLUMN",
+            help="What may become of patients, Y or N; may be given several times.",
+            show_default="went_icu, intubated",
+        ),
+    ] = None,
+    fact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="What is known before that; may be given several times.", show_default="of the config"),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Films of this label; may be given several times.", show_default="of the config")
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="HOURS", help="Only what begins so soon after the film counts; column COLUMN_hours says when it did."),
+    ] = None,
+) -> None:
+    """Predict what becomes of patients (intensive care, say) from their films' features and facts, and say how well that can be done.
+
+    The features are those of the embedder as Triton serves it. Then `cxr build outcome` makes a model of it that Triton serves, too.
+    """
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval_training.config import OutcomeConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), OutcomeConfig), read_manifest(manifest)
+    chosen = {name: tuple(given) for name, given in (("facts", fact), ("labels", label)) if given}
+
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval_training.outcome.cases import OUTCOMES
+    from cxr_retrieval_training.outcome.train_outcome import Progress, train_outcome
+
+    with TritonClient(triton) as client, progress_bar() as bar:
+        parts = {name: bar.add_task(name, total=None) for name in ("films", "fits")}
+        told = Progress(
+            lambda name, count: bar.update(parts[name], total=count), lambda name, count: bar.update(parts[name], advance=count)
+        )
+        page = train_outcome(settings.model_copy(update=chosen), rows, client, out, outcomes or OUTCOMES, within, told)
+    typer.echo(page)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of `cxr train embedder`; the first is looked at more closely.")],
     manifest: Manifest,

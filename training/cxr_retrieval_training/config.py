@@ -142,6 +142,26 @@ class EmbedderConfig(_Frozen):
         return self
 
 
+class OutcomeConfig(_Frozen):
+    """`cxr train outcome`."""
+
+    seed: int = 1
+    labels: tuple[str, ...] = ("covid19",)
+    """Films of these take part."""
+    facts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Columns of what is known of a patient before the outcome is."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    trees: PositiveInt = 50
+    depth: Annotated[int, Field(ge=1, le=8)] = 5
+    layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 128)
+    """Widths of the deep part; the cross part has as many layers."""
+    learning_rate: PositiveFloat = 1e-4
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    components: Annotated[int, Field(ge=0)] = 0
+    """So many principal components stand for the features in all but forests; with 0 all 2048 do."""
+
+
 def config_path(name: str) -> Path:
     """A shipped config by name, or a file by path."""
     shipped = CONFIGS / f"{name}.toml"

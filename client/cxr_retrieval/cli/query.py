@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
-from cxr_retrieval.errors import ImageError
+from cxr_retrieval.errors import ImageError, UsageError
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
@@ -45,16 +45,26 @@ def query(
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
     source: options.Source = None,
+    outcome: Annotated[
+        bool, typer.Option("--outcome", help="Also what becomes of such patients, by the outcome model that the server has.")
+    ] = False,
+    fact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="For --outcome, what is known of the patient: age=67, sex=F; may be given several times."),
+    ] = None,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
     """Find the confirmed cases of other patients that look most like one radiograph."""
     from cxr_retrieval.radiograph.decoding import FilmReader
 
+    if fact and not outcome:
+        raise UsageError("--fact without --outcome", expected="an outcome model to tell it to", next_step="add --outcome")
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
         from cxr_retrieval.archive.audit import audited, film_pseudonym
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
+        from cxr_retrieval.retrieval.outcome import OutcomeModel
         from cxr_retrieval.retrieval.picture import write_html, write_montage
         from cxr_retrieval.retrieval.query import query as answer
 
@@ -64,6 +74,7 @@ def query(
             Store(milvus, client.model_version, keys) as store,
             audited(audit.expanduser(), "query", {"model_version": client.model_version, "film": film_pseudonym(image)}) as operation,
         ):
+            model = OutcomeModel.served_by(client) if outcome else None
             result = answer(
                 image,
                 reader,
@@ -78,6 +89,8 @@ def query(
                 error_rate=error_rate,
                 balance=balance,
                 source=source,
+                outcome=model,
+                facts=model.read(fact or []) if model else {},
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:
@@ -118,6 +131,8 @@ def print_result(result: QueryResult, name: str) -> None:
             console.print(Text.assemble(("do not rely on the label: ", "yellow"), result.trust.abstained))
     console.print(_table(result.neighbours, numbered=True))
     console.print(Text(f"of these {len(result.neighbours)} cases: {'; '.join(result.summary.lines())}"), soft_wrap=True)
+    for one in result.outcomes:
+        console.print(Text(one.words()), soft_wrap=True)
     if result.own:
         console.print("earlier films of this patient, or this very picture; not in the vote:", style="bold")
         console.print(_table(result.own, numbered=False))

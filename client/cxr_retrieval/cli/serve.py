@@ -29,6 +29,10 @@ def serve(
     embedder: Annotated[
         Embedder, typer.Option(help="The tuned network, or that of Zhong et al. 2020, where its weights are, with a gallery of its own.")
     ] = Embedder.tuned,
+    outcome: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Serve this model of `cxr build outcome`, too, for `cxr query --outcome`."),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Gallery to serve: a Milvus Lite folder ending in .db.")] = DEFAULT_STORE,
     no_store: Annotated[bool, typer.Option("--no-store", help="Serve no gallery; clients use another Milvus.")] = False,
     host: Annotated[
@@ -87,7 +91,7 @@ def serve(
         console.print(Text.assemble(("warning", "yellow"), f"  {error.what}; {error.expected} would not let them"), soft_wrap=True)
     models = repository or default_repository()
     networks = networks_of(segmentation, embedder)
-    settings = ServerOptions(models, precision, networks, host, grpc_port, http_port, metrics_port, threads, ready_timeout, tls)
+    settings = ServerOptions(models, precision, networks, host, grpc_port, http_port, metrics_port, threads, ready_timeout, tls, outcome)
     chosen = settings.chosen_precision
     try:
         with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from tritonclient.utils import InferenceServerException
 
-from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, TensorSpec
+from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, LeafSpec, TensorSpec
 from cxr_retrieval.errors import (
     AccessError,
     InferenceError,
@@ -142,21 +142,58 @@ class TritonClient:
             InferenceError: Down, failed, deadline exceeded, still overloaded after as long, other weights than before, or an answer of
                 the wrong shape or with NaN.
         """
-        tensor = grpcclient.InferInput(IMAGE.name, list(images.shape), IMAGE.dtype)
-        tensor.set_data_from_numpy(images)
-        wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
-        result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, tensor, wanted, trace)
+        found = self._ask(ENSEMBLE, {IMAGE: images}, outputs, on_overload, trace)
         if time.monotonic() > self._announced_at + TRUSTED_S:
             self.probe()
-        return {output.name: self._checked(output, result.as_numpy(output.name), len(images)) for output in outputs}
+        return found
 
-    def _request(self, tensor: grpcclient.InferInput, wanted: list[grpcclient.InferRequestedOutput], trace: Trace | None) -> Any:
+    def infer_further(self, leaf: LeafSpec, inputs: Sequence[NDArray[np.generic]]) -> Outputs:
+        """Runs a model that is no step of the ensemble on inputs `[n, ...]` in the order of its tensors.
+
+        Raises:
+            InferenceError: As `infer`.
+        """
+        return self._ask(leaf.name, dict(zip(leaf.inputs, inputs, strict=True)), leaf.outputs)
+
+    def parameters(self, model: str) -> Mapping[str, str] | None:
+        """What a model's configuration says under `parameters`; None if no such model is ready.
+
+        Raises:
+            InferenceError: Triton cannot serve.
+        """
+        try:
+            if not self._client.is_model_ready(model, client_timeout=self._settings.timeout_s):
+                return None
+            config: Any = self._client.get_model_config(model, client_timeout=self._settings.timeout_s)
+        except InferenceServerException as error:
+            raise self._translate(error) from error
+        return {key: value.string_value for key, value in config.config.parameters.items()}
+
+    def _ask(
+        self,
+        model: str,
+        inputs: Mapping[TensorSpec, NDArray[np.generic]],
+        outputs: Sequence[TensorSpec],
+        on_overload: Callable[[], None] = lambda: None,
+        trace: Trace | None = None,
+    ) -> Outputs:
+        tensors = [grpcclient.InferInput(spec.name, list(values.shape), spec.dtype) for spec, values in inputs.items()]
+        for tensor, values in zip(tensors, inputs.values(), strict=True):
+            tensor.set_data_from_numpy(values)
+        wanted = [grpcclient.InferRequestedOutput(output.name) for output in outputs]
+        result: Any = self._retried.copy(before_sleep=lambda _: on_overload())(self._request, model, tensors, wanted, trace)
+        count = len(next(iter(inputs.values())))
+        return {output.name: self._checked(output, result.as_numpy(output.name), count) for output in outputs}
+
+    def _request(
+        self, model: str, tensors: list[grpcclient.InferInput], wanted: list[grpcclient.InferRequestedOutput], trace: Trace | None
+    ) -> Any:
         request_id, headers = (trace.trace_id, {"traceparent": trace.traceparent}) if trace else ("", None)
         deadline_s = self._settings.timeout_s
         try:
-            return self._client.infer(ENSEMBLE, [tensor], outputs=wanted, request_id=request_id, headers=headers, client_timeout=deadline_s)
+            return self._client.infer(model, tensors, outputs=wanted, request_id=request_id, headers=headers, client_timeout=deadline_s)
         except InferenceServerException as error:
-            raise self._translate(error) from error
+            raise self._translate(error, model) from error
 
     def embed(self, images: Images) -> NDArray[np.float32]:
         """Embeddings `[n, 64]` of unit length; the attention map is not computed."""
@@ -208,7 +245,7 @@ class TritonClient:
             or "no such model"
         )
 
-    def _translate(self, error: InferenceServerException) -> InferenceError:
+    def _translate(self, error: InferenceServerException, model: str = ENSEMBLE) -> InferenceError:
         """By gRPC status. UNAVAILABLE is what a full queue gives, a failed handshake, and no server at all: then it is asked which."""
         url, status = self._settings.url, _status(error)
         reason = self._settings.without_secrets(" ".join(str(error.message()).split()))[:300]
@@ -236,7 +273,7 @@ class TritonClient:
             )
         if status == "NOT_FOUND":
             return ServerDownError(
-                f"Triton at {url} does not serve {ENSEMBLE} now",
+                f"Triton at {url} does not serve {model} now",
                 expected="all four models loaded",
                 got=reason,
                 next_step="load them, or check its repository",

@@ -40,10 +40,10 @@ class Phantom:
     facts: dict[str, str]
 
 
-def make_phantom(seed: int, label: PhantomLabel) -> Phantom:
+def make_phantom(seed: int, label: PhantomLabel, patches: tuple[int, int] = (6, 8)) -> Phantom:
     """One phantom. Control: clear lungs; non_covid_pneumonia: one consolidation, whose air is gone, so that heart and diaphragm lose
     their edge beside it; covid19: bilateral, peripheral, mostly basal ground-glass, half to three quarters of whose air is gone (the
-    patterns of Jacobi et al. 2020).
+    patterns of Jacobi et al. 2020), in so many `patches` in each lung, from the least to the most.
     """
     random = np.random.default_rng([seed, PHANTOM_LABELS.index(label)])
     site = SITES[int(random.integers(len(SITES)))]
@@ -56,7 +56,7 @@ def make_phantom(seed: int, label: PhantomLabel) -> Phantom:
     right, left, depth = _lungs(x, y, random)
     lungs = right | left
     thickness = _trunk(x, y, random) - _AIR * depth + _middle(x, y, random) + _ribs(x, y, lungs, random) + _vessels(x, y, depth, random)
-    opacity, lesion = _opacity(x, y, right, left, depth, label, random)
+    opacity, lesion = _opacity(x, y, right, left, depth, label, patches, random)
     thickness += opacity
     film = 1 / (1 + np.exp(-(thickness - random.normal(0.62, 0.02)) * random.normal(4.1, 0.25)))
     film += random.normal(0, 0.012, film.shape) * (1.2 - film)
@@ -234,7 +234,14 @@ def _vessels(x: Field, y: Field, depth: Field, random: np.random.Generator) -> F
 
 
 def _opacity(
-    x: Field, y: Field, right: NDArray[np.bool_], left: NDArray[np.bool_], depth: Field, label: PhantomLabel, random: np.random.Generator
+    x: Field,
+    y: Field,
+    right: NDArray[np.bool_],
+    left: NDArray[np.bool_],
+    depth: Field,
+    label: PhantomLabel,
+    patches: tuple[int, int],
+    random: np.random.Generator,
 ) -> tuple[Field, NDArray[np.bool_]]:
     """Added tissue and the exact lesion mask: a share of the air, which fluid takes the place of."""
     filled = np.zeros_like(x)
@@ -254,7 +261,7 @@ def _opacity(
             box = np.ix_(lung.any(axis=1), lung.any(axis=0))
             inside, near, across, down, uneven = lung[box], edge[box], x[box], y[box], 0.45 * texture[box]
             added = filled[box]
-            for _ in range(int(random.integers(6, 9))):
+            for _ in range(int(random.integers(patches[0], patches[1] + 1))):
                 rows, columns = np.nonzero(inside & (near > 0.35) & (down > random.uniform(-0.5, 0.1)))
                 pick = int(random.integers(len(rows)))
                 cx, cy = across[rows[pick], columns[pick]], down[rows[pick], columns[pick]]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_retrieval.contract import ATTENTION_MAP, LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.contract import ATTENTION_MAP, FEATURES, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked, side_by_side
 from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
@@ -24,6 +24,7 @@ from cxr_retrieval.radiograph.letterbox import Letterbox
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, site_sentence, trust
 from cxr_retrieval.retrieval.feedback import MOVED, Led, Mark, Marked, led
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
+from cxr_retrieval.retrieval.outcome import Outcome, OutcomeModel
 from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others, nobodys, own_cases
 from cxr_retrieval.retrieval.site import Site, evidence_of, read_sites
 from cxr_retrieval.retrieval.summary import Summary, summarise
@@ -80,6 +81,7 @@ class QueryResult:
         balance: Of what was learnt against what lungs look like, by which neighbours were found (`gallery/balance.py`).
         marked: Cases that a reader marked, which moved the question; those that are not relevant are none of the neighbours.
         site: The profile of the film's hospital, by which the prediction was made (`retrieval/site.py`); `evidence` for its labels.
+        outcomes: What an outcome model says, if it was asked (`retrieval/outcome.py`); of a refused film nothing.
     """
 
     image_id: str
@@ -96,6 +98,7 @@ class QueryResult:
     marked: tuple[Marked, ...] = ()
     site: Site | None = None
     evidence: Mapping[str, float] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -143,7 +146,9 @@ class QueryResult:
         return fragment(self)
 
     def as_json(self) -> dict[str, Any]:
-        """The published JSON form of a query result; `marked` is there where a reader marked something, `site` where a profile voted."""
+        """The published JSON form of a query result; `marked` is there where a reader marked something, `site` where a profile voted,
+        `outcomes` where an outcome model was asked.
+        """
         marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
         return {
             "image_id": self.image_id,
@@ -163,6 +168,7 @@ class QueryResult:
             "ood": self.ood.as_json(),
             **({"marked": marked} if marked else {}),
             **({"site": {"name": self.site.name, "evidence": dict(self.evidence)}} if self.site else {}),
+            **({"outcomes": {one.name: one.as_json() for one in self.outcomes}} if self.outcomes else {}),
         }
 
 
@@ -192,6 +198,8 @@ def query(
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
     source: str | None = None,
+    outcome: OutcomeModel | None = None,
+    facts: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -211,6 +219,8 @@ def query(
             are not relevant do not come again.
         source: The hospital that the film comes from. If it has a profile (`cxr adapt`), that votes, unless a clause or marks say which
             cases count.
+        outcome: Also say what it does of this film (`OutcomeModel.served_by`).
+        facts: What is known of the patient, for it (`OutcomeModel.read`).
 
     Raises:
         ImageError: The file is unusable.
@@ -235,6 +245,8 @@ def query(
         balance=balance,
         marks=marks,
         source=source,
+        outcome=outcome,
+        facts=facts,
         timings_ms={"read": read_ms},
     )
 
@@ -253,13 +265,19 @@ def query_film(
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
     source: str | None = None,
+    outcome: OutcomeModel | None = None,
+    facts: Mapping[str, float] = MappingProxyType({}),
     timings_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """As `query`, of a film that has been read; `timings_ms`: what that took."""
     checked(balance)
     timings = dict(timings_ms)
     with _timed(timings, "infer"):
-        outputs = triton.infer(film.square[None, None], WANTED)
+        outputs = triton.infer(film.square[None, None], WANTED if outcome is None else (*WANTED, FEATURES))
+    likely = None
+    if outcome is not None:
+        with _timed(timings, "outcome"):
+            likely = outcome.predict(triton, np.asarray(outputs[FEATURES.name][0], np.float32), facts)
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings, marks)
     (result,) = answer(
         [asked],
@@ -275,7 +293,9 @@ def query_film(
     )
     if isinstance(result, UsageError):
         raise result
-    return result
+    if likely is None or outcome is None or result.ood.refused:
+        return result
+    return replace(result, outcomes=outcome.told(likely, result.neighbours, known=bool(facts)))
 
 
 def answer(

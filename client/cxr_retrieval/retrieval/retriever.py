@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
@@ -15,6 +15,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.feedback import Mark
+from cxr_retrieval.retrieval.outcome import OutcomeModel
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
@@ -75,6 +76,8 @@ class Retriever:
         balance: float = DEFAULT_BALANCE,
         marks: Sequence[Mark] = (),
         source: str | None = None,
+        outcome: OutcomeModel | None = None,
+        facts: Mapping[str, float] = MappingProxyType({}),
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -92,6 +95,8 @@ class Retriever:
             balance=balance,
             marks=marks,
             source=source,
+            outcome=outcome,
+            facts=facts,
         )
 
     def picture(self, result: QueryResult) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER
+from cxr_retrieval.contract import CARD_PARAMETER, ENSEMBLE, LEAF_MODELS, LUNG_SEGMENTATION, MODEL_VERSION_PARAMETER, OUTCOME_MODEL
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.choices import Networks, Precision, graph_path
 
@@ -105,6 +105,32 @@ def derive_embedded(repository: Path, target: Path, precision: Precision, networ
     ensemble = announce(read_config(repository / ENSEMBLE), networks)
     ensemble.ensemble_scheduling.ClearField("max_inflight_requests")  # the embedded Triton 2.51 does not know it
     write_config(target / ENSEMBLE, ensemble)
+
+
+def derive_outcome(outcome: Path, repository: Path, target: Path, networks: Networks, threads: int) -> None:
+    """Writes the embedded form of an outcome model, a folder of `cxr build outcome`, under `target`.
+
+    Raises:
+        SetupError: No such folder, a model without a card, or one trained on the features of other weights than those served.
+    """
+    expected = "a folder that `cxr build outcome` wrote: config.pbtxt, CARD.md, 1/model.onnx"
+    onnx = outcome / "1" / "model.onnx"
+    absent = [path.relative_to(outcome).as_posix() for path in (outcome / "config.pbtxt", outcome / "CARD.md", onnx) if not path.is_file()]
+    if absent:
+        raise SetupError(f"{outcome}: no {', '.join(absent)}", expected=expected, next_step="correct --outcome")
+    config = read_config(outcome)
+    if config.name != OUTCOME_MODEL or not config.parameters[CARD_PARAMETER].string_value:
+        raise SetupError(f"{outcome}: no outcome model with a card", expected=expected, next_step="build it anew with `cxr build outcome`")
+    trained, served = config.parameters[MODEL_VERSION_PARAMETER].string_value, model_version(repository, networks)
+    if trained != served:
+        raise SetupError(
+            f"{outcome}: trained on features of other weights",
+            expected=served,
+            got=trained,
+            next_step="serve those, or train it anew with `cxr train outcome`",
+        )
+    write_config(target / OUTCOME_MODEL, embedded_leaf(config, onnx.resolve(), Precision.fp32, threads))
+    shutil.copyfile(_BACKEND_MODEL, target / OUTCOME_MODEL / "1" / "model.py")
 
 
 def embedded_leaf(production: ModelConfig, onnx: Path, precision: Precision, threads: int) -> ModelConfig:

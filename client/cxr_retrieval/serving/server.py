@@ -16,20 +16,20 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
+from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, OUTCOME_MODEL
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.interruption import uninterrupted
 from cxr_retrieval.locations import cache_folder
 from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
 from cxr_retrieval.serving.choices import Networks, Precision, resolve
-from cxr_retrieval.serving.repository import derive_embedded
+from cxr_retrieval.serving.repository import derive_embedded, derive_outcome
 from cxr_retrieval.settings import Tls
 
 _SHM: Final = Path("/dev/shm")  # noqa: S108 (where Linux shows POSIX shared memory)
@@ -51,6 +51,8 @@ instead of Popen's `preexec_fn`: between fork and exec of a process with threads
 class ServerOptions:
     """Where and how the embedded Triton runs. A port of 0 means any free one.
 
+    `outcome`: folder of an outcome model that is served, too.
+
     `tls` encrypts gRPC; with a `ca`, every client must show a certificate. HTTP and metrics, for which Triton has no TLS, then stay on
     127.0.0.1.
     """
@@ -65,6 +67,7 @@ class ServerOptions:
     threads: int = 0
     ready_timeout_s: float = 120.0
     tls: Tls | None = None
+    outcome: Path | None = None
 
     @property
     def plain_host(self) -> str:
@@ -135,7 +138,8 @@ def _triton(options: ServerOptions) -> Generator[Endpoints]:
     try:
         with uninterrupted():
             endpoints = _started(options, stack)
-        _wait_until_ready(endpoints, options.ready_timeout_s)
+        further = () if options.outcome is None else (OUTCOME_MODEL,)
+        _wait_until_ready(endpoints, (*LEAF_MODELS, *further, ENSEMBLE), options.ready_timeout_s)
         yield endpoints
     finally:
         with uninterrupted():  # half a clean-up, as half a start, would leave a server or its memory behind
@@ -149,6 +153,8 @@ def _started(options: ServerOptions, stack: ExitStack) -> Endpoints:
     stack.callback(_remove_shared_memory, prefix)
     threads = options.threads or len(os.sched_getaffinity(0))
     derive_embedded(options.repository, work / "models", options.chosen_precision, options.networks, threads)
+    if options.outcome is not None:
+        derive_outcome(options.outcome, options.repository, work / "models", options.networks, threads)
     binary, environment = _install_backend(work)
     log = stack.enter_context((work / "triton.log").open("wb"))
     process = subprocess.Popen(
@@ -301,10 +307,9 @@ def _python_library_folder(version: str) -> list[str]:
     return []
 
 
-def _wait_until_ready(server: Endpoints, timeout_s: float) -> None:
+def _wait_until_ready(server: Endpoints, models: Sequence[str], timeout_s: float) -> None:
     """Asks over HTTP, which is on this machine and unencrypted whatever gRPC is."""
     deadline = time.monotonic() + timeout_s
-    models = (*LEAF_MODELS, ENSEMBLE)
     while True:
         if server.process.poll() is not None:
             # Triton 2.51 can crash over a model that fails its warm-up; its log still says which one and why.
