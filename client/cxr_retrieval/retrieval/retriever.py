@@ -18,7 +18,7 @@ from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,6 +75,7 @@ class Retriever:
         balance: float = DEFAULT_BALANCE,
         marks: Sequence[Mark] = (),
         source: str | None = None,
+        method: Method = Method.nearest,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -92,6 +93,7 @@ class Retriever:
             balance=balance,
             marks=marks,
             source=source,
+            method=method,
         )
 
     def picture(self, result: QueryResult) -> Image.Image:
