@@ -86,6 +86,9 @@ def test_a_gallery_is_clustered_asked_and_forgotten(tmp_path: Path, film: Path, 
     said = run_cxr(*ask, "--method", "cluster")
     assert re.search(r"0\.\d{4} +covid19 +\d: 7\d of \d\d covid19", said.stdout), said.stdout
     assert CONFINED in " ".join(said.stdout.split())
+    stored = run_cxr("ingest", film, "--label", "control", "--no-gate", "--triton", quick.grpc, *reach)
+    assert "1 of the cases are in no cluster. Next: `cxr cluster --new`" in stored.stderr
+    assert "1 new cases put into 1 of 3 clusters" in run_cxr("cluster", "--new", *reach).stdout
     assert "has forgotten its clusters" in run_cxr("cluster", "--undo", *reach).stdout
     log = [line for line in entries(tmp_path / "audit.jsonl") if line["action"] == "cluster"]
     assert len(log) >= 4, "begun and ended"

@@ -22,7 +22,7 @@ from cxr_retrieval.archive.watching import Expected, Settled
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.aliases import PREFIX
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, comparable
-from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, DEFAULT_SEEDS, communities, graph
+from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, DEFAULT_SEEDS, communities, graph, library
 from cxr_retrieval.gallery.projection import Nearest
 from cxr_retrieval.gallery.store import CLUSTERS, Store
 from cxr_retrieval.retrieval.clusters import Clustering, Growing, as_text, clustered, require
@@ -69,6 +69,7 @@ def find_clusters(
         SetupError: scikit-network is not installed.
         StoreError: Milvus cannot serve.
     """
+    library()  # what is missing is said before the work begins
     store.refuse_without_clusters()
     keys, labels, vectors = patience.until("milvus", lambda: _cases(store), probe=store.probe)
     if len(keys) <= k:
@@ -134,6 +135,9 @@ class Added:
 def add_new(store: Store, patience: Patience, advance: Advance = lambda _: None, *, dry_run: bool = False) -> Added:
     """Puts the cases that are in no cluster, in order of key, each into the one that gains most weighted modularity by its edges to the `k`
     nearest cases that are in one by then. No other case changes.
+
+    Args:
+        dry_run: Write nothing; then no case draws one that comes after it.
 
     Raises:
         UsageError: The gallery has no clusters.

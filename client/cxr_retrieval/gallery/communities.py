@@ -55,9 +55,9 @@ def graph(count: int, cases: Integers, others: Integers, similarities: Floats) -
         similarities: `[e]`, in [−1, 1].
 
     Raises:
-        SetupError: scikit-network is not installed, nor then SciPy.
+        SetupError: As `library`.
     """
-    sparse, _ = _library()
+    sparse, _ = library()
     meant = (similarities > 0) & (cases != others)
     one_way = sparse.coo_array((similarities[meant], (cases[meant], others[meant])), shape=(count, count)).tocsr()
     return one_way.maximum(one_way.T).tocsr()
@@ -114,7 +114,7 @@ def adjusted_rand(one: Integers, other: Integers) -> float:
 
 def between(weights: Any, of: Integers) -> Any:
     """Weights of all edges between communities, CSR `[c, c]`; within one they count twice, on the diagonal."""
-    sparse, _ = _library()
+    sparse, _ = library()
     edges = weights.tocoo()
     size = int(of.max(initial=-1)) + 1
     return sparse.coo_array((edges.data, (of[edges.row], of[edges.col])), shape=(size, size)).tocsr()
@@ -123,7 +123,7 @@ def between(weights: Any, of: Integers) -> Any:
 def _louvain(weights: Any, seed: int) -> Integers:
     if not weights.nnz:
         return np.arange(weights.shape[0])
-    sparse, louvain = _library()
+    sparse, louvain = library()
     method = louvain(
         modularity="newman",
         tol_optimization=_TOLERANCE,
@@ -151,7 +151,12 @@ def _pairs(counts: Sequence[int] | Integers) -> float:
     return float((sizes * (sizes - 1) / 2).sum())
 
 
-def _library() -> tuple[Any, Any]:
+def library() -> tuple[Any, Any]:
+    """SciPy's sparse arrays and scikit-network's Louvain, loaded when they are first needed.
+
+    Raises:
+        SetupError: scikit-network is not installed.
+    """
     try:
         from scipy import sparse
         from sknetwork.clustering import Louvain

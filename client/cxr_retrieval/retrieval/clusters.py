@@ -20,6 +20,7 @@ Where we read the paper so, or deviate:
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -190,10 +191,13 @@ def closest(weights: Mapping[int, float], clustering: Clustering, used: Iterable
     total = clustering.weight + own
     strengths = [cluster.strength + weights.get(number, 0.0) for number, cluster in enumerate(clusters)]
     strength = own + sum(strengths[number] for number in region)
+    edges = defaultdict(float, weights)
+    for one in region:
+        for number, weight in clusters[one].touching.items():
+            edges[number] += weight
 
     def gained(number: int) -> float:
-        edges = weights.get(number, 0.0) + sum(clusters[one].touching.get(number, 0.0) for one in region)
-        return gain(edges, strength, strengths[number], total)
+        return gain(edges[number], strength, strengths[number], total)
 
     return max((number for number in range(len(clusters)) if number not in region), key=lambda one: (gained(one), -one), default=None)
 
@@ -222,6 +226,8 @@ def grown(
     strength = sum(edges.values())
     region: list[Neighbour] = []
     used: list[int] = []
+    if everything is not None:
+        top_k = min(top_k, len(everything))
     while len(region) < top_k and (number := closest(edges, clustering, used)) is not None:
         missing, total = top_k - len(region), clustering.weight + strength
         if everything is None:
