@@ -2,10 +2,12 @@
 
     PYTHONPATH=tests python tests/benchmark/clusters.py [SIZE...]
     PYTHONPATH=tests python tests/benchmark/clusters.py --real FOLDER MANIFEST
+    PYTHONPATH=tests python tests/benchmark/clusters.py --gallery lite|server SIZE...
 
-Everything runs in this process, on one thread: numpy compares with all, FAISS's HNSW (with the parameters of a gallery on a Milvus server)
+In the first two forms everything runs in this process, on one thread: numpy compares with all, FAISS's HNSW (with the parameters of a gallery on a Milvus server)
 finds the nearest, and `retrieval/clusters.py` grows the regions, asking both as it would ask Milvus. The second form takes real vectors,
-`vectors-train.npz` as the gallery and `vectors-val.npz` as the queries, with `label|raw_finding` of a manifest as label sets.
+`vectors-train.npz` as the gallery and `vectors-val.npz` as the queries, with `label|raw_finding` of a manifest as label sets. The third
+puts the mixture into a gallery on Milvus Lite or a Milvus server, clusters it as `cxr cluster` does, and asks for ten cases of each query.
 """
 
 from __future__ import annotations
@@ -13,23 +15,31 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import networkx as nx
 import numpy as np
+from galleries import milvus_server, synthetic_entries
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from cxr_retrieval.archive.clustering import find_clusters, keep_clusters
+from cxr_retrieval.archive.patience import Patience
+from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.evaluation.gains import SEPARATOR, Gains, gains, label_sets
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, Communities, communities, graph, modularity
 from cxr_retrieval.gallery.projection import Nearest
-from cxr_retrieval.gallery.store import Case, Neighbour
+from cxr_retrieval.gallery.store import Case, Clause, Neighbour, Store, within
 from cxr_retrieval.retrieval.clusters import Clustering, clustered, grown, hits_wanted
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
 from vectors import with_unit_parts
 
 K: Final = 50
@@ -61,21 +71,24 @@ class World:
 
 
 def mixture(count: int, seed: int = 0) -> World:
-    """Cases of 60 label sets of one to three findings out of 13: a finding is a direction, a set the sum of its findings and one of its own."""
+    """As `drawn` has them, compared at the default balance."""
+    vectors, labels = drawn(count + QUERIES, seed)
+    alike, patients = comparable(vectors, DEFAULT_BALANCE), [str(number) for number in range(len(labels))]
+    return World(alike[:count], labels[:count], patients[:count], alike[count:], labels[count:], patients[count:])
+
+
+def drawn(count: int, seed: int = 0) -> tuple[Vectors, list[str]]:
+    """Vectors `[count, 120]` and label sets: cases of 60 label sets of one to three findings out of 13: a finding is a direction, a set the sum of its findings and one of its own."""
     fixed = np.random.default_rng(1)
     directions = fixed.normal(size=(len(_LABELS), VECTOR_SIZE))
     sets = [fixed.choice(len(_LABELS), fixed.integers(1, 4), replace=False) for _ in range(_SETS)]
     centres = np.array([directions[list(one)].mean(axis=0) for one in sets]) + 0.5 * fixed.normal(size=(_SETS, VECTOR_SIZE))
     names = [SEPARATOR.join(_LABELS[number] for number in sorted(one)) for one in sets]
     random = np.random.default_rng((seed, count))
-    of = random.integers(_SETS, size=count + QUERIES)
-    drawn = np.concatenate(
-        [_noisy(centres[of[start : start + 50_000]], random) for start in range(0, len(of), 50_000)]  # a million at once would be 1 GB
-    )
-    told = np.where(random.random(len(of)) < _STRAY, random.integers(_SETS, size=len(of)), of)
-    labels, patients = [names[one] for one in told], [str(number) for number in range(len(of))]
-    alike = comparable(drawn, DEFAULT_BALANCE)
-    return World(alike[:count], labels[:count], patients[:count], alike[count:], labels[count:], patients[count:])
+    of = random.integers(_SETS, size=count)
+    parts = [_noisy(centres[of[start : start + 50_000]], random) for start in range(0, count, 50_000)]  # a million at once would be 1 GB
+    told = np.where(random.random(count) < _STRAY, random.integers(_SETS, size=count), of)
+    return np.concatenate(parts), [names[one] for one in told]
 
 
 def _noisy(centres: NDArray[np.float64], random: np.random.Generator) -> Vectors:
@@ -247,6 +260,45 @@ def measured(world: World) -> None:
         print(_line(name, told, asked.compared / len(answers), statistics.median(times), float(recall)), flush=True)
 
 
+def in_gallery(kind: str, size: int) -> None:
+    """Prints how long clustering a gallery takes, and a query by the nearest and by clusters, as the store is asked."""
+    with (
+        tempfile.TemporaryDirectory(prefix="cxr-bench-") as folder,
+        milvus_server() if kind == "server" else nullcontext((f"{folder}/gallery.db", 0)) as (uri, _),
+        open_pseudonyms(PseudonymSettings(Path(folder) / "pseudonym.key"), create=True) as pseudonyms,
+        Store(MilvusSettings(uri), "clusters", pseudonyms, create=True) as store,
+    ):
+        vectors, _ = drawn(size + QUERIES)
+        for start in range(0, size, 5000):
+            part = vectors[start : min(start + 5000, size)]
+            store.upsert(synthetic_entries(start, len(part), pseudonyms), [""] * len(part), part)
+        store.publish()
+        patience = Patience(threading.Event(), 0)
+        started = time.perf_counter()
+        found = find_clusters(store, patience)
+        assert found is not None
+        found_s, started = time.perf_counter() - started, time.perf_counter()
+        keep_clusters(store, found, patience)
+        kept_s, clustering = time.perf_counter() - started, found.clustering
+        times: dict[str, list[float]] = {"nearest": [], "clusters": []}
+        for query in vectors[size : size + QUERIES // 2]:
+
+            def search(limit: int, among: str | None = None, query: Vectors = query) -> Sequence[Neighbour]:
+                return store.search(query, limit, within(Clause("", ""), among) if among else "")
+
+            for name, times_of in times.items():
+                begun = time.perf_counter()
+                hits = search(12 if name == "nearest" else hits_wanted(clustering, 10))
+                if name == "clusters":
+                    grown(hits, search, clustering, 10, lambda _: False)
+                times_of.append(1000 * (time.perf_counter() - begun))
+    told = ", ".join(f"{name} {statistics.median(some):.1f} ms, p95 {np.percentile(some, 95):.1f} ms" for name, some in times.items())
+    print(
+        f"{kind}, {size} cases: {len(clustering.clusters)} clusters found in {found_s:.1f} s, written in {kept_s:.1f} s; {told}; "
+        f"modularity {max(clustering.modularities):.3f}, {clustering.stability}"
+    )
+
+
 def _greedy(weights: Any) -> None:
     started = time.perf_counter()
     parts = nx.community.greedy_modularity_communities(nx.from_scipy_sparse_array(weights), weight="weight")
@@ -266,7 +318,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("sizes", nargs="*", type=int)
     parser.add_argument("--real", nargs=2, type=Path, metavar=("FOLDER", "MANIFEST"))
+    parser.add_argument("--gallery", choices=["lite", "server"])
     given = parser.parse_args()
+    if given.gallery:
+        for size in given.sizes or [10_000]:
+            in_gallery(given.gallery, size)
+        return
     with threadpool_limits(1):
         if given.real:
             measured(real(*given.real))

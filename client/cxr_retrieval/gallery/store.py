@@ -678,11 +678,11 @@ class Store:
         ]
         return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
 
-    def nearest(self, vectors: NDArray[np.float32], k: int, labels_of: str = "") -> list[list[Near]]:
+    def nearest(self, vectors: NDArray[np.float32], k: int, run: str = "") -> list[list[Near]]:
         """Of each vector `[n, 120]` the `k` nearest cases, nearest first, and of these no more than a graph needs.
 
         Args:
-            labels_of: Only cases in clusters of this run (`Clustering.run`).
+            run: Only cases in clusters of this one (`Clustering.run`).
 
         Raises:
             StoreError: The search failed.
@@ -696,7 +696,7 @@ class Store:
                 data=asked.tolist(),
                 anns_field="embedding",
                 limit=k,
-                filter=f'{_CLUSTER} like "{labels_of}:%"' if labels_of else "",
+                filter=f'{_CLUSTER} like "{run}:%"' if run else "",
                 output_fields=fields,
                 search_params=self._search_params(k),
                 consistency_level="Session",
@@ -822,10 +822,8 @@ class Store:
 
     def _fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """With the words of its notes where this gallery keeps them, and without elsewhere; with its cluster likewise."""
-        absent = {WORDS_FIELD}
-        if not self._nullable or not self.has_clusters:
-            absent |= {name for name in NO_CLUSTER if not self.has_clusters or row.get(name) is None}
-        values = {name: value for name, value in row.items() if name not in absent}
+        unplaced = {name for name in NO_CLUSTER if not self.has_clusters or (not self._nullable and row.get(name) is None)}
+        values = {name: value for name, value in row.items() if name != WORDS_FIELD and name not in unplaced}
         return with_words(values) if self._has_words else values
 
 
