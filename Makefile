@@ -13,7 +13,7 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed notebook clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -52,6 +52,9 @@ lint: .venv-dev/.installed      ## style, types and layers
 bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our service, what people would write instead
 	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/bench.py
 
+cluster-speed: .venv-dev/.installed ## what clusters give and cost beside nearest neighbours, up to a million cases; an hour
+	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/clusters.py 1000 10000 100000 1000000
+
 # The page has no build step: these files are what npm has, but for the names by which they import each other.
 VENDORED = client/cxr_retrieval/view/assets/vendor
 vendor:                         ## the page's libraries anew from npm, in the versions that NOTICE.md names
@@ -78,7 +81,7 @@ clean:                          ## remove environments and everything made by de
 
 .venv/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map,cluster]'
 	@touch $@
 
 # Compiled when imported, as most of its 19,000 modules never are.

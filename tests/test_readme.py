@@ -47,13 +47,14 @@ def test_own_cases(student_server: Endpoints, phantom_manifest: Path, tmp_path: 
 def test_every_make_target_named_exists() -> None:
     """As code: `make X`, or a line that begins with it at a prompt."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    text = README + "".join((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/performance.md"))
+    text = README + "".join((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/performance.md", "docs/clusters.md"))
     named = set(re.findall(r"(?:`|^\$ )make ([a-z-]+)", text, re.MULTILINE))
     assert {"demo", "test", "bench"} <= named <= targets
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CHANGELOG.md", "docs/results.md", "docs/performance.md", "docs/history.md", "docs/privacy.md"]
+    "document",
+    ["README.md", "CHANGELOG.md", "docs/results.md", "docs/performance.md", "docs/history.md", "docs/privacy.md", "docs/clusters.md"],
 )
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.retriever import Retriever
     from cxr_retrieval.retrieval.summary import Summary, summarise
     from cxr_retrieval.retrieval.voting import Vote, weighted_vote
-    from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, Tls, TritonSettings
+    from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, ThumbnailKind, Tls, TritonSettings
 
 __version__ = _version("cxr-retrieval")
 
@@ -89,7 +89,7 @@ _WHERE = {
     "retrieval.retriever": ("Retriever",),
     "retrieval.summary": ("Summary", "summarise"),
     "retrieval.voting": ("Vote", "weighted_vote"),
-    "settings": ("MilvusSettings", "PseudonymSettings", "ThumbnailKind", "Tls", "TritonSettings"),
+    "settings": ("Method", "MilvusSettings", "PseudonymSettings", "ThumbnailKind", "Tls", "TritonSettings"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -115,6 +115,7 @@ __all__ = [
     "ManifestRow",
     "Mark",
     "Marked",
+    "Method",
     "MilvusSettings",
     "Neighbour",
     "Ood",

@@ -270,6 +270,13 @@ class ThumbnailKind(str, Enum):
     full = "full"
 
 
+class Method(str, Enum):
+    """How the cases of an answer are found: the nearest of all, or those of the closest clusters (`retrieval/clusters.py`)."""
+
+    nearest = "nearest"
+    cluster = "cluster"
+
+
 class LogFormat(str, Enum):
     """Of what a command says on stderr."""
 

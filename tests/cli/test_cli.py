@@ -44,6 +44,7 @@ COMMANDS = (
     "gallery use",
     "calibrate",
     "adapt",
+    "cluster",
     "reindex",
     "audit",
     "audit verify",

@@ -40,6 +40,7 @@ from cxr_retrieval.gallery.completion import Counted, Snapshot, Spread
 from cxr_retrieval.gallery.filters import Dialect, for_milvus
 from cxr_retrieval.gallery.store import (
     CALIBRATION,
+    CLUSTERS,
     UPSERT_BYTES,
     UPSERT_ROWS,
     Clause,
@@ -52,9 +53,11 @@ from cxr_retrieval.gallery.store import (
     make_entry,
     remove_cases,
     understood,
+    within,
 )
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
+from cxr_retrieval.retrieval.clusters import MOST_CLUSTERS, TOUCHING, Cluster, Clustering, as_text, read_clustering
 from cxr_retrieval.serving.server import embedded_milvus
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
 from tests_support import KEY_FILE, dashboard_metrics
@@ -131,6 +134,24 @@ def release(settings: MilvusSettings) -> None:
         from milvus_lite.server_manager import server_manager_instance
 
         server_manager_instance.release_server(settings.uri)
+
+
+def make_gallery_without(settings: MilvusSettings, version: str, pseudonyms: Pseudonyms, absent: set[str]) -> None:
+    """An empty one as it was made before there were these fields."""
+    with Store(settings, version, pseudonyms, create=True) as store:
+        about, name = store._client.describe_collection(store.collection), store.collection  # pyright: ignore[reportPrivateUsage]
+    client = MilvusClient(settings.uri)
+    client.drop_collection(name)
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    for field in about["fields"]:
+        if field["name"] not in absent:
+            primary = {"is_primary": True} if field["name"] == "key" else {}
+            schema.add_field(field["name"], field["type"], nullable=bool(field.get("nullable")), **primary, **field["params"])
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
+    client.create_collection(name, schema=schema, index_params=index, properties=about["properties"])
+    client.close()
+    release(settings)
 
 
 def digests(n: int) -> list[str]:
@@ -351,20 +372,7 @@ def test_a_snapshot_describes_what_the_gallery_holds(snapshot: Snapshot) -> None
 def test_a_gallery_without_words_of_notes_still_answers(tmp_path: Path, entries: list[Entry], pseudonyms: Pseudonyms) -> None:
     """As galleries were made before there was --text: they are read, written, and carried over into one that has them."""
     settings = MilvusSettings(str(tmp_path / "gallery.db"))
-    with Store(settings, "older", pseudonyms, create=True) as store:
-        about = store._client.describe_collection(store.collection)  # pyright: ignore[reportPrivateUsage]
-    client = MilvusClient(settings.uri)
-    client.drop_collection("cxr_older")
-    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-    for field in about["fields"]:
-        if field["name"] != WORDS_FIELD:
-            primary = {"is_primary": True} if field["name"] == "key" else {}
-            schema.add_field(field["name"], field["type"], nullable=bool(field.get("nullable")), **primary, **field["params"])
-    index = client.prepare_index_params()
-    index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
-    client.create_collection("cxr_older", schema=schema, index_params=index, properties=about["properties"])
-    client.close()
-    release(settings)
+    make_gallery_without(settings, "older", pseudonyms, {WORDS_FIELD})
     with Store(settings, "older", pseudonyms, create=True) as older:
         older.upsert(entries, digests(5), vectors(5))
         clause = older.clause("age > 30", "first")
@@ -401,6 +409,86 @@ def test_upsert_replaces_the_whole_row(settings: MilvusSettings, entries: list[E
         assert store.count() == 5
         case = store.search(vectors(5)[0], 1)[0].case
     assert (case.label, dict(case.metadata)) == ("control", {})
+
+
+def test_a_cluster_is_a_field_that_only_another_picture_loses(
+    settings: MilvusSettings, entries: list[Entry], manifest: Manifest, pseudonyms: Pseudonyms
+) -> None:
+    """Whether the row that is upserted tells all fields (Lite would keep what it omits, a server would not)."""
+    stored = vectors(5)
+    keys = [entry.key for entry in entries]
+    of = {key: (f"0a1b2c3d:{number % 2}", 1.5 + number) for number, key in enumerate(keys[:4])}
+    by_key = dict(zip(keys, stored, strict=True))
+
+    def facts(store: Store) -> dict[str, Any]:
+        rows = {str(row["key"]): row for row in store.rows(["*"])}
+        return {key: {name: row[name] for name in row if name not in ("cluster", "strength")} for key, row in rows.items()}
+
+    with Store(settings, "in_clusters", pseudonyms, create=True) as store:
+        store.upsert(entries, digests(5), stored)
+        store.refuse_without_clusters()
+        before = facts(store)
+        assert dict(store.assigned()) == dict.fromkeys(keys)
+        assert store.assign(of, by_key) == 4
+        assert store.assign(of, by_key) == 0, "it stands there"
+        assert store.assign({keys[4]: ("0a1b2c3d:0", 1.0)}, {keys[4]: stored[0]}) == 0, "of another picture"
+        assert facts(store) == before
+        assert dict(store.assigned()) == {key: of[key][0] if key in of else None for key in keys}
+        hits = store.search(stored[0], 5)
+        assert {hit.case.key: (hit.case.cluster, hit.case.strength) for hit in hits} == {**of, keys[4]: (None, 0.0)}
+        assert store.count() == 5
+
+        inside = store.search(stored[0], 5, within(Clause("", ""), "0a1b2c3d:0"))
+        assert [hit.case.key for hit in inside] == [hit.case.key for hit in hits if hit.case.cluster == "0a1b2c3d:0"]
+        both = store.search(stored[0], 5, within(store.clause('sex == "F"'), "0a1b2c3d:0"))
+        assert {hit.case.image_id for hit in both} == {"a", "c"}
+        near = store.nearest(stored, 5)
+        assert [one.key for one in near[0]] == [hit.case.key for hit in hits]
+        assert [one.similarity for one in near[0]] == pytest.approx([hit.similarity for hit in hits], abs=1e-5)
+        assert [one.cluster for one in near[0]] == [hit.case.cluster for hit in hits]
+        assert {one.key for one in store.nearest(stored, 5, "0a1b2c3d")[1]} == set(keys[:4])
+        assert store.nearest(stored[:1], 5, "ffffffff") == [[]]
+
+        row = manifest.rows[0]
+        other = make_entry(
+            type(row)(row.folder, row.image_id, row.path, "control", row.patient_id, row.source, row.split, {}), "new", pseudonyms
+        )
+        store.correct([other], digests(1))
+        corrected = store.search(stored[0], 1)[0].case
+        assert (corrected.label, dict(corrected.metadata), corrected.cluster) == ("control", {}, of[keys[0]][0])
+        assert np.allclose(store.embeddings(keys[:1])[keys[0]], stored[0])
+        store.upsert([other], digests(1), vectors(5, 1)[:1])
+        replaced = store.search(vectors(5, 1)[0], 1)[0].case
+        assert (replaced.key, replaced.cluster, replaced.strength) == (keys[0], None, 0.0)
+
+
+def test_what_is_kept_of_two_thousand_clusters_fits(settings: MilvusSettings, pseudonyms: Pseudonyms) -> None:
+    touching = dict.fromkeys(range(TOUCHING), 1234.56789)
+    one = Cluster(99_999, 123456.789, 1.23456789, {"control": 50_000, "covid19": 40_000, "non_covid_pneumonia": 9_999}, touching)
+    text = as_text(Clustering("0a1b2c3d", "v", 10, 1234567.89, (one,) * MOST_CLUSTERS, (0.9,) * 5, {"mean": 0.9, "least": 0.8}, {}))
+    with Store(settings, "many_clusters", pseudonyms, create=True) as store:
+        store.keep({CLUSTERS: text})
+    with Store(settings, "many_clusters", pseudonyms) as store:
+        assert store.clusters == text
+        assert len(read_clustering(text).clusters) == MOST_CLUSTERS
+
+
+def test_a_gallery_of_before_there_were_clusters_still_answers(tmp_path: Path, entries: list[Entry], pseudonyms: Pseudonyms) -> None:
+    """It cannot be clustered as it is; exported and imported it can."""
+    settings = MilvusSettings(str(tmp_path / "gallery.db"))
+    make_gallery_without(settings, "older", pseudonyms, {"cluster", "strength"})
+    with Store(settings, "older", pseudonyms) as older:
+        older.upsert(entries, digests(5), vectors(5))
+        older.correct(entries[:1], digests(1))
+        assert older.search(vectors(5)[0], 1)[0].case.cluster is None
+        assert older.nearest(vectors(5), 2)[0][0].cluster is None
+        with pytest.raises(UsageError, match=r"before there were clusters.*`cxr gallery export` it, `cxr gallery drop cxr_older`"):
+            older.refuse_without_clusters()
+        with Store(settings, "newer", pseudonyms, create=True, beside=older) as newer:
+            newer.put(list(older.rows(["*"])))
+            assert newer.assign({entries[0].key: ("0a1b2c3d:0", 1.0)}, newer.embeddings([entries[0].key])) == 1
+            older.put(list(newer.rows(["*"])))
+        assert older.count() == 5
 
 
 def test_what_is_held_and_count_see_fresh_rows(store: Store, entries: list[Entry]) -> None:

@@ -303,8 +303,7 @@ class _Gallery:
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
         self._noted({entry.key: "corrected" for entry in entries})
-        vectors = self._store.embeddings([entry.key for entry in entries])
-        self._store.upsert(entries, [held[entry.key].pixels for entry in entries], [vectors[entry.key] for entry in entries])
+        self._store.correct(entries, [held[entry.key].pixels for entry in entries])
 
     def keep(self, seen: Sequence[Seen[_NewCase]]) -> tuple[int, list[Problem]]:
         problems: list[Problem] = []

@@ -33,7 +33,7 @@ from cxr_retrieval.evaluation.metrics import LabelledSet, comparable_patients
 from cxr_retrieval.evaluation.versions import compare
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
-from cxr_retrieval.gallery.store import FORMER_SIZE, Held, Store
+from cxr_retrieval.gallery.store import FORMER_SIZE, NO_CLUSTER, Held, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
@@ -267,7 +267,7 @@ class _NewGallery:
 
     def _put(self, rows: Sequence[tuple[Row, NDArray[np.float32]]]) -> None:
         self._written |= {str(row["key"]) for row, _ in rows}
-        self._new.put([{**row, "embedding": vector.tolist()} for row, vector in rows])
+        self._new.put([{**row, "embedding": vector.tolist(), **NO_CLUSTER} for row, vector in rows])
 
     def remove_what_has_gone(self) -> int:
         """A case that left the former gallery must not stay here because it was read before that; nor is it missing here.

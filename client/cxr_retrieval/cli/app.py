@@ -17,6 +17,7 @@ from cxr_retrieval.cli.adapt import adapt
 from cxr_retrieval.cli.audit import app as audit_app
 from cxr_retrieval.cli.batch import batch
 from cxr_retrieval.cli.calibrate import calibrate
+from cxr_retrieval.cli.cluster import cluster
 from cxr_retrieval.cli.demo import demo
 from cxr_retrieval.cli.evaluate import evaluate
 from cxr_retrieval.cli.gallery import app as gallery_app
@@ -38,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, adapt, reindex, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, adapt, cluster, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

@@ -144,7 +144,7 @@ def export_(
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
-    """Back a gallery up: every case, the calibration and the profiles of sites, in one file. Queries and ingests may go on."""
+    """Back a gallery up: every case, calibration, profiles of sites and clusters, in one file. Queries and ingests may go on."""
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version

@@ -110,6 +110,7 @@ def ingest(
         total = store.count()
         of = {source, *(row.source for row in chosen or ())}
         profiled = [name for name in sorted(read_sites(store.sites)) if name in of] if report.stored else []
+        unplaced = report.stored if store.clusters else 0
         version, collection = client.model_version, store.collection
     if seen.speaks:
         print_problems(report.problems)
@@ -149,6 +150,8 @@ def ingest(
         )
     for name in profiled:
         seen.tell(f"the profile of {name} was learnt without these cases. Next: `cxr adapt --source {name}` with its films again")
+    if unplaced:
+        seen.tell(f"{unplaced} of the cases are in no cluster. Next: `cxr cluster --new`")
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
         seen.tell(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
     if report.pending:

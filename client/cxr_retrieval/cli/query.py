@@ -13,10 +13,11 @@ from rich.text import Text
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
 from cxr_retrieval.errors import ImageError, UsageError
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.gallery.store import Neighbour
+    from cxr_retrieval.retrieval.clusters import Clustering
     from cxr_retrieval.retrieval.query import QueryResult
 
 
@@ -45,6 +46,9 @@ def query(
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
     source: options.Source = None,
+    method: Annotated[
+        Method, typer.Option(help="nearest: the nearest of all cases; cluster: those of the closest clusters that `cxr cluster` has made.")
+    ] = Method.nearest,
     outcome: Annotated[
         bool, typer.Option("--outcome", help="Also what becomes of such patients, by the outcome model that the server has.")
     ] = False,
@@ -89,6 +93,7 @@ def query(
                 error_rate=error_rate,
                 balance=balance,
                 source=source,
+                method=method,
                 outcome=model,
                 facts=model.read(fact or []) if model else {},
             )
@@ -129,7 +134,7 @@ def print_result(result: QueryResult, name: str) -> None:
             console.print(f"labels at an error rate of {result.trust.error_rate:g}: {', '.join(result.trust.labels) or 'none'}")
         if result.trust.abstained:
             console.print(Text.assemble(("do not rely on the label: ", "yellow"), result.trust.abstained))
-    console.print(_table(result.neighbours, numbered=True))
+    console.print(_table(result.neighbours, numbered=True, clustering=result.clustering))
     console.print(Text(f"of these {len(result.neighbours)} cases: {'; '.join(result.summary.lines())}"), soft_wrap=True)
     for one in result.outcomes:
         console.print(Text(one.words()), soft_wrap=True)
@@ -142,14 +147,26 @@ def print_result(result: QueryResult, name: str) -> None:
     console.print(f"{timings}. Model {result.model_version}, balance {result.balance:g}. {DISCLAIMER}", style="dim")
 
 
-def _table(hits: Sequence[Neighbour], *, numbered: bool) -> Table:
+def _table(hits: Sequence[Neighbour], *, numbered: bool, clustering: Clustering | None = None) -> Table:
     from cxr_retrieval.retrieval.picture import facts_line
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("rank", "image", "similarity", "label"):
         table.add_column(name, no_wrap=True)
+    if clustering is not None:
+        table.add_column("cluster")
     table.add_column("clinical facts")
     for rank, hit in enumerate(hits, start=1):
         shown = (str(rank) if numbered else "–", hit.case.image_id, f"{hit.similarity:.4f}", hit.case.label)
-        table.add_row(*shown, facts_line(hit.case.metadata))
+        table.add_row(*shown, *_cluster(hit, clustering), facts_line(hit.case.metadata))
     return table
+
+
+def _cluster(hit: Neighbour, clustering: Clustering | None) -> tuple[str, ...]:
+    """What is said of a case's cluster, such as "3: 41 of 52 covid19"; nothing where it is not asked for."""
+    number = None if clustering is None else clustering.number(hit.case.cluster)
+    if clustering is None or number is None:
+        return ()
+    cluster = clustering.clusters[number]
+    label, count = next(iter(cluster.labels.items()))
+    return (f"{number}: {count} of {cluster.cases} {label}",)

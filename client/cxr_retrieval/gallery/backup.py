@@ -2,9 +2,9 @@
 
 A column for each described field (vectors as lists of a fixed size, JSON as text), and `$meta` for what a server without nullable fields
 keeps beside them; thumbnails, if asked for, in two columns more. The file says which model version its embeddings come from, under which
-key its pseudonyms were made, what else the gallery keeps (its calibration, profiles of sites), how many rows it has, and the SHA-256 of
-all of that with all rows in order; where that does not fit, it is refused before the first row is stored. Rows pass in pages: memory
-stays flat.
+key its pseudonyms were made, what else the gallery keeps (its calibration, profiles of sites, clusters), how many rows it has, and the
+SHA-256 of all of that with all rows in order; where that does not fit, it is refused before the first row is stored. Rows pass in pages:
+memory stays flat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.balance import VECTOR_SIZE
-from cxr_retrieval.gallery.store import KEPT, Store
+from cxr_retrieval.gallery.store import CLUSTERS, KEPT, NO_CLUSTER, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
@@ -162,8 +162,8 @@ def import_gallery(
 ) -> Sequence[str]:
     """Stores the rows of a file in the gallery of their own model version.
 
-    Safe to repeat: rows are stored by their keys. What the file does not hold stays as it is, and so do a calibration and profiles of sites
-    that the gallery has: they were measured on it.
+    Safe to repeat: rows are stored by their keys. What the file does not hold stays as it is, and so do a calibration, profiles of
+    sites and clusters that the gallery has: they were measured on it.
 
     Args:
         checked: What `read_backup` found in it.
@@ -212,7 +212,8 @@ def import_gallery(
             store.put([_as_row(row, checked.fields, here, store, path) for row in page])
             store.keep_thumbnails([_thumbnail(row) for row in page if row[_THUMBNAIL] is not None])
             advance(len(page))
-        taken = {name: text for name, text in checked.kept.items() if name not in store.kept}
+        room = KEPT.keys() - store.kept.keys() - (set() if store.has_clusters else {CLUSTERS})
+        taken = {name: text for name, text in checked.kept.items() if name in room}
         store.keep(taken)
         store.publish()
     return sorted(taken)
@@ -253,7 +254,7 @@ def _as_row(
     known |= json.loads(columns[_META] or "{}")
     if store.takes_any_field:
         return known
-    unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD})  # which `put` makes where there is room for them
+    unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD, *NO_CLUSTER})  # which `put` makes where there is room for them
     if unknown:
         raise UsageError(
             f"{path}: holds fields that {store.collection} lacks",

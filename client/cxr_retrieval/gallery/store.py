@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ from cxr_retrieval.gallery.aliases import (
     point,
     the_gallery,
 )
-from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, likeness, weighed
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, VECTOR_SIZE, likeness, weighed
 from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, constant, items, printed
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
@@ -77,7 +78,9 @@ CALIBRATION: Final = "cxr.calibration"
 """Property with the gallery's own calibration as text; "" or missing: it has none."""
 SITES: Final = "cxr.sites"
 """The same with the profiles of sites."""
-KEPT: Final = {CALIBRATION: "calibration", SITES: "profiles of sites"}
+CLUSTERS: Final = "cxr.clusters"
+"""The same with what is known of its clusters (`retrieval/clusters.py`)."""
+KEPT: Final = {CALIBRATION: "calibration", SITES: "profiles of sites", CLUSTERS: "clusters"}
 """What it may keep so, in words."""
 
 _NAMED: Final = {
@@ -91,6 +94,10 @@ _NAMED: Final = {
 }
 """Text fields of our own, each with its greatest length in bytes of UTF-8, as Milvus counts."""
 _OPTIONAL: Final = frozenset({"patient_id", "source", "split"})
+_CLUSTER: Final = "cluster"
+_STRENGTH: Final = "strength"
+NO_CLUSTER: Final[Mapping[str, None]] = {_CLUSTER: None, _STRENGTH: None}
+"""Fields of a case that is in no cluster."""
 FILTER_FIELDS: Final[Mapping[str, Kind]] = {
     "key": "text",
     "image_id": "id",
@@ -119,6 +126,7 @@ class Case:
         metadata: The clinical facts that are known.
         file: Keyed digest of the file's bytes (`Pseudonyms.digest`).
         pixels: The same of the 256×256 picture.
+        cluster: The label of its cluster (`retrieval/clusters.py`), and `strength`, the weight of its edges; None: it is in none.
     """
 
     key: str
@@ -132,6 +140,8 @@ class Case:
     file: str
     pixels: str
     member: str | None = None
+    cluster: str | None = None
+    strength: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,14 @@ class Neighbour:
     similarity: float
     semantic: float
     visual: float
+
+
+class Near(NamedTuple):
+    """A case that is near another: its key, the label of its cluster (None: it is in none), and their similarity at the default balance."""
+
+    key: str
+    cluster: str | None
+    similarity: float
 
 
 @dataclass(frozen=True)
@@ -242,6 +260,8 @@ class Store:
 
     Attributes:
         vector_size: Numbers of a case's vector: 120, or 64 of the former layout.
+        has_clusters: Whether its cases have a field for their cluster.
+        has_index: Whether it is searched by an index; Milvus Lite compares with every case.
         kept: Texts that the gallery keeps beside its cases, as they were when opened: property (one of `KEPT`) → text, without empty ones.
 
     Args:
@@ -291,6 +311,7 @@ class Store:
             with translated(settings):
                 self._nullable = has_nullable(self._client)
                 self._lite = is_lite(self._client)
+                self.has_index = not self._lite
                 if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
                         others = gallery_names(self._client, self._settings.timeout_s)
@@ -355,6 +376,11 @@ class Store:
         """The profiles of sites that it keeps, as text (`retrieval/site.py`), likewise."""
         return self.kept.get(SITES, "")
 
+    @property
+    def clusters(self) -> str:
+        """What it keeps of its clusters, as text (`retrieval/clusters.py`), likewise."""
+        return self.kept.get(CLUSTERS, "")
+
     def keep(self, texts: Mapping[str, str]) -> None:
         """Keeps texts with the gallery under these properties (of `KEPT`), in the place of those it had; "": none.
 
@@ -403,6 +429,57 @@ class Store:
         with translated(self._settings):
             for some in by_bytes(rows):
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
+
+    def correct(self, entries: Sequence[Entry], pixels: Sequence[str]) -> None:
+        """Stores other facts of cases whose pictures are the ones stored: their vectors, and their clusters, stay."""
+        fields = ["embedding", *(NO_CLUSTER if self.has_clusters else ())]
+        held = {row["key"]: row for row in self._rows_of([entry.key for entry in entries], fields)}
+        self.pseudonyms.remember([entry.original for entry in entries])
+        rows = [
+            self._row(entry, picture, np.array(held[entry.key]["embedding"], np.float32))
+            | {name: held[entry.key].get(name) for name in NO_CLUSTER}
+            for entry, picture in zip(entries, pixels, strict=True)
+        ]
+        self.put(rows)
+
+    def assign(self, clusters: Mapping[str, tuple[str, float]], vectors: Mapping[str, NDArray[np.float32]]) -> int:
+        """Puts cases into clusters; all else that is stored of them stays. A case that is there already, or has gone, or is another
+        picture's by now, is left as it is.
+
+        Args:
+            clusters: Key → label of its cluster (`retrieval/clusters.py`), and its strength.
+            vectors: Key → the vector by which it belongs there.
+
+        Returns:
+            How many were put there.
+        """
+        rows = self.rows_of(list(clusters))
+        other: list[dict[str, Any]] = []
+        for key, row in rows.items():
+            label, strength = clusters[key]
+            stands = row.get(_CLUSTER) == label and row.get(_STRENGTH) == strength
+            if not stands and np.array_equal(np.array(row["embedding"], np.float32), vectors[key]):
+                other.append({**row, _CLUSTER: label, _STRENGTH: strength})
+        self.put(other)
+        return len(other)
+
+    def assigned(self) -> Iterator[tuple[str, str | None]]:
+        """Of every case its key, and the label of its cluster, if it is in one."""
+        return ((str(row["key"]), row.get(_CLUSTER)) for row in self.rows(["key", *([_CLUSTER] if self.has_clusters else ())]))
+
+    def refuse_without_clusters(self) -> None:
+        """Whether cases can be put into clusters.
+
+        Raises:
+            UsageError: The gallery was made before there were any.
+        """
+        if not self.has_clusters:
+            raise UsageError(
+                f"collection {self.collection} was made before there were clusters",
+                expected=f"a field {_CLUSTER} of each case",
+                got="none",
+                next_step=f"`cxr gallery export` it, `cxr gallery drop {self.collection}`, and `cxr gallery import` it",
+            )
 
     def keep_thumbnails(self, thumbnails: Sequence[Thumbnail]) -> None:
         """Keeps pictures of cases, in a collection that all model versions share."""
@@ -586,7 +663,7 @@ class Store:
                     limit=top_k,
                     filter=clause.asked,
                     output_fields=["*"],
-                    search_params={"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}},
+                    search_params=self._search_params(top_k),
                     consistency_level="Session",
                     timeout=self._settings.timeout_s,
                 )
@@ -600,6 +677,35 @@ class Store:
             for vector, hits in zip(vectors, found, strict=True)
         ]
         return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
+
+    def nearest(self, vectors: NDArray[np.float32], k: int, run: str = "") -> list[list[Near]]:
+        """Of each vector `[n, 120]` the `k` nearest cases, nearest first, and of these no more than a graph needs.
+
+        Args:
+            run: Only cases in clusters of this one (`Clustering.run`).
+
+        Raises:
+            StoreError: The search failed.
+        """
+        asked = weighed(vectors, DEFAULT_BALANCE)
+        lengths = np.linalg.norm(asked, axis=1) * math.sqrt(len(PARTS))  # Milvus tells the cosine; a stored vector is as long as its parts
+        fields = ["key", *([_CLUSTER] if self.has_clusters else ())]
+        with translated(self._settings):
+            answers = self._client.search(
+                self.collection,
+                data=asked.tolist(),
+                anns_field="embedding",
+                limit=k,
+                filter=f'{_CLUSTER} like "{run}:%"' if run else "",
+                output_fields=fields,
+                search_params=self._search_params(k),
+                consistency_level="Session",
+                timeout=self._settings.timeout_s,
+            )
+        return [
+            [Near(hit["entity"]["key"], hit["entity"].get(_CLUSTER), float(length * hit["distance"])) for hit in hits]
+            for length, hits in zip(lengths, answers, strict=True)
+        ]
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
         """The whole gallery: cases and vectors `[n, 120]`, ordered by key; for exact evaluation."""
@@ -621,6 +727,9 @@ class Store:
             _remove_orphans(self._client, self._settings, gone)
         return gone
 
+    def _search_params(self, top_k: int) -> dict[str, Any]:
+        return {"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}}
+
     def _create(self) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
         schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
@@ -635,6 +744,8 @@ class Store:
             for name, kind in CLINICAL_FIELDS.items():
                 length = {"max_length": MAX_TEXT} if kind == "text" else {}
                 schema.add_field(name, _MILVUS_TYPES[kind], nullable=True, **length)
+            schema.add_field(_CLUSTER, DataType.VARCHAR, max_length=32, nullable=True)
+            schema.add_field(_STRENGTH, DataType.DOUBLE, nullable=True)
             schema.add_field(
                 WORDS_FIELD,
                 DataType.VARCHAR,
@@ -690,6 +801,7 @@ class Store:
         _refuse_another_key(about, self.pseudonyms)
         self.vector_size = got
         self._has_words = WORDS_FIELD in fields  # galleries made before there was --text have not
+        self.has_clusters = not self._nullable or _CLUSTER in fields  # nor those made before there was `cxr cluster`
         properties = about.get("properties", {})
         self.kept: Mapping[str, str] = {name: str(properties[name]) for name in KEPT if properties.get(name)}
 
@@ -705,18 +817,25 @@ class Store:
             "pixels": pixels,
         }
         optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
-        values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional}
+        values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional, **NO_CLUSTER}
         return self._fitting(values if self._nullable else {name: value for name, value in values.items() if value is not None})
 
     def _fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """With the words of its notes where this gallery keeps them, and without elsewhere."""
-        values = {name: value for name, value in row.items() if name != WORDS_FIELD}
+        """With the words of its notes where this gallery keeps them, and without elsewhere; with its cluster likewise."""
+        unplaced = {name for name in NO_CLUSTER if not self.has_clusters or (not self._nullable and row.get(name) is None)}
+        values = {name: value for name, value in row.items() if name != WORDS_FIELD and name not in unplaced}
         return with_words(values) if self._has_words else values
 
 
 def of_label(label: str) -> Clause:
     """A clause made ready that cases of one label meet, and no others."""
     return Clause("", f"label == {constant(label)}")
+
+
+def within(clause: Clause, cluster: str) -> Clause:
+    """The same of the cases of one cluster, by its label."""
+    inside = f"{_CLUSTER} == {constant(cluster)}"
+    return Clause(clause.given, f"({clause.asked}) and {inside}" if clause.asked else inside)
 
 
 def list_collections(settings: MilvusSettings) -> dict[str, str]:
@@ -942,4 +1061,6 @@ def _case(row: Mapping[str, Any], original: Original | None) -> Case:
         row["file"],
         row["pixels"],
         original.member if original else None,
+        row.get(_CLUSTER),
+        row.get(_STRENGTH) or 0.0,
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from cxr_retrieval.contract import ATTENTION_MAP, FEATURES, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked, side_by_side
-from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store
+from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store, within
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
 from cxr_retrieval.radiograph.letterbox import Letterbox
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Trust, ballot_of, percent, sentence, site_sentence, trust
+from cxr_retrieval.retrieval.clusters import CONFINED, Clustering, Search, grown, hits_wanted, require
 from cxr_retrieval.retrieval.feedback import MOVED, Led, Mark, Marked, led
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
 from cxr_retrieval.retrieval.outcome import Outcome, OutcomeModel
@@ -29,6 +31,7 @@ from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others, nobodys, o
 from cxr_retrieval.retrieval.site import Site, evidence_of, read_sites
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
+from cxr_retrieval.settings import Method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,12 +78,14 @@ class QueryResult:
     Attributes:
         image_id: As a manifest gives it, else the film's own name, which is the same whatever its file is called.
         prediction: `NoVote` if the film was refused (`ood`).
-        neighbours: The cases that voted, nearest first; of a refused film those that would have, for information.
+        neighbours: The cases that voted, nearest first (of method cluster as they were added); of a refused film those that would have, for
+            information.
         own: Films of the query's own patient, and the query's own picture, that are as near; left out of the vote unless asked for.
         trust: How far to trust the prediction.
         balance: Of what was learnt against what lungs look like, by which neighbours were found (`gallery/balance.py`).
         marked: Cases that a reader marked, which moved the question; those that are not relevant are none of the neighbours.
         site: The profile of the film's hospital, by which the prediction was made (`retrieval/site.py`); `evidence` for its labels.
+        clustering: The clusters in which the neighbours were found; None: they are the nearest of all.
         outcomes: What an outcome model says, if it was asked (`retrieval/outcome.py`); of a refused film nothing.
     """
 
@@ -98,6 +103,7 @@ class QueryResult:
     marked: tuple[Marked, ...] = ()
     site: Site | None = None
     evidence: Mapping[str, float] = field(default_factory=dict)
+    clustering: Clustering | None = None
     outcomes: tuple[Outcome, ...] = ()
 
     @property
@@ -108,8 +114,8 @@ class QueryResult:
         labels = [hit.case.label for hit in self.neighbours]
         if self.site is not None:
             return site_sentence(labels, self.prediction, self.site.name)
-        said = sentence(labels, self.prediction, self.trust)
-        return f"{said}; {MOVED}" if self.marked else said
+        said = [sentence(labels, self.prediction, self.trust), *([MOVED] if self.marked else ()), *([CONFINED] if self.clustering else ())]
+        return "; ".join(said)
 
     @property
     def voter(self) -> str:
@@ -147,7 +153,7 @@ class QueryResult:
 
     def as_json(self) -> dict[str, Any]:
         """The published JSON form of a query result; `marked` is there where a reader marked something, `site` where a profile voted,
-        `outcomes` where an outcome model was asked.
+        `method`, and `cluster` beside each neighbour, where these were not the nearest of all, `outcomes` where an outcome model was asked.
         """
         marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
         return {
@@ -160,7 +166,9 @@ class QueryResult:
                 "scores": dict(self.prediction.scores),
                 **self.trust.as_json(),
             },
-            "neighbours": [{"rank": rank, **_hit_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)],
+            "neighbours": [
+                {"rank": rank, **_hit_json(hit), **self._cluster_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)
+            ],
             "earlier_films": [_hit_json(hit) for hit in self.own],
             "summary": self.summary.as_json(),
             "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
@@ -168,8 +176,13 @@ class QueryResult:
             "ood": self.ood.as_json(),
             **({"marked": marked} if marked else {}),
             **({"site": {"name": self.site.name, "evidence": dict(self.evidence)}} if self.site else {}),
+            **({"method": Method.cluster.value} if self.clustering else {}),
             **({"outcomes": {one.name: one.as_json() for one in self.outcomes}} if self.outcomes else {}),
         }
+
+    def _cluster_json(self, hit: Neighbour) -> dict[str, Any]:
+        number = self.clustering.number(hit.case.cluster) if self.clustering else None
+        return {} if self.clustering is None or number is None else {"cluster": self.clustering.clusters[number].as_json(number)}
 
 
 def _hit_json(hit: Neighbour) -> dict[str, Any]:
@@ -198,6 +211,7 @@ def query(
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
     source: str | None = None,
+    method: Method = Method.nearest,
     outcome: OutcomeModel | None = None,
     facts: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
@@ -218,13 +232,15 @@ def query(
         marks: What a reader said of cases that an earlier answer showed; they move the question (`retrieval/feedback.py`), and those that
             are not relevant do not come again.
         source: The hospital that the film comes from. If it has a profile (`cxr adapt`), that votes, unless a clause or marks say which
-            cases count.
+            cases count, or the method is another.
+        method: cluster: the cases of the clusters that the film is closest to (`retrieval/clusters.py`).
         outcome: Also say what it does of this film (`OutcomeModel.served_by`).
         facts: What is known of the patient, for it (`OutcomeModel.read`).
 
     Raises:
         ImageError: The file is unusable.
-        UsageError: No case meets the expression, no set can be given for that error rate, the balance is none, or there are too many marks.
+        UsageError: No case meets the expression, no set can be given for that error rate, the balance is none, there are too many marks, or
+            no clusters.
         ClauseError: It cannot be meant.
         InferenceError, StoreError: Triton or Milvus cannot serve.
     """
@@ -245,6 +261,7 @@ def query(
         balance=balance,
         marks=marks,
         source=source,
+        method=method,
         outcome=outcome,
         facts=facts,
         timings_ms={"read": read_ms},
@@ -265,6 +282,7 @@ def query_film(
     balance: float = DEFAULT_BALANCE,
     marks: Sequence[Mark] = (),
     source: str | None = None,
+    method: Method = Method.nearest,
     outcome: OutcomeModel | None = None,
     facts: Mapping[str, float] = MappingProxyType({}),
     timings_ms: Mapping[str, float] = MappingProxyType({}),
@@ -290,6 +308,7 @@ def query_film(
         error_rate=error_rate,
         balance=balance,
         source=source,
+        method=method,
     )
     if isinstance(result, UsageError):
         raise result
@@ -310,27 +329,30 @@ def answer(
     error_rate: float = DEFAULT_ERROR_RATE,
     balance: float = DEFAULT_BALANCE,
     source: str | None = None,
+    method: Method = Method.nearest,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
     Raises:
         StoreError: Milvus cannot serve.
-        UsageError: No set can be given for that error rate, the balance is none, or there are too many marks.
-        SetupError: The gallery's own calibration cannot be read.
+        UsageError: No set can be given for that error rate, the balance is none, there are too many marks, or no clusters.
+        SetupError: The gallery's own calibration, or its clusters, cannot be read.
     """
     percent(error_rate)
+    clustering = require(store.clusters, balance) if method is Method.cluster else None
     clause = where or Clause("", "")
     vectors = np.stack([side_by_side(one.outputs) for one in asked])
     started = time.perf_counter()
     moved = [led(vector, one.marks, store, balance) for one, vector in zip(asked, vectors, strict=True)]
-    first = store.search_many(np.stack([one.vector for one in moved]), min(top_k + OWN_EXPECTED, MAX_HITS), clause, balance)
+    limit = min(top_k + OWN_EXPECTED, MAX_HITS) if clustering is None else hits_wanted(clustering, top_k)
+    first = store.search_many(np.stack([one.vector for one in moved]), limit, clause, balance)
     is_own = [nobodys if include_own else own_cases(one.film, one.patient, store.pseudonyms) for one in asked]
     found = [
-        _neighbours(hits, way, top_k, own, lambda limit, way=way: store.search(way.vector, limit, clause, balance))
+        _neighbours(hits, way, top_k, own, clustering, partial(_search, store, way.vector, clause, balance))
         for way, hits, own in zip(moved, first, is_own, strict=True)
     ]
     site = None if source is None else read_sites(store.sites).get(source)
-    heard = site is not None and not clause.given and not any(way.marked for way in moved)
+    heard = site is not None and not clause.given and not any(way.marked for way in moved) and clustering is None
     evidence = evidence_of(vectors, list(site.shares), store, is_own) if site and heard else [{} for _ in asked]
     search_ms = 1000 * (time.perf_counter() - started)
     measured = not clause.asked and balance == DEFAULT_BALANCE
@@ -338,11 +360,21 @@ def answer(
         too_far(_unmoved(hits, way, own, store), store.count, model_version) if hits and measured else None
         for hits, way, own in zip(first, moved, vectors, strict=True)
     ]
-    rules = _Rules(model_version, top_k, clause.given, include_own, error_rate, balance, store.calibration, store.size, site)
+    rules = _Rules(model_version, top_k, clause.given, include_own, error_rate, balance, store.calibration, store.size, site, clustering)
     unknown = [] if site or source is None else _stranger(store, source)
     return [
-        _result(one, way, *hits, seen, search_ms, rules, assessed(one.film, one.outputs, gate=gate, far=distance), unknown)
-        for one, way, hits, seen, distance in zip(asked, moved, found, evidence, far, strict=True)
+        _result(
+            one,
+            way,
+            others,
+            theirs,
+            seen,
+            search_ms,
+            rules,
+            assessed(one.film, one.outputs, gate=gate, far=distance),
+            [*unknown, *_unplaced(hits, rules)],
+        )
+        for one, way, (others, theirs), hits, seen, distance in zip(asked, moved, found, first, evidence, far, strict=True)
     ]
 
 
@@ -362,7 +394,9 @@ def doubts(film: Film, outputs: Mapping[str, NDArray[np.generic]], ood: Ood) -> 
 
 @dataclass(frozen=True)
 class _Rules:
-    """How several films are answered; `calibration`: the gallery's own, `gallery`: how many cases it holds, `site`: whose profile votes."""
+    """How several films are answered; `calibration`: the gallery's own, `gallery`: how many cases it holds, `site`: whose profile votes,
+    `clustering`: in whose clusters cases are sought.
+    """
 
     model_version: str
     top_k: int
@@ -373,12 +407,15 @@ class _Rules:
     calibration: str
     gallery: int
     site: Site | None
+    clustering: Clustering | None
 
     @property
     def unusual(self) -> str | None:
         """Why such answers are not of the kind whose reliability is measured; None if they are."""
         if self.where:
             return "only cases that meet a clause were compared"
+        if self.clustering is not None:
+            return CONFINED
         if self.balance != DEFAULT_BALANCE:
             return f"it was measured at a balance of {DEFAULT_BALANCE:g}, and this is {self.balance:g}"
         return "films of the query's own patient may have voted" if self.include_own else None
@@ -389,12 +426,25 @@ def _unmoved(hits: Sequence[Neighbour], way: Led, own: NDArray[np.float32], stor
     return (store.search(own, 1) if way.marked else hits)[0].similarity
 
 
+def _search(
+    store: Store, vector: NDArray[np.float32], clause: Clause, balance: float, limit: int, among: str | None = None
+) -> list[Neighbour]:
+    return store.search(vector, limit, clause if among is None else within(clause, among), balance)
+
+
 def _neighbours(
-    hits: Sequence[Neighbour], way: Led, top_k: int, is_own: Callable[[Case], bool], search: Callable[[int], Sequence[Neighbour]]
+    hits: Sequence[Neighbour], way: Led, top_k: int, is_own: Callable[[Case], bool], clustering: Clustering | None, search: Search
 ) -> tuple[list[Neighbour], list[Neighbour]]:
-    """`nearest_others`, where cases marked as not relevant are neither."""
+    """`nearest_others`, or the region `grown` in clusters, where cases marked as not relevant are neither."""
     aside = way.set_aside
-    others, passed_over = nearest_others(hits, search, top_k, lambda case: case.key in aside or is_own(case))
+
+    def apart(case: Case) -> bool:
+        return case.key in aside or is_own(case)
+
+    if clustering is None:
+        others, passed_over = nearest_others(hits, search, top_k, apart)
+    else:
+        others, passed_over = grown(hits, search, clustering, top_k, apart)
     return others, [hit for hit in passed_over if is_own(hit.case)]
 
 
@@ -407,7 +457,7 @@ def _result(
     search_ms: float,
     rules: _Rules,
     ood: Ood,
-    unknown: Sequence[str],
+    said: Sequence[str],
 ) -> QueryResult | UsageError:
     if not neighbours:
         return UsageError(
@@ -433,7 +483,7 @@ def _result(
         warnings.append(f"{way.gone} marked case(s) are no longer in the gallery, and do not count")
     if own:
         warnings.append(f"{len(own)} film(s) of this patient, or this very picture, are in the gallery; they do not vote")
-    warnings += unknown
+    warnings += said
     attention = np.asarray(outputs[ATTENTION_MAP.name][0], np.float32) if ATTENTION_MAP.name in outputs else None
     explanation = Explanation(film.square, film.box, mask, attention)
     return QueryResult(
@@ -451,6 +501,7 @@ def _result(
         way.marked,
         site,
         evidence,
+        rules.clustering,
     )
 
 
@@ -461,10 +512,19 @@ def _voting_site(rules: _Rules, evidence: Mapping[str, float], way: Led) -> tupl
         return None, []
     if rules.where or way.marked:
         return None, [f"the profile of {site.name} did not vote: {'a clause says' if rules.where else 'marks say'} which cases count"]
+    if rules.clustering is not None:
+        return None, [f"the profile of {site.name} did not vote: {CONFINED}"]
     if gone := sorted(set(site.shares) - set(evidence)):
         return None, [f"the profile of {site.name} did not vote: no case of {', '.join(gone)} is left to compare with"]
     doubt = site.doubt(rules.gallery)
     return site, [doubt] if doubt else []
+
+
+def _unplaced(hits: Sequence[Neighbour], rules: _Rules) -> list[str]:
+    """What to say of cases that are near and in no cluster."""
+    clustering = rules.clustering
+    new = 0 if clustering is None else sum(clustering.number(hit.case.cluster) is None for hit in hits)
+    return [f"{new} of the {len(hits)} nearest cases are in no cluster, and not found so: `cxr cluster --new`"] if new else []
 
 
 def _stranger(store: Store, source: str) -> list[str]:

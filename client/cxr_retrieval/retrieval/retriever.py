@@ -19,7 +19,7 @@ from cxr_retrieval.retrieval.outcome import OutcomeModel
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
 from cxr_retrieval.retrieval.voting import DEFAULT_K
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, TritonSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,6 +76,7 @@ class Retriever:
         balance: float = DEFAULT_BALANCE,
         marks: Sequence[Mark] = (),
         source: str | None = None,
+        method: Method = Method.nearest,
         outcome: OutcomeModel | None = None,
         facts: Mapping[str, float] = MappingProxyType({}),
     ) -> QueryResult:
@@ -95,6 +96,7 @@ class Retriever:
             balance=balance,
             marks=marks,
             source=source,
+            method=method,
             outcome=outcome,
             facts=facts,
         )
