@@ -52,7 +52,7 @@ def draw(folder: Path, seed: int) -> Drawn:
         "split": "train",
         "age": str(age),
         "sex": phantom.facts["sex"],
-        "temperature": phantom.facts["temperature"] if random.random() < 2 / 3 else "",
+        "temperature": f"{random.normal(37.8, 0.7):.1f}" if random.random() < 2 / 3 else "",
         "spo2": str(spo2),
     }
     return Drawn(phantom.image_id, float((phantom.lesion_mask > 0).sum() / (phantom.lung_mask > 0).sum()), age, spo2, cells)

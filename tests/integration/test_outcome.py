@@ -109,12 +109,13 @@ def test_an_answer_tells_what_becomes_of_such_patients(reach: tuple[str, ...], m
     assert one["neighbours"]["true"] == sum(hit["metadata"]["went_icu"] for hit in answer["neighbours"])
     assert (one["measured"]["films"], one["measured"]["patients"], one["measured"]["with_it"]) == (20, 20, 10)
     assert answer["timings_ms"].keys() >= {"infer", "outcome", "total"}
-    assert "went_icu: " in page.read_text("utf-8")
+    assert "intensive care: " in page.read_text("utf-8")
 
     said = run_cxr("query", film, "--no-gate", "--outcome", *reach)
     told = " ".join(said.stdout.split())
     assert re.search(
-        r"went_icu: \d+% by the film alone; of the 10 nearest it came to \d of 10 known\. Learnt from 20 films of 20 patients, area", told
+        r"intensive care: \d+% by the film alone; of the 10 nearest it came to \d of 10 known\. Learnt from 20 films of 20 patients, area",
+        told,
     )
     assert "outcomes" not in json.loads(run_cxr("query", film, "--no-gate", "--json", *reach).stdout)
 

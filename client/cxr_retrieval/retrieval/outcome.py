@@ -18,7 +18,7 @@ from cxr_retrieval.contract import CARD_PARAMETER, MODEL_VERSION_PARAMETER, OUTC
 from cxr_retrieval.errors import InferenceError, UsageError
 from cxr_retrieval.gallery.store import Neighbour
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.retrieval.summary import Flag
+from cxr_retrieval.retrieval.summary import Flag, called
 
 _NEXT: Final = "serve one that `cxr build outcome` wrote, with `cxr serve --outcome FOLDER`"
 _RESTS_ON: Final = {"image": "the film alone", "facts": "the facts alone", "both": "the film and the facts"}
@@ -83,11 +83,15 @@ class Outcome:
         within = "" if self.within_h is None else f" within {self.within_h:g} h"
         area, ends = self.measured.auc[self.rests_on], self.measured.auc_ci[self.rests_on]
         cases = self.neighbours.known + self.neighbours.unknown
+        came = (
+            f"of the {cases} nearest it came to {self.neighbours.words()}"
+            if self.neighbours.known
+            else f"known of none of the {cases} nearest"
+        )
         known = "" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]"
         return (
-            f"{self.name}{within}: {self.probability:.0%} by {_RESTS_ON[self.rests_on]}; of the {cases} nearest "
-            f"it came to {self.neighbours.words()}. Learnt from {self.measured.films} films of {self.measured.patients} patients, "
-            f"area under the curve {area:.2f}{known}"
+            f"{called(self.name)}{within}: {self.probability:.0%} by {_RESTS_ON[self.rests_on]}; {came}. "
+            f"Learnt from {self.measured.films} films of {self.measured.patients} patients, area under the curve {area:.2f}{known}"
         )
 
 

@@ -132,8 +132,8 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The most telling features in words, a line each; those that are known of none together in the last."""
-        known = [f"{_name(name)}: {self.features[name].words()}" for name in _IN_BRIEF if name in self.features]
-        none = [_name(name) for name in _IN_BRIEF if name not in self.features]
+        known = [f"{called(name)}: {self.features[name].words()}" for name in _IN_BRIEF if name in self.features]
+        none = [called(name) for name in _IN_BRIEF if name not in self.features]
         return [*known, *([f"not known of any: {', '.join(none)}"] if none else [])]
 
 
@@ -148,6 +148,11 @@ def summarise(cases: Iterable[Case]) -> Summary:
                 columns.setdefault(name, []).append(value)
     order = [*_TEXTS, *(name for name in _SUMMARISED if name not in _TEXTS)]
     return Summary(n, {name: _of(name, columns[name], n) for name in order if name in columns})
+
+
+def called(name: str) -> str:
+    """A column in words; one of the user's own as it is."""
+    return _NAMES.get(name) or (FEATURE[name].title if name in FEATURE else name)
 
 
 def wilson(true: int, known: int) -> tuple[float, float]:
@@ -175,10 +180,6 @@ def _of(name: str, values: list[Any], n: int) -> Flag | Number | Text:
         quartiles, span = ((low, median, high), (float(min(values)), float(max(values)))) if enough else (None, None)
         return Number(known, unknown, implausible, quartiles, span, FEATURE[name].shown)
     return Text(dict(Counter(map(str, values)).most_common()), known, unknown)
-
-
-def _name(name: str) -> str:
-    return _NAMES.get(name, FEATURE[name].title)
 
 
 def _unknown(unknown: int, implausible: int = 0) -> str:
