@@ -32,8 +32,9 @@ from threadpoolctl import threadpool_limits
 
 from cxr_retrieval.archive.clustering import find_clusters, keep_clusters
 from cxr_retrieval.archive.patience import Patience
+from cxr_retrieval.cases.labels import SEPARATOR
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
-from cxr_retrieval.evaluation.gains import SEPARATOR, Gains, gains, label_sets
+from cxr_retrieval.evaluation.gains import Gains, gains, label_sets
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, Communities, communities, graph, modularity
 from cxr_retrieval.gallery.projection import Nearest

@@ -105,7 +105,7 @@ def test_info_speaks_plainly() -> None:
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """`[copy]` is no markup, `[/x]` no crash, `:x:` no picture."""
-    names = ["film[copy].dcm", "case[/x]", "film :dog: [red]"]
+    names = ["film[copy].dcm", "case[/x]", "film :dog: [red]|b"]
     print_problems([Problem(name, ImageError(f"{name}: the file is empty")) for name in names])
     assert capsys.readouterr().err.splitlines() == [f"failed {name}: {name}: the file is empty." for name in names]
     hits = tuple(Neighbour(Case("k", name, name, None, None, None, Path("x"), {"sex": "[b]"}, "", ""), 0.5, 0.4, 0.8) for name in names)
@@ -129,7 +129,14 @@ def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
         "film[copy].dcm",
     )
     shown = capsys.readouterr().out
-    for words in (*names, "film[copy].dcm: case[/x], confidence 33%", "sex [b]", "warning: look at [/x]", "not in the vote"):
+    for words in (
+        *names,
+        "film[copy].dcm: case[/x], confidence 33%",
+        "sex [b]",
+        "warning: look at [/x]",
+        "not in the vote",
+        "by finding: b 33%",
+    ):
         assert words in shown
 
 

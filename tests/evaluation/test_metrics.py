@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.errors import InputError
@@ -19,6 +20,7 @@ from cxr_retrieval.evaluation.metrics import (
     Gallery,
     LabelledSet,
     Ranking,
+    area,
     average_precision_at_r,
     balanced_interval,
     comparable_patients,
@@ -368,3 +370,38 @@ def test_nothing_is_said_of_complete_manifests_and_a_warning_is_handed_on() -> N
     assert [sentence.split(": ")[1] for sentence in nameless] == ["films of one patient are not recognised"] * 2
     result = evaluate(random_set(30, 1), random_set(12, 2, prefix="q"), k=5, model_version="v", warnings=nameless)
     assert result["warnings"] == nameless
+
+
+@given(st.integers(0, 10_000))
+def test_areas_are_those_of_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    scores, came = random.integers(0, 9, 40).astype(float), random.integers(0, 2, 40).astype(float)
+    came[:2] = 0, 1
+    weights = random.integers(1, 4, (3, 40)).astype(float)
+    expected = np.array([float(roc_auc_score(came, scores, sample_weight=one)) for one in weights])
+    np.testing.assert_allclose(area(scores, came, weights), expected)
+
+
+def test_a_resample_of_one_kind_has_no_area() -> None:
+    assert np.isnan(area(np.array([1.0, 2.0]), np.array([0.0, 1.0]), np.array([[1.0, 0.0]]))[0])
+
+
+def test_findings_are_told_one_by_one() -> None:
+    """Three findings that come by themselves; vectors hold two of them, and say nothing of the third."""
+    random = np.random.default_rng(3)
+    held = random.random((240, 3)) < 0.5
+    names = np.array(["effusion", "nodule", "pneumothorax"])
+    labels = ["|".join(names[row]) if row.any() else "no finding" for row in held]
+    vectors = np.concatenate([2.0 * held[:, :2] - 1, 0.4 * random.normal(size=(240, 3))], axis=1)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = [str(i) for i in range(240)]
+    whole = LabelledSet(ids, vectors.astype(np.float32), labels, [f"p{i // 2}" for i in range(240)], [""] * 240)
+    first = np.arange(240) < 160
+    found = evaluate(whole[first], whole[~first], k=10, model_version="v")["findings"]
+    per = found["per_finding"]
+    assert per.keys() == {*names, "no finding"}
+    assert per["effusion"]["n"] == held[~first, 0].sum()
+    assert min(per["effusion"]["auroc"], per["nodule"]["auroc"]) > 0.95
+    assert per["pneumothorax"]["auroc_ci"][0] < 0.5 < per["pneumothorax"]["auroc_ci"][1]
+    assert 0.5 < found["acg_p"] < found["precision"] < 1
+    assert "findings" not in evaluate(random_set(40, 1), random_set(20, 2, prefix="q"), k=10, model_version="v")

@@ -54,3 +54,10 @@ def test_similarity_above_one_by_rounding_is_no_error() -> None:
 def test_nobody_cannot_vote() -> None:
     with pytest.raises(ValueError, match="at least one neighbour"):
         weighted_vote([])
+
+
+def test_labels_of_several_findings_vote_for_each() -> None:
+    vote = weighted_vote([("effusion|nodule", 0.5), (" nodule |effusion", 0.5), ("effusion", 0.5), ("no finding", 0.5)])
+    assert vote.findings == pytest.approx({"effusion": 0.75, "nodule": 0.5, "no finding": 0.25})
+    assert list(vote.findings) == ["effusion", "nodule", "no finding"]
+    assert weighted_vote([("effusion", 0.5), ("no finding", 0.5)]).findings == {}, "nothing that the scores do not say"

@@ -166,6 +166,8 @@ def _print(result: dict[str, Any]) -> None:
                 *(_number(recall[at]) for at in ("1", "4", "10")),
             )
     console.print(table)
+    if found := result.get("findings"):
+        console.print(_findings_table(found))
     for warning in result["warnings"]:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     console.print(
@@ -187,6 +189,22 @@ def _restricted_table(result: dict[str, Any]) -> Table:
         table.add_row("the same, were all cases of the label as near", str(own["n"]), _number(own["by_chance"]))
     table.add_row("without the least confident tenth (accuracy)", str(selective["n"]), _number(selective["accuracy"]))
     table.add_row("expected calibration error of the vote", "", _number(result["calibration"]["ece"]))
+    return table
+
+
+def _findings_table(found: dict[str, Any]) -> Table:
+    """Of labels that hold several findings: what the nearest have in common with the query, and how well each finding is told."""
+    table = Table("by finding", "n", "area under the curve", box=None, header_style="dim", pad_edge=False)
+    for name, one in found["per_finding"].items():
+        table.add_row(name, str(one["n"]), "–" if one["auroc"] is None else _with_interval(one["auroc"], one["auroc_ci"]))
+    for title, key in (
+        ("alike, of all findings (ACG)", "acg"),
+        ("alike, of those that either has (ACGp)", "acg_p"),
+        ("any in common", "precision"),
+    ):
+        table.add_row(title, "", f"{found[key]:.3f}")
+    table.add_row("the same findings", "", f"{found['exact']:.3f}")
+    table.add_row("findings in common (gain)", "", f"{found['gain']:.3f}")
     return table
 
 

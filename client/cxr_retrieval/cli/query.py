@@ -130,6 +130,8 @@ def print_result(result: QueryResult, name: str) -> None:
         shares = ", ".join(f"{label} {share:.0%}" for label, share in vote.scores.items())
         console.print(Text.assemble((name, "bold"), ": ", (vote.label, "bold"), f", confidence {vote.confidence:.0%}   ({shares})"))
         console.print(result.sentence)
+        if vote.findings:
+            console.print(f"by finding: {', '.join(f'{name} {share:.0%}' for name, share in vote.findings.items())}")
         if result.trust.labels is not None:
             console.print(f"labels at an error rate of {result.trust.error_rate:g}: {', '.join(result.trust.labels) or 'none'}")
         if result.trust.abstained:

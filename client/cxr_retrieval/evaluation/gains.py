@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_retrieval.cases.labels import findings_of
 from cxr_retrieval.errors import UsageError
-
-SEPARATOR: Final = "|"
-"""Between labels of one case, in one text."""
 
 Flags = NDArray[np.bool_]
 
@@ -41,7 +39,7 @@ def label_sets(texts: Sequence[str], names: Sequence[str] = ()) -> tuple[Flags, 
     Raises:
         UsageError: A case has a label that is none of those given.
     """
-    sets = [{label.strip() for label in text.split(SEPARATOR)} - {""} for text in texts]
+    sets = [set(findings_of(text)) for text in texts]
     held = set[str]().union(*sets)
     known = tuple(names) or tuple(sorted(held))
     if strange := sorted(held - set(known)):

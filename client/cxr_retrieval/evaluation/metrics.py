@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_retrieval.cases.labels import of_several, shares_of_findings
 from cxr_retrieval.cases.manifest import ManifestRow, patient_key
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.evaluation.confidence import Answered, measured
+from cxr_retrieval.evaluation.gains import gains, label_sets
 from cxr_retrieval.evaluation.intervals import MIN_PATIENTS, RESAMPLES, draw, interval, mean_interval, weighted_interval, weights_of
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE, Ballot, ballot_of
 from cxr_retrieval.retrieval.voting import weighted_vote
@@ -168,7 +170,8 @@ def evaluate(
     query's source taken out of the gallery), both over those queries whose label that gallery holds along with another one;
     `calibration` of the vote's confidence, and under `cross_fitted` what a calibration on such queries gives on patients it was not
     fitted on (null where they are too few); `nearest_from_own_source`, over the queries whose label another source holds, too, beside
-    what it would be by chance.
+    what it would be by chance; where labels hold several findings (`cases/labels.py`), `findings`: the measures of `gains.py` over the k
+    nearest, and of each finding how well its share of the weight tells those that have it.
     Every `_ci` is null where there are too few patients; `balanced_accuracy_redrawn` says how many resamples were drawn again for its
     interval as they lacked a class.
 
@@ -191,6 +194,8 @@ def evaluate(
     everyone = np.ones(len(queries.labels), np.bool_)
     ranking = Ranking(gallery, queries)
     scores = _score(ranking, k, labels, Gallery.everything, everyone)
+    votes = answered(ranking, k)
+    findings = _findings(ranking, votes, k)
     return {
         "model_version": model_version,
         "k": k,
@@ -202,7 +207,8 @@ def evaluate(
         "within_source": _restricted(ranking, k, labels, Gallery.own_source),
         "cross_source": _restricted(ranking, k, labels, Gallery.other_sources),
         "nearest_from_own_source": _own_source(scores, gallery, queries),
-        "calibration": {**_calibration(scores), "cross_fitted": _cross_fitted(answered(ranking, k), k, error_rate)},
+        "calibration": {**_calibration(scores), "cross_fitted": _cross_fitted(votes, k, error_rate)},
+        **({"findings": findings} if findings else {}),
         "warnings": list(warnings),
     }
 
@@ -439,6 +445,48 @@ def _summary(scores: _Scores) -> dict[str, Any]:
 
 def _mean(values: Floats) -> float:
     return float((np.ones((1, len(values))) @ values)[0] / len(values))
+
+
+def area(scores: Floats, came: NDArray[Any], weights: Floats) -> Floats:
+    """Area under the ROC curve for each row of weights `[resamples, n]`: in how many pairs the case to which it came has the
+    greater score `[n]`, ties half. NaN where there is one kind of case alone.
+
+    Args:
+        came: `[n]`, true or 1 of the cases to be told apart.
+    """
+    order = np.argsort(scores, kind="stable")
+    first = np.flatnonzero(np.append(True, np.diff(scores[order]) != 0))  # of those that are equal
+    drawn, positive = weights[:, order], np.asarray(came, np.bool_)[order]
+    yes, no = (np.add.reduceat(drawn * kind, first, axis=1) for kind in (positive, ~positive))
+    pairs = yes.sum(axis=1) * no.sum(axis=1)
+    below = np.cumsum(no, axis=1) - no
+    return np.divide((yes * (below + no / 2)).sum(axis=1), pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def _findings(ranking: Ranking, votes: Answered, k: int) -> dict[str, Any] | None:
+    """How the k nearest fare by finding; None where every label is a single one."""
+    gallery, queries = ranking.gallery, ranking.queries
+    if not of_several((*gallery.labels, *queries.labels)):
+        return None
+    held, names = label_sets([*gallery.labels, *queries.labels])
+    of_gallery, of_queries = held[: len(gallery.labels)], held[len(gallery.labels) :]
+    nearest = [ranking.of(number)[0][:k] for number in range(len(queries.labels))]
+    asked = np.array([len(one) > 0 for one in nearest])
+    found = gains(of_queries[asked], [of_gallery[one] for one in nearest if len(one)])
+    shares = [shares_of_findings(ballot.shares) for ballot in votes.ballots]
+    weights = weights_of(np.array(votes.patients))
+    once = np.ones((1, len(shares)))
+    per: dict[str, Any] = {}
+    for column, name in enumerate(names):
+        said, truth = np.array([one.get(name, 0.0) for one in shares]), of_queries[asked][:, column]
+        known = bool(0 < truth.sum() < len(truth))
+        drawn = None if weights is None or not known else area(said, truth, weights)
+        per[name] = {
+            "n": int(truth.sum()),
+            "auroc": float(area(said, truth, once)[0]) if known else None,
+            "auroc_ci": None if drawn is None else interval(drawn[np.isfinite(drawn)]),
+        }
+    return {**asdict(found), "per_finding": per}
 
 
 def balanced_interval(correct: Floats, truth: NDArray[np.generic], patients: NDArray[np.generic]) -> tuple[list[float] | None, int | None]:

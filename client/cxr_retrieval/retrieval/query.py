@@ -152,8 +152,9 @@ class QueryResult:
         return fragment(self)
 
     def as_json(self) -> dict[str, Any]:
-        """The published JSON form of a query result; `marked` is there where a reader marked something, `site` where a profile voted,
-        `method`, and `cluster` beside each neighbour, where these were not the nearest of all, `outcomes` where an outcome model was asked.
+        """The published JSON form of a query result. `prediction.findings` is there where labels hold several findings, `marked` where a
+        reader marked something, `site` where a profile voted, `method`, and `cluster` beside each neighbour, where these were not the
+        nearest of all, `outcomes` where an outcome model was asked.
         """
         marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
         return {
@@ -164,6 +165,7 @@ class QueryResult:
                 "label": self.prediction.label,
                 "confidence": self.prediction.confidence,
                 "scores": dict(self.prediction.scores),
+                **({"findings": dict(self.prediction.findings)} if self.prediction.findings else {}),
                 **self.trust.as_json(),
             },
             "neighbours": [

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from cxr_retrieval.cases.labels import of_several, shares_of_findings
+
 DEFAULT_K: Final = 10
 """Neighbours that vote (section 2.4.3; stable from 5 to 20, section 3.3.3)."""
 EPSILON: Final = 1e-4
@@ -25,6 +27,11 @@ class Vote:
     confidence: float
     scores: Mapping[str, float]
 
+    @property
+    def findings(self) -> dict[str, float]:
+        """Where a label holds several findings (`cases/labels.py`): of each the share of the weight of cases that have it; else none."""
+        return shares_of_findings(self.scores) if of_several(self.scores) else {}
+
 
 @dataclass(frozen=True)
 class NoVote:
@@ -33,6 +40,7 @@ class NoVote:
     label: None = None
     confidence: float = 0.0
     scores: Mapping[str, float] = field(default_factory=dict)
+    findings: Mapping[str, float] = field(default_factory=dict)
 
 
 def neighbour_weight(similarity: float) -> float:

@@ -19,6 +19,7 @@ from cxr_retrieval.contract import OUTCOME_PARTS
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.confidence import expected_error
 from cxr_retrieval.evaluation.intervals import interval, weights_of
+from cxr_retrieval.evaluation.metrics import area
 from cxr_retrieval_training.config import OutcomeConfig
 from cxr_retrieval_training.outcome.cases import Cases
 from cxr_retrieval_training.outcome.learners import Given, Learner, learners
@@ -133,15 +134,6 @@ def folds_of(outcome: str, came: Floats, patients: NDArray[np.generic], config: 
         got=f"{with_it} patients with it, {without} without, {len(came)} films",
         next_step="add cases, or take fewer folds in the config",
     )
-
-
-def area(scores: Floats, came: Floats, weights: Floats) -> Floats:
-    """Areas under the curve `[resamples]` for weights `[resamples, n]`: how often a case with it has the higher score, ties half."""
-    positive, negative = came > 0, came == 0
-    higher = (np.sign(scores[positive][:, None] - scores[negative][None, :]) + 1) / 2
-    yes, no = weights[:, positive], weights[:, negative]
-    pairs = yes.sum(axis=1) * no.sum(axis=1)
-    return np.divide(((yes @ higher) * no).sum(axis=1), pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
 
 
 def figures(held: Held) -> dict[str, Any]:

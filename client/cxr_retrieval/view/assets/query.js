@@ -60,6 +60,10 @@ function Verdict({ found }) {
           </dd>`,
       )}
     </dl>`}
+    ${prediction.findings &&
+    html`<p class="findings">
+      By finding: ${Object.entries(prediction.findings).map(([name, share]) => `${labelName(name)} ${percent(share)}`).join(", ")}
+    </p>`}
     ${(warnings.length > 0 || ood.reason) &&
     html`<ul class="warnings" aria-label="Warnings">
       ${ood.refused && html`<li>not taken for an upright frontal chest film: ${ood.reason}</li>`}
