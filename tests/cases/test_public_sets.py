@@ -27,9 +27,11 @@ def text(path: Path, content: str) -> None:
     path.write_text(content)
 
 
-def made(kind: str, root: Path, tmp_path: Path, uncertain: Uncertain = Uncertain.ignore, val_share: float = 0.0) -> Manifest:
+def made(
+    kind: str, root: Path, tmp_path: Path, uncertain: Uncertain = Uncertain.ignore, val_share: float = 0.0, findings: bool = False
+) -> Manifest:
     out = tmp_path / "manifests" / f"{kind}.csv"
-    write_manifest(kind, Request(root, out, uncertain, val_share))
+    write_manifest(kind, Request(root, out, uncertain, val_share, findings))
     manifest = read_manifest(out)
     for row in manifest.rows:
         assert read_radiograph(row.path).pixels.ndim == 2, "every path leads to a picture"
@@ -144,6 +146,51 @@ def test_chexpert_and_its_uncertain_labels(tmp_path: Path) -> None:
     assert "--uncertain" in str(caught.value.next_step)
 
 
+def test_all_findings_of_a_film_make_its_label(tmp_path: Path) -> None:
+    """Of CheXpert's labeller: present ones, and uncertain ones where they count as such; a film of which nothing is stated is left out."""
+    root = tmp_path / "CheXpert-v1.0-small"
+    columns = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Lung Opacity,Edema,Pneumonia,Pleural Effusion,Support Devices\n"
+    stated = ["1.0,,,,,", "1.0,,,,,1.0", ",1.0,-1.0,,1.0,0.0", ",,-1.0,,,", ",0.0,,,,"]
+    name = "train/patient{:05d}/study1/view1_frontal.jpg"
+    lines = [f"CheXpert-v1.0-small/{name.format(number)},Male,50,Frontal,AP,{cells}" for number, cells in enumerate(stated)]
+    text(root / "train.csv", columns + "\n".join(lines) + "\n")
+    for number in range(len(stated)):
+        picture(root / name.format(number))
+    certain = [row.label for row in made("chexpert", root, tmp_path, findings=True).rows]
+    assert certain == ["no_finding", "support_devices", "lung_opacity|pleural_effusion"]
+    uncertain = [row.label for row in made("chexpert", root, tmp_path, Uncertain.positive, findings=True).rows]
+    assert uncertain == ["no_finding", "support_devices", "edema|lung_opacity|pleural_effusion", "edema"]
+
+
+def test_nih(tmp_path: Path) -> None:
+    """Several findings in one cell, as they are published; the publisher's own test list; lateral films and other findings left out."""
+    root = tmp_path / "CXR14"
+    rows = [
+        "00000001_000.png,Cardiomegaly|Emphysema,0,1,058Y,M,PA",
+        "00000002_000.png,No Finding,0,2,81,F,AP",
+        "00000003_000.png,Pneumonia|Pleural_Thickening,0,3,007Y,F,PA",
+        "00000004_000.png,No Finding,0,4,40,F,LL",
+    ]
+    head = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    text(root / "Data_Entry_2017_v2020.csv", head + "\n".join(rows) + "\n")
+    text(root / "test_list.txt", "00000003_000.png\n")
+    picture(root / "images_001" / "images" / "00000001_000.png")
+    picture(root / "images_001" / "images" / "00000002_000.png")
+    picture(root / "images_002" / "images" / "00000003_000.png")
+    found = made("nih", root, tmp_path, findings=True).rows
+    assert [(row.image_id, row.label, row.split, row.fields["age"]) for row in found] == [
+        ("nih-00000001_000", "cardiomegaly|emphysema", "train", "58"),
+        ("nih-00000002_000", "no_finding", "train", "81"),
+        ("nih-00000003_000", "pleural_thickening|pneumonia", "val", "7"),
+    ]
+    assert [row.label for row in made("nih", root, tmp_path).rows] == ["control", "non_covid_pneumonia"], "our classes"
+    (root / "test_list.txt").unlink()
+    assert {row.split for row in made("nih", root, tmp_path).rows} == {"train"}
+    (root / "images_002" / "images" / "00000003_000.png").unlink()
+    with pytest.raises(ManifestError, match="line 4: not understood"):
+        made("nih", root, tmp_path)
+
+
 def test_mimic_cxr_jpg(tmp_path: Path) -> None:
     root = tmp_path / "mimic-cxr-jpg"
     tables = {
@@ -247,6 +294,9 @@ def test_the_command_counts_and_explains(tmp_path: Path) -> None:
     refused = run_cxr(*arguments, "--uncertain", "perhaps")
     assert refused.returncode == 2
     assert "'perhaps' is not one of" in refused.stderr
+    single = run_cxr(*arguments, "--findings")
+    assert single.returncode == 2
+    assert "--findings with folders" in single.stderr
     missing = run_cxr("manifest", "chexpert", tmp_path / "hospital", "--out", tmp_path / "n.csv")
     assert missing.returncode == 2
     assert "train.csv or valid.csv of the CheXpert release" in missing.stderr

@@ -23,6 +23,7 @@ from PIL import Image
 
 from cxr_retrieval.cases.features import columns_of
 from cxr_retrieval.cases.fields import Doubt, parse_clinical
+from cxr_retrieval.cases.labels import SEPARATOR, findings_of
 from cxr_retrieval.cases.manifest import REQUIRED_COLUMNS
 from cxr_retrieval.errors import InputError, ManifestError
 
@@ -49,6 +50,8 @@ class Request(NamedTuple):
     out: Path
     uncertain: Uncertain
     val_share: float
+    findings: bool = False
+    """All findings that are stated make the label (`cases/labels.py`), in the place of our classes: of CheXpert, MIMIC-CXR-JPG and NIH."""
 
 
 def covidx(request: Request) -> Iterator[Row]:
@@ -136,7 +139,7 @@ def chexpert(request: Request) -> Iterator[Row]:
             continue
         found = True
         for number, cells in _table(listing, ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia")):
-            label = _chexpert_label(cells, request.uncertain)
+            label = _label(cells, request)
             if cells["Frontal/Lateral"] != "Frontal" or label is None:
                 continue
             inside = Path(*Path(cells["Path"]).parts[1:])
@@ -161,7 +164,7 @@ def chexpert(request: Request) -> Iterator[Row]:
 def mimic_cxr_jpg(request: Request) -> Iterator[Row]:
     """MIMIC-CXR-JPG 2 (Johnson et al. 2019): the CSVs `…-chexpert`, `…-split`, `…-metadata` (.csv or .csv.gz) and `files/`."""
     study_labels = {
-        cells["study_id"]: _chexpert_label(cells, request.uncertain)
+        cells["study_id"]: _label(cells, request)
         for _, cells in _table(_one(request.root, "*-chexpert.csv*"), ("subject_id", "study_id", "No Finding", "Pneumonia"))
     }
     listing = _one(request.root, "*-split.csv*")
@@ -186,15 +189,78 @@ def mimic_cxr_jpg(request: Request) -> Iterator[Row]:
         }
 
 
-def _chexpert_label(cells: Mapping[str, str], uncertain: Uncertain) -> str | None:
-    """No Finding → control, Pneumonia → non_covid_pneumonia; None where neither is stated, or it is uncertain and ignored."""
-    stated = {"": "", "1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "?", "-1.0": "?"}
-    pneumonia = stated.get(cells["Pneumonia"], "")
-    if pneumonia == "?":
-        pneumonia = {Uncertain.ignore: "", Uncertain.positive: "1", Uncertain.negative: "0"}[uncertain]
-    if pneumonia == "1":
+def nih(request: Request) -> Iterator[Row]:
+    """NIH ChestX-ray14 (Wang et al. 2017): `Data_Entry_2017*.csv`, images in `images*/` or below, `test_list.txt` if it is there."""
+    listing = _one(request.root, "Data_Entry_2017*.csv")
+    films = {path.name: path for path in sorted(request.root.glob("images*/**/*.png"))}
+    held_out = request.root / "test_list.txt"
+    test = set(held_out.read_text("utf-8").split()) if held_out.is_file() else None
+    columns = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position")
+    for number, cells in _table(listing, columns):
+        name, patient = cells["Image Index"], cells["Patient ID"]
+        label = _label(dict.fromkeys(cells["Finding Labels"].replace("_", " ").split(SEPARATOR), "1"), request)
+        if cells["View Position"] not in ("PA", "AP") or label is None:
+            continue
+        if name not in films:
+            raise _malformed(listing, number, f"the name of an image in {request.root.name}/images*", name)
+        yield {
+            "image_id": f"nih-{Path(name).stem}",
+            "path": str(films[name]),
+            "label": label,
+            "patient_id": patient,
+            "source": "nih",
+            "split": _dealt(patient, request.val_share) if test is None else "val" if name in test else "train",
+            "sex": cells["Patient Gender"],
+            "age": cells["Patient Age"].lstrip("0").rstrip("Y"),
+            "view": cells["View Position"],
+        }
+
+
+_NO_FINDING: Final = "No Finding"
+_STATED: Final = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "?", "-1.0": "?"}
+"""As the CheXpert labeller writes it → present, absent, uncertain; anything else is not stated."""
+_LABELLED: Final = frozenset(
+    {
+        "Atelectasis",
+        "Cardiomegaly",
+        "Consolidation",
+        "Edema",
+        "Effusion",
+        "Emphysema",
+        "Enlarged Cardiomediastinum",
+        "Fibrosis",
+        "Fracture",
+        "Hernia",
+        "Infiltration",
+        "Lung Lesion",
+        "Lung Opacity",
+        "Mass",
+        "Nodule",
+        "Pleural Effusion",
+        "Pleural Other",
+        "Pleural Thickening",
+        "Pneumonia",
+        "Pneumothorax",
+        "Support Devices",
+    }
+)
+"""Findings of the CheXpert labeller (Irvin et al. 2019) and of ChestX-ray14."""
+
+
+def _label(cells: Mapping[str, str], request: Request) -> str | None:
+    """No Finding → control, Pneumonia → non_covid_pneumonia, or all findings that are present; None where nothing is stated, or it is
+    uncertain and ignored.
+    """
+    decided = {Uncertain.ignore: "", Uncertain.positive: "1", Uncertain.negative: "0"}[request.uncertain]
+    stated = {name: _STATED.get(text, "").replace("?", decided) for name, text in cells.items() if name in _LABELLED or name == _NO_FINDING}
+    if request.findings:
+        present = sorted(name for name, one in stated.items() if one == "1" and name != _NO_FINDING)
+        if not present and stated.get(_NO_FINDING) != "1":
+            return None
+        return SEPARATOR.join(name.lower().replace(" ", "_") for name in present or [_NO_FINDING])
+    if stated.get("Pneumonia") == "1":
         return "non_covid_pneumonia"
-    return "control" if stated.get(cells["No Finding"], "") == "1" else None
+    return "control" if stated.get(_NO_FINDING) == "1" else None
 
 
 def montgomery(request: Request) -> Iterator[Row]:
@@ -267,6 +333,7 @@ READERS: Final[Mapping[str, Callable[[Request], Iterator[Row]]]] = {
     "folders": folders,
     "chexpert": chexpert,
     "mimic-cxr-jpg": mimic_cxr_jpg,
+    "nih": nih,
     "montgomery": montgomery,
     "shenzhen": shenzhen,
     "jsrt": jsrt,
@@ -274,7 +341,9 @@ READERS: Final[Mapping[str, Callable[[Request], Iterator[Row]]]] = {
 
 
 class Written(NamedTuple):
-    """How many rows of each `split/label` a manifest has, and which of its values are not plausible, or none that an ingest takes."""
+    """How many rows of each `split/label`, or `split/finding`, a manifest has, and which of its values are not plausible, or none that an
+    ingest takes.
+    """
 
     counts: dict[str, int]
     doubts: tuple[Doubt, ...]
@@ -308,7 +377,7 @@ def write_manifest(kind: str, request: Request) -> Written:
     writer.writerows(rows)
     here.mkdir(parents=True, exist_ok=True)
     request.out.write_text(text.getvalue(), "utf-8")
-    kinds = [f"{row['split']}/{row['label']}" for row in rows]
+    kinds = [f"{row['split']}/{finding}" for row in rows for finding in findings_of(row["label"])]
     return Written({kind: kinds.count(kind) for kind in sorted(set(kinds))}, tuple(doubt for row in rows for doubt in _doubts(row)))
 
 
