@@ -6,6 +6,7 @@ has none. No server that has them (2.5 and later; compose.yaml starts 2.6) has r
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -858,6 +859,7 @@ def test_a_server_that_stalls_is_an_error_within_the_deadline(tmp_path: Path, en
     with lite_server(tmp_path / "g.db") as (server, uri), Store(MilvusSettings(uri, timeout_s=2), "v", pseudonyms, create=True) as store:
         store.upsert(entries, digests(5), vectors(5))
         server.send_signal(signal.SIGSTOP)
+        os.waitpid(server.pid, os.WUNTRACED)  # until each of its threads stands still: until then it may answer
         try:
             for call in (store.count, lambda: store.search(vectors(1)[0], 3)):
                 with pytest.raises(StoreError, match=r"took too long; expected an answer within 2 s|no Milvus answers"):

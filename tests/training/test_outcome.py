@@ -237,9 +237,11 @@ def test_a_checkpoint_holds_the_network(tmp_path: Path) -> None:
     about = {"config": CONFIG.model_dump(mode="json"), "facts": ["age", "spo2"], "outcomes": ["went_icu"]}
     save_checkpoint(tmp_path / "outcome.pt", {**about, "state": network.state_dict()})
     again, told = load_outcome(tmp_path / "outcome.pt")
-    torch.testing.assert_close(again(*Given.of(cases))[0], network(*Given.of(cases))[0])
+    given_ = Given.of(cases)
+    parts = (given_.features, given_.facts, given_.known)
+    torch.testing.assert_close(again(*parts)[0], network(*parts)[0])
     assert told["outcomes"] == ["went_icu"]
-    assert empty_network(about)(*Given.of(cases))[0].shape == (80, 1, 3)
+    assert empty_network(about)(*parts)[0].shape == (80, 1, 3)
     save_checkpoint(tmp_path / "other.pt", {"state": {}})
     with pytest.raises(UsageError, match="no checkpoint of an outcome"):
         load_outcome(tmp_path / "other.pt")

@@ -25,6 +25,7 @@ from cxr_retrieval_training.config import (
     EmbedderMemberConfig,
     EmbedderStage,
     LossName,
+    OutcomeConfig,
     SegmentationConfig,
     SegmentationStage,
     config_path,
@@ -202,7 +203,15 @@ def test_crops_keep_the_aspect_and_stay_in_the_frame() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
-    load_config(path, SegmentationConfig if path.stem.startswith("segmentation") else EmbedderConfig)
+    kinds = {"segmentation": SegmentationConfig, "outcome": OutcomeConfig}
+    load_config(path, kinds.get(path.stem.partition("-")[0], EmbedderConfig))
+
+
+def test_published_numbers_of_the_outcome() -> None:
+    """Zhong et al. 2020, 3.4."""
+    published = load_config(config_path("outcome-published"), OutcomeConfig)
+    assert (published.depth, published.trees, published.folds, published.layers) == (5, 50, 5, (128, 128))
+    assert (published.learning_rate, published.epochs, published.components) == (1e-4, 10, 0)
 
 
 def test_published_numbers() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ Floats = NDArray[np.float64]
 _LEAST_SPREAD: Final = 1e-3
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)
+class Given:
     """What is known of n films: FEATURES `[n, 2048]`, facts `[n, f]` with 0 where unknown, and whether each is known, 0 or 1."""
 
     features: Tensor
@@ -44,7 +45,7 @@ class Given(NamedTuple):
         filled = np.where(known, cases.facts, 0.0)
         return cls(*(torch.from_numpy(np.asarray(part, np.float32)) for part in (cases.features, filled, known)))
 
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> Given:  # pyright: ignore[reportIncompatibleMethodOverride] (rows, not parts)
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> Given:
         mask = torch.from_numpy(chosen)
         return Given(self.features[mask], self.facts[mask], self.known[mask])
 
@@ -59,17 +60,22 @@ class _Prepared:
 
     @classmethod
     def on(cls, given: Given, components: int) -> _Prepared:
-        facts = np.where(given.known.numpy() > 0, given.facts.numpy(), np.nan)
-        known = np.isfinite(facts).any(axis=0)
-        medians = np.zeros(facts.shape[1])
-        medians[known] = np.nanmedian(facts[:, known], axis=0)
-        imputing = Facts(torch.from_numpy(medians.astype(np.float32)))
+        imputing = _imputing(given)
         return cls(imputing, _projected(given.features, components), _scaled(imputing(given.facts, given.known)))
 
     def columns(self, part: str, given: Given) -> Tensor:
         """What a learner of this part sees, scaled."""
         image, facts = self.scaled_image(given.features), self.scaled_facts(self.facts(given.facts, given.known))
         return {"image": image, "facts": facts, "both": torch.cat([image, facts], dim=1)}[part]
+
+
+def _imputing(given: Given) -> Facts:
+    """By the medians of what is known; of what nobody knows, 0 for everybody."""
+    facts = np.where(given.known.numpy() > 0, given.facts.numpy(), np.nan)
+    known = np.isfinite(facts).any(axis=0)
+    medians = np.zeros(facts.shape[1])
+    medians[known] = np.nanmedian(facts[:, known], axis=0)
+    return Facts(torch.from_numpy(medians.astype(np.float32)))
 
 
 def _scaled(values: Tensor) -> Scaled:
@@ -118,7 +124,7 @@ def learners(config: OutcomeConfig) -> tuple[Learner, ...]:
 
     def forest(part: str) -> Learner:
         def scores(given: Given, came: Floats, others: Given) -> Floats:
-            imputing = _Prepared.on(given, config.components).facts
+            imputing = _imputing(given)
             fitted = _forest(_forest_columns(part, imputing, given), came, config)
             return fitted(_forest_columns(part, imputing, others)).double().numpy()
 
