@@ -24,7 +24,6 @@ from cxr_retrieval.radiograph.phantoms import make_phantom
 Floats = NDArray[np.float64]
 PATCHES: Final = (1, 11)
 """In each lung: from hardly ill to hardly any air left. Every fourth phantom is a healthy one."""
-FACTS: Final = ("age", "sex", "temperature", "spo2")
 
 
 class Drawn(NamedTuple):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from cxr_retrieval.contract import (
@@ -20,7 +19,6 @@ from cxr_retrieval.contract import (
     FEATURE_SIZE,
     MODEL_VERSION_PARAMETER,
     OUTCOME_MODEL,
-    OUTCOME_PARTS,
     LeafSpec,
     outcome_leaf,
 )
@@ -28,13 +26,13 @@ from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.repository import write_config
 from cxr_retrieval_build.onnx_export import save, traced
 from cxr_retrieval_build.parity import RUNTIMES, Arrays, in_torch
+from cxr_retrieval_training.outcome.crossvalidation import served_rows
 from cxr_retrieval_training.outcome.network import OutcomeNetwork
 from cxr_retrieval_training.outcome.train_outcome import load_outcome
 
 TOLERANCE: Final = 1e-4
 """Greatest difference of a probability from PyTorch's in any runtime."""
 _INPUTS: Final = 256
-_DTYPES: Final = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32"}
 
 _pb: Any = model_config_pb2  # generated code without type information
 
@@ -89,23 +87,19 @@ def _config(leaf: LeafSpec, about: Mapping[str, Any]) -> Any:
     config = _pb.ModelConfig(name=OUTCOME_MODEL, platform="onnxruntime_onnx", max_batch_size=64)
     for tensors, specs in ((config.input, leaf.inputs), (config.output, leaf.outputs)):
         for spec in specs:
-            tensors.add(name=spec.name, data_type=_pb.DataType.Value(_DTYPES[spec.dtype]), dims=spec.shape)
+            tensors.add(name=spec.name, data_type=_pb.DataType.Value(f"TYPE_{spec.dtype}"), dims=spec.shape)
     config.instance_group.add(count=1, kind=_pb.ModelInstanceGroup.KIND_CPU)
     config.dynamic_batching.SetInParent()
     config.parameters[MODEL_VERSION_PARAMETER].string_value = about["model_version"]
     config.parameters[CARD_PARAMETER].string_value = json.dumps(_told(about), sort_keys=True)
-    return text_format.Parse(text_format.MessageToString(config), _pb.ModelConfig())
+    return config
 
 
 def _told(about: Mapping[str, Any]) -> dict[str, Any]:
     """What clients are told: the order of the tensors, and how well what is served does."""
     figures = {}
     for name, one in about["figures"].items():
-        served = {row["part"]: row for row in one["learners"] if one["served"][row["part"]] == row["learner"]}
-        parts = {
-            part: {"learner": served[part]["learner"], "auc": served[part]["auc"], "auc_ci": served[part]["auc_ci"]}
-            for part in OUTCOME_PARTS
-        }
+        parts = {row["part"]: {key: row[key] for key in ("learner", "auc", "auc_ci")} for row in served_rows(one)}
         figures[name] = {"n": one["n"], "with": one["with"], "patients": one["patients"], "parts": parts}
     kept = ("facts", "outcomes", "within_h", "labels", "date", "data_sha256")
     return {**{key: about[key] for key in kept}, "figures": figures}
@@ -113,10 +107,8 @@ def _told(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def card(about: Mapping[str, Any], parity: Mapping[str, float]) -> str:
     """CARD.md: data, figures, what is known to confound."""
-    made, within = (
-        about["provenance"],
-        "at any time of the stay" if about["within_h"] is None else f"within {about['within_h']:g} hours of the film",
-    )
+    made = about["provenance"]
+    within = "at any time of the stay" if about["within_h"] is None else f"within {about['within_h']:g} hours of the film"
     known = ", ".join(f"{name} ({share:.0%})" for name, share in zip(about["facts"], about["known"], strict=True))
     lines = [
         "# Outcome",
@@ -141,10 +133,9 @@ def card(about: Mapping[str, Any], parity: Mapping[str, float]) -> str:
 
 
 def _section(name: str, one: Mapping[str, Any]) -> str:
-    rows = [row for row in one["learners"] if one["served"][row["part"]] == row["learner"]]
     table = [
         f"| {row['part']} | {row['learner']} | {row['auc']:.3f} | {_ends(row['auc_ci'])} | {row['brier']:.3f} | {row['ece']:.3f} |"
-        for row in rows
+        for row in served_rows(one)
     ]
     added = one["features_add"]
     return "\n".join(

@@ -40,8 +40,7 @@ def made_up(n: int, law: bool = True, seed: int = 0) -> tuple[Cases, NDArray[np.
     odds = 1.5 * ill + facts @ [1.0, -1.0] if law else np.zeros(n)
     came = (random.random(n) < 1 / (1 + np.exp(-odds))).astype(float)
     facts = facts * [18, 3] + [54, 91]
-    names = tuple(map(str, range(n)))
-    return Cases(names, patients.astype(str), features.astype(np.float32), facts, {"went_icu": came}), odds
+    return Cases(patients.astype(str), features.astype(np.float32), facts, {"went_icu": came}), odds
 
 
 def manifest(folder: Path, rows: list[dict[str, str]]) -> Manifest:

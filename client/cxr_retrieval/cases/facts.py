@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from cxr_retrieval.cases.features import FEATURE
-from cxr_retrieval.cases.fields import Value, parse_clinical
+from cxr_retrieval.cases.fields import FLAGS, Value, parse_clinical
 from cxr_retrieval.errors import UsageError
 
 _SEXES: Final = {"F": 0.0, "M": 1.0}
-_FLAGS: Final = {"y": 1.0, "yes": 1.0, "true": 1.0, "1": 1.0, "n": 0.0, "no": 0.0, "false": 0.0, "0": 0.0}
 
 
 def fact_number(name: str, value: Value | None) -> float | None:
@@ -22,7 +21,8 @@ def fact_number(name: str, value: Value | None) -> float | None:
     if value is None or (name in FEATURE and FEATURE[name].doubt(value)):
         return None
     if isinstance(value, str):
-        return _SEXES.get(value) if name == "sex" else _FLAGS.get(value.strip().lower())
+        number = _SEXES.get(value) if name == "sex" else FLAGS.get(value.strip().lower())
+        return None if number is None else float(number)
     return float(value)
 
 

@@ -68,7 +68,8 @@ def identifies(column: str) -> bool:
 MAX_TEXT: Final = 8192
 """Bytes of UTF-8 in a text field."""
 
-_FLAGS: Final = {"y": True, "yes": True, "true": True, "1": True, "n": False, "no": False, "false": False, "0": False}
+FLAGS: Final[Mapping[str, bool]] = {"y": True, "yes": True, "true": True, "1": True, "n": False, "no": False, "false": False, "0": False}
+"""How a flag is written, in small letters."""
 
 
 class Doubt(NamedTuple):
@@ -129,7 +130,7 @@ def parse_clinical(columns: Mapping[str, str]) -> Clinical:
 def _typed(feature: Feature, column: str, text: str, unit: str) -> Value:
     if feature.kind == "text":
         return text.encode()[:MAX_TEXT].decode(errors="ignore")
-    value = _number(feature, text, unit) if feature.kind == "number" else _FLAGS.get(text.lower())
+    value = _number(feature, text, unit) if feature.kind == "number" else FLAGS.get(text.lower())
     if value is None:
         units = ", ".join(unit.code for unit in UNITS.get(feature.unit, ()))
         expected = f"a number, perhaps followed by its unit ({units})" if feature.kind == "number" else "Y or N"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.contract import IMAGE_SIZE
-from cxr_retrieval.errors import ImageError, InputError, ManifestError
+from cxr_retrieval.errors import CxrError, ImageError, InputError, ManifestError
 from cxr_retrieval.progress import track
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.reading import read_radiograph
@@ -28,6 +28,18 @@ def load_images(rows: Sequence[ManifestRow], what: str = "") -> Images:
         ImageError: The first unreadable image (training on a silently shrunken set would not be repeatable).
     """
     return _load(rows, lambda row: letterbox(read_radiograph(row.path).pixels)[0], what)
+
+
+def pixels_of(row: ManifestRow) -> NDArray[np.uint8]:
+    """One row's image as it was read, of its own size.
+
+    Raises:
+        ManifestError: It cannot be used.
+    """
+    try:
+        return read_radiograph(row.path).pixels
+    except CxrError as error:
+        raise ManifestError(f"{row.image_id} cannot be used", got=str(error), next_step="take the row out of the manifest") from error
 
 
 def load_lung_masks(rows: Sequence[ManifestRow]) -> Images:

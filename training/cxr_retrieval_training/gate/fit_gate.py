@@ -18,13 +18,13 @@ from sklearn.linear_model import LogisticRegression
 
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow
 from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK
-from cxr_retrieval.errors import CxrError, ManifestError
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, comparable, side_by_side
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.letterbox import Letterbox, letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
-from cxr_retrieval.radiograph.reading import MAX_ASPECT, read_radiograph
+from cxr_retrieval.radiograph.reading import MAX_ASPECT
 from cxr_retrieval.retrieval.gate import KINDS, Gate, Vector, described
+from cxr_retrieval_training.data.datasets import pixels_of
 from cxr_retrieval_training.gate.outliers import (
     DRAWN,
     SPOILT,
@@ -98,7 +98,7 @@ def fit_gate(
     val = manifest.require(split="val")
     seen = {
         name: _describe(examples, triton, lambda count, name=name: advance(name, count))
-        for name, examples in (("train", _lessons(films, lessons)), ("val", (_Example("film", _pixels(row)) for row in val)))
+        for name, examples in (("train", _lessons(films, lessons)), ("val", (_Example("film", pixels_of(row)) for row in val)))
     }
     train, held = seen["train"], seen["val"]
     features, kinds = np.concatenate([train.features, train.mirrored]), train.kinds * 2
@@ -168,9 +168,9 @@ def _some(rows: Sequence[ManifestRow], per_source: int) -> list[ManifestRow]:
 def _lessons(films: Sequence[ManifestRow], lessons: Lessons) -> Iterator[_Example]:
     """First every film as it is; then each spoilt in two ways, every other one varied; phantoms, whole and spoilt; what never was one."""
     random = np.random.default_rng(_SEED)
-    yield from (_Example("film", _pixels(row)) for row in films)
+    yield from (_Example("film", pixels_of(row)) for row in films)
     for number, row in enumerate(films):
-        pixels = _pixels(row)
+        pixels = pixels_of(row)
         turn, spoil = _TURNED[number // len(SPOILT) % len(_TURNED)], SPOILT[number % len(SPOILT)]
         yield _Example(_KIND_OF[turn], turn(pixels, random))
         yield _Example(_KIND_OF.get(spoil, "none"), spoil(pixels, random))
@@ -183,13 +183,6 @@ def _lessons(films: Sequence[ManifestRow], lessons: Lessons) -> Iterator[_Exampl
         yield _Example(_KIND_OF.get(spoil, "none"), spoil(pixels, random))
     for number in range(lessons.no_films):
         yield _Example("none", DRAWN[number % len(DRAWN)](random))
-
-
-def _pixels(row: ManifestRow) -> Picture:
-    try:
-        return read_radiograph(row.path).pixels
-    except CxrError as error:
-        raise ManifestError(f"{row.image_id} cannot be used", got=str(error), next_step="take the row out of the manifest") from error
 
 
 def _describe(examples: Iterator[_Example], triton: TritonClient, advance: Callable[[int], None]) -> _Described:

@@ -18,7 +18,7 @@ from cxr_retrieval.contract import FEATURE_SIZE, FEATURES
 from cxr_retrieval.errors import CxrError, ManifestError
 from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
 from cxr_retrieval.radiograph.letterbox import letterbox
-from cxr_retrieval.radiograph.reading import read_radiograph
+from cxr_retrieval_training.data.datasets import pixels_of
 
 OUTCOMES: Final = ("went_icu", "intubated")
 """What is asked about unless something else is said."""
@@ -34,13 +34,12 @@ class Cases:
     """n films of which some outcome is known.
 
     Attributes:
-        films: Their `image_id`. patients: Keys that are equal where two films are of one patient.
+        patients: Keys that are equal where two films are of one patient.
         features: FEATURES `[n, 2048]` float32.
         facts: `[n, f]`; NaN: unknown.
         outcomes: Name → `[n]`: 1 it came, 0 it did not, NaN unknown.
     """
 
-    films: tuple[str, ...]
     patients: NDArray[np.generic]
     features: NDArray[np.float32]
     facts: Floats
@@ -100,7 +99,7 @@ def look_at(
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(missing), BATCH_SIZE):
         batch = missing[start : start + BATCH_SIZE]
-        squares = np.stack([_square(row) for _, row in batch])
+        squares = np.stack([letterbox(pixels_of(row))[0] for _, row in batch])
         found = np.asarray(triton.infer(squares[:, None], (FEATURES,))[FEATURES.name], np.float32)
         seen.update(zip((name for name, _ in batch), found, strict=True))
         advance(len(batch))
@@ -146,13 +145,6 @@ def _came(name: str, values: dict[str, Value], within_h: float | None) -> float:
     if began is None or isinstance(began, str) or began < 0:
         return np.nan
     return float(began <= within_h)
-
-
-def _square(row: ManifestRow) -> NDArray[np.uint8]:
-    try:
-        return letterbox(read_radiograph(row.path).pixels)[0]
-    except CxrError as error:
-        raise ManifestError(f"{row.image_id} cannot be used", got=str(error), next_step="take the row out of the manifest") from error
 
 
 def _read(path: Path, model_version: str) -> dict[str, NDArray[np.float32]]:

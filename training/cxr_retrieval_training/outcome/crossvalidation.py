@@ -6,7 +6,7 @@ that of a difference of two: the same patients are drawn for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,6 +48,11 @@ class Held:
     fold: Integers
     scores: dict[Learner, Floats]
 
+    @property
+    def folds(self) -> int:
+        """How many there are."""
+        return int(self.fold.max()) + 1
+
     def served(self, part: str) -> Learner:
         """The learner of this part that is served."""
         return next(one for one in self.scores if one.part == part)
@@ -66,8 +71,7 @@ class Held:
     def probabilities(self, learner: Learner) -> Floats:
         """Calibrated by the other folds."""
         found = np.zeros(len(self.came))
-        for number in range(int(self.fold.max()) + 1):
-            mine = self.fold == number
+        for mine in self._parted():
             slope, offset = self.calibration(learner, ~mine)
             found[mine] = 1 / (1 + np.exp(-(slope * self.scores[learner][mine] + offset)))
         return found
@@ -82,7 +86,7 @@ class Held:
         return np.stack([area(self.scores[learner][mine], self.came[mine], drawn[:, mine]) for mine in self._parted()])
 
     def _parted(self) -> list[NDArray[np.bool_]]:
-        return [self.fold == number for number in range(int(self.fold.max()) + 1)]
+        return [self.fold == number for number in range(self.folds)]
 
 
 def cross_validate(
@@ -147,7 +151,7 @@ def figures(held: Held) -> dict[str, Any]:
         "with": int(held.came.sum()),
         "patients": len(set(held.patients.tolist())),
         "patients_with": len(set(held.patients[held.came > 0].tolist())),
-        "folds": int(held.fold.max()) + 1,
+        "folds": held.folds,
         "learners": [_of(held, learner, drawn[learner]) for learner in held.scores],
         "served": {part: held.served(part).name for part in OUTCOME_PARTS},
         "features_add": {
@@ -156,6 +160,11 @@ def figures(held: Held) -> dict[str, Any]:
         },
         "brier_of_the_share": float(np.mean((held.came - held.came.mean()) ** 2)),
     }
+
+
+def served_rows(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of `figures` the learners that are served."""
+    return [row for row in one["learners"] if one["served"].get(row["part"]) == row["learner"]]
 
 
 def _of(held: Held, learner: Learner, drawn: Floats | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxr_retrieval_training.outcome.crossvalidation import GRID, Held
+from cxr_retrieval_training.outcome.crossvalidation import GRID, Held, served_rows
 
 mpl.use("Agg")
 
@@ -62,9 +62,7 @@ def draw_curves(held: Held, path: Path) -> None:
         label = f"{_SAID[part]} ({learner.name}): {areas.mean():.3f} ± {areas.std(ddof=1):.3f}"
         axes.plot(GRID, mean, color=colour, label=label)
         axes.fill_between(GRID, np.clip(mean - spread, 0, 1), np.clip(mean + spread, 0, 1), color=colour, alpha=0.12, linewidth=0)
-    axes.set(
-        xlabel="false positive rate", ylabel="true positive rate", title=f"{held.outcome}: mean of {int(held.fold.max()) + 1} folds ± 1 SD"
-    )
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{held.outcome}: mean of {held.folds} folds ± 1 SD")
     axes.legend(loc="lower right", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -86,8 +84,9 @@ def draw_calibration(held: Held, path: Path) -> None:
 
 def _table(one: Mapping[str, Any]) -> str:
     lines = ["| seen | learner | area under the curve | SD of folds | Brier | calibration error | |", "|---|---|---|---|---|---|---|"]
+    rows_served = served_rows(one)
     for row in one["learners"]:
-        served = "served" if one["served"][row["part"]] == row["learner"] else ""
+        served = "served" if row in rows_served else ""
         lines.append(
             f"| {_SAID[row['part']]} | {row['learner']} | {row['auc']:.3f}{_interval(row['auc_ci'])} | {row['auc_sd']:.3f} "
             f"| {row['brier']:.3f} | {row['ece']:.3f} | {served} |"

@@ -58,7 +58,7 @@ def train_outcome(
         folds_of(name, came[known], patients[known], config)
     progress.begin("films", len(rows))
     features = look_at(rows, triton, out, lambda count: progress.advance("films", count))
-    cases = Cases(tuple(row.image_id for row in rows), patients, features, facts, became)
+    cases = Cases(patients, features, facts, became)
     progress.begin("fits", steps(config) * len(became))
     found: dict[str, dict[str, Any]] = {}
     predictors = []
