@@ -132,6 +132,30 @@ def outcome(
 
 
 @app.command()
+def multilabel(
+    checkpoint: Annotated[Path, typer.Argument(help="multilabel.pt of `cxr train multilabel`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Write a network of several findings, with its card, for `cxr serve --multilabel`; in production copy it beside the engines."""
+    _require("cxr build multilabel", "build", "torch", "onnx", "onnxruntime")
+    from cxr_retrieval_build.multilabel import build_multilabel
+
+    typer.echo(jsonlib.dumps(build_multilabel(checkpoint, out), indent=2))
+
+
+@app.command()
+def multimodal(
+    checkpoint: Annotated[Path, typer.Argument(help="multimodal.pt of `cxr train multimodal`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Write the networks of films and reports, with their card, for `cxr serve --multimodal`; in production copy both beside engines."""
+    _require("cxr build multimodal", "build", "torch", "onnx", "onnxruntime")
+    from cxr_retrieval_build.multimodal import build_multimodal
+
+    typer.echo(jsonlib.dumps(build_multimodal(checkpoint, out), indent=2))
+
+
+@app.command()
 def engines(
     out: Annotated[
         Path, typer.Argument(help="Folder for the repository with engines; engines that fit are kept, configurations written anew.")

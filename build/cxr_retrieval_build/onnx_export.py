@@ -46,7 +46,7 @@ from cxr_retrieval_training.shipped import HALVED_FROM, int8_scale
 OPSET: Final = 18
 DESCRIPTION: Final = ("config", "members", "data_sha256")
 """Of a checkpoint, what a graph's metadata repeats: how the network is built, and what it learnt from."""
-_TORCH_TYPES: Final = {"UINT8": torch.uint8, "FP32": torch.float32}
+_TORCH_TYPES: Final = {"UINT8": torch.uint8, "INT32": torch.int32, "FP32": torch.float32}
 
 
 STUDENT: Final = "student"

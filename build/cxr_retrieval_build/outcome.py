@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tritonclient.grpc import model_config_pb2
 
 from cxr_retrieval.contract import (
     CARD_PARAMETER,
@@ -24,8 +23,9 @@ from cxr_retrieval.contract import (
 )
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.repository import write_config
+from cxr_retrieval_build.further import further_config, require_parity
 from cxr_retrieval_build.onnx_export import save, traced
-from cxr_retrieval_build.parity import RUNTIMES, Arrays, in_torch
+from cxr_retrieval_build.parity import Arrays
 from cxr_retrieval_training.outcome.crossvalidation import served_rows
 from cxr_retrieval_training.outcome.network import OutcomeNetwork
 from cxr_retrieval_training.outcome.train_outcome import load_outcome
@@ -33,8 +33,6 @@ from cxr_retrieval_training.outcome.train_outcome import load_outcome
 TOLERANCE: Final = 1e-4
 """Greatest difference of a probability from PyTorch's in any runtime."""
 _INPUTS: Final = 256
-
-_pb: Any = model_config_pb2  # generated code without type information
 
 
 def build_outcome(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -67,32 +65,12 @@ def _parity(network: OutcomeNetwork, leaf: LeafSpec, graph: Path, about: Mapping
     facts = random.normal(usual["facts.medians"], 10, (_INPUTS, len(about["facts"])))
     known = random.integers(0, 2, facts.shape)
     inputs: Arrays = {spec.name: np.asarray(part, np.float32) for spec, part in zip(leaf.inputs, (features, facts, known), strict=True)}
-    name = leaf.outputs[0].name
-    reference = np.asarray(in_torch(network, leaf, inputs)[name], np.float64)
-    found = {
-        runtime: float(np.abs(np.asarray(run(graph, inputs, [name])[name], np.float64) - reference).max())
-        for runtime, run in RUNTIMES.items()
-    }
-    if missed := {runtime: gap for runtime, gap in found.items() if not gap <= TOLERANCE}:
-        raise SetupError(
-            "the export differs from PyTorch",
-            expected=f"probabilities within {TOLERANCE:g}",
-            got=", ".join(f"{runtime} {gap:.2g}" for runtime, gap in missed.items()),
-            next_step="do not serve it",
-        )
-    return found
+    return require_parity(network, leaf, graph, inputs, TOLERANCE)
 
 
 def _config(leaf: LeafSpec, about: Mapping[str, Any]) -> Any:
-    config = _pb.ModelConfig(name=OUTCOME_MODEL, platform="onnxruntime_onnx", max_batch_size=64)
-    for tensors, specs in ((config.input, leaf.inputs), (config.output, leaf.outputs)):
-        for spec in specs:
-            tensors.add(name=spec.name, data_type=_pb.DataType.Value(f"TYPE_{spec.dtype}"), dims=spec.shape)
-    config.instance_group.add(count=1, kind=_pb.ModelInstanceGroup.KIND_CPU)
-    config.dynamic_batching.SetInParent()
-    config.parameters[MODEL_VERSION_PARAMETER].string_value = about["model_version"]
-    config.parameters[CARD_PARAMETER].string_value = json.dumps(_told(about), sort_keys=True)
-    return config
+    told = {MODEL_VERSION_PARAMETER: about["model_version"], CARD_PARAMETER: json.dumps(_told(about), sort_keys=True)}
+    return further_config(leaf, told)
 
 
 def _told(about: Mapping[str, Any]) -> dict[str, Any]:

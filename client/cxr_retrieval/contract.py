@@ -14,6 +14,10 @@ IMAGE_SIZE: Final = 256
 EMBEDDING_SIZE: Final = 64
 APPEARANCE_SIZE: Final = 56
 FEATURE_SIZE: Final = 2048
+FINDING_FEATURE_SIZE: Final = 1024
+SUBSPACE_SIZE: Final = 128
+TEXT_LENGTH: Final = 128
+"""Tokens of a text at most."""
 ATTENTION_SIZE: Final = 16
 
 LABELS: Final = ("control", "non_covid_pneumonia", "covid19")
@@ -30,7 +34,15 @@ OUTCOME_MODEL: Final = "outcome"
 OUTCOME_PARTS: Final = ("image", "facts", "both")
 """Last axis of OUTCOME: what a probability rests on."""
 CARD_PARAMETER: Final = "card"
-"""Key in the outcome model's parameters under which it says, as JSON, what it was trained on and how well it does."""
+"""Key in a further model's parameters under which it says, as JSON, what it was trained on and how well it does."""
+
+MULTILABEL_MODEL: Final = "multilabel"
+"""A further model, where one is served: features learnt from several findings of a film (Haq et al. 2020)."""
+MULTIMODAL_IMAGE_MODEL: Final = "multimodal_image"
+MULTIMODAL_TEXT_MODEL: Final = "multimodal_text"
+"""Two further models that bring films and reports into one subspace (Yu et al. 2021)."""
+TOKENIZER_PARAMETER: Final = "tokenizer"
+"""Key in the latter's parameters under which it says, as JSON, how text becomes TOKENS."""
 
 MODEL_VERSION_PARAMETER: Final = "model_version"
 """Key in the ensemble's `config.pbtxt` parameters under which the server announces its weights."""
@@ -40,7 +52,7 @@ STUDENT_VERSION_PARAMETER: Final = "student_model_version"
 PUBLISHED_VERSION_PARAMETER: Final = "published_model_version"
 """The same with the published embedder in the place of the tuned one."""
 
-Dtype = Literal["UINT8", "FP32"]
+Dtype = Literal["UINT8", "INT32", "FP32"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,15 @@ stand out from the rest of that film; the values of two films do not compare, an
 ATTENTION_MAP: Final = TensorSpec("ATTENTION_MAP", "FP32", (1, IMAGE_SIZE, IMAGE_SIZE))
 """ATTENTION at image size, on its scale, 0 outside the lungs."""
 
+FINDING_FEATURES: Final = TensorSpec("FINDING_FEATURES", "FP32", (FINDING_FEATURE_SIZE,))
+"""What a film shows, by a network that learnt several findings at once; of unit length (L2)."""
+IMAGE_VECTOR: Final = TensorSpec("IMAGE_VECTOR", "FP32", (SUBSPACE_SIZE,))
+"""A film in the subspace that it shares with reports; of unit length (L2)."""
+TEXT_VECTOR: Final = TensorSpec("TEXT_VECTOR", "FP32", (SUBSPACE_SIZE,))
+"""A text there; of unit length (L2)."""
+TOKENS: Final = TensorSpec("TOKENS", "INT32", (TEXT_LENGTH,))
+"""Numbers of a text's subwords, 0 after its end."""
+
 ENSEMBLE_OUTPUTS: Final = (EMBEDDING, APPEARANCE, LUNG_MASK, ATTENTION_MAP, FEATURES, LUNG_AGREEMENT)
 
 
@@ -98,6 +119,12 @@ def outcome_leaf(facts: int, outcomes: int) -> LeafSpec:
     given = (FEATURES, TensorSpec("FACTS", "FP32", (facts,)), TensorSpec("KNOWN", "FP32", (facts,)))
     return LeafSpec(OUTCOME_MODEL, given, (TensorSpec("OUTCOME", "FP32", (outcomes, len(OUTCOME_PARTS))),))
 
+
+MULTILABEL_LEAF: Final = LeafSpec(MULTILABEL_MODEL, (IMAGE,), (FINDING_FEATURES,))
+MULTIMODAL_IMAGE_LEAF: Final = LeafSpec(MULTIMODAL_IMAGE_MODEL, (IMAGE,), (IMAGE_VECTOR,))
+MULTIMODAL_TEXT_LEAF: Final = LeafSpec(MULTIMODAL_TEXT_MODEL, (TOKENS,), (TEXT_VECTOR,))
+BESIDE_ENSEMBLE: Final = (MULTILABEL_LEAF, MULTIMODAL_IMAGE_LEAF)
+"""Further models that are asked about a film itself."""
 
 LEAVES: Final = (
     LeafSpec(LUNG_SEGMENTATION, (IMAGE,), (LUNG_MASK, LUNGS, LUNG_AGREEMENT)),

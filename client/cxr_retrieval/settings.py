@@ -277,6 +277,21 @@ class Method(str, Enum):
     cluster = "cluster"
 
 
+class SpaceName(str, Enum):
+    """By which vectors films are compared (`gallery/spaces.py`): the ensemble's, or those of a further model that is served."""
+
+    film = "film"
+    findings = "findings"
+    reports = "reports"
+
+
+class Match(str, Enum):
+    """What of the cases is compared in the space of reports."""
+
+    film = "film"
+    report = "report"
+
+
 class LogFormat(str, Enum):
     """Of what a command says on stderr."""
 

@@ -160,6 +160,12 @@ def test_all_findings_of_a_film_make_its_label(tmp_path: Path) -> None:
     assert certain == ["no_finding", "support_devices", "lung_opacity|pleural_effusion"]
     uncertain = [row.label for row in made("chexpert", root, tmp_path, Uncertain.positive, findings=True).rows]
     assert uncertain == ["no_finding", "support_devices", "edema|lung_opacity|pleural_effusion", "edema"]
+    for how in (Uncertain.ignore, Uncertain.positive):  # training learns nothing from these, whatever they count as in retrieval
+        unsure = {row.label: row.fields.get("uncertain", "") for row in made("chexpert", root, tmp_path, how, findings=True).rows}
+        assert {name for name, one in unsure.items() if one == "edema"} == {
+            label for label in unsure if "opacity" in label or label == "edema"
+        }
+    assert "uncertain" not in made("chexpert", root, tmp_path, Uncertain.negative).rows[0].fields
 
 
 def test_nih(tmp_path: Path) -> None:

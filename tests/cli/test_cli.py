@@ -60,6 +60,8 @@ COMMANDS = (
     "train unseen",
     "train gate",
     "train outcome",
+    "train multilabel",
+    "train multimodal",
     "train report",
     "train all",
     "build",
@@ -68,6 +70,8 @@ COMMANDS = (
     "build parity",
     "build int8",
     "build outcome",
+    "build multilabel",
+    "build multimodal",
     "build engines",
     "build repository",
 )

@@ -33,12 +33,14 @@ from clauses import trees
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.cases.manifest import Manifest, ManifestRow, read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
+from cxr_retrieval.contract import IMAGE_VECTOR, SUBSPACE_SIZE, TEXT_VECTOR
 from cxr_retrieval.errors import ClauseError, InputError, StoreError, StoreFullError, UsageError
 from cxr_retrieval.gallery.aliases import ALIAS, list_galleries, use_gallery
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, VECTOR_SIZE, comparable
 from cxr_retrieval.gallery.clause import Arithmetic, Compare, Field, In, IsNull, Like, Node, Own, Value, Words, printed
 from cxr_retrieval.gallery.completion import Counted, Snapshot, Spread
 from cxr_retrieval.gallery.filters import Dialect, for_milvus
+from cxr_retrieval.gallery.spaces import FILM, REPORTS
 from cxr_retrieval.gallery.store import (
     CALIBRATION,
     CLUSTERS,
@@ -60,7 +62,7 @@ from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.retrieval.clusters import MOST_CLUSTERS, TOUCHING, Cluster, Clustering, as_text, read_clustering
 from cxr_retrieval.serving.server import embedded_milvus
-from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
+from cxr_retrieval.settings import Match, MilvusSettings, ThumbnailKind
 from tests_support import KEY_FILE, dashboard_metrics
 from vectors import unit_vectors
 
@@ -721,6 +723,37 @@ def test_a_gallery_in_clear_is_refused_and_can_be_dropped(settings: MilvusSettin
     with pytest.raises(StoreError, match=said):
         remove_cases(settings, pseudonyms, 'patient_id == "p1"')
     assert drop_gallery(settings, "cxr_clear") == 0
+
+
+def test_a_gallery_of_reports(settings: MilvusSettings, entries: list[Entry], pseudonyms: Pseudonyms) -> None:
+    """Films and reports side by side: each is asked by itself, cases without a report come last, and the gallery knows what it is."""
+    both = unit_vectors(10, 5)[:, :64] @ np.eye(64, SUBSPACE_SIZE, dtype=np.float32)
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    images, texts = both[:5], both[5:]
+    outputs = [
+        {IMAGE_VECTOR.name: image, **({TEXT_VECTOR.name: text} if n < 3 else {})}
+        for n, (image, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    question = {IMAGE_VECTOR.name: texts[1]}
+    with Store(settings, "reports_1", pseudonyms, create=True, space=REPORTS) as store:
+        store.upsert(entries, ["0"] * 5, [REPORTS.vector(one) for one in outputs])
+        store.publish()
+        by_report = store.search(REPORTS.question(question, Match.report), 5)
+        by_film = store.search(REPORTS.question(question, Match.film), 5)
+        near = store.nearest(np.stack([REPORTS.vector(outputs[0])]), 1)[0][0]
+    assert (by_report[0].case.key, by_report[0].similarity) == (entries[1].key, pytest.approx(1, abs=1e-5))
+    assert {hit.case.key for hit in by_report[3:]} == {entries[3].key, entries[4].key}
+    assert [hit.similarity for hit in by_report[3:]] == pytest.approx([-1, -1])
+    expected = images @ texts[1]
+    assert [hit.case.key for hit in by_film] == [entries[n].key for n in np.argsort(-expected)]
+    assert [hit.similarity for hit in by_film] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    assert (near.key, near.similarity) == (entries[0].key, pytest.approx(1, abs=1e-5))
+    with Store(settings, "reports_1", pseudonyms) as store:
+        assert store.space is REPORTS
+    with pytest.raises(StoreError, match="collection cxr_reports_1 is of another space; expected film; got reports"):
+        Store(settings, "reports_1", pseudonyms, space=FILM)
+    assert "the gallery" not in list_collections(settings)["cxr_reports_1"]
+    assert drop_gallery(settings, "cxr_reports_1") == 5
 
 
 def test_a_gallery_of_another_key_is_refused(

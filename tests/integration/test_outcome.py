@@ -22,7 +22,7 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.phantoms import make_phantom, write_phantoms
 from cxr_retrieval.retrieval.outcome import OutcomeModel
 from cxr_retrieval.serving.choices import Networks
-from cxr_retrieval.serving.repository import derive_outcome, read_config
+from cxr_retrieval.serving.repository import derive_further, read_config
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
 from cxr_retrieval_training.outcome.cases import choose, look_at
 from tests_support import run_cxr
@@ -189,12 +189,12 @@ def test_what_is_no_outcome_model_is_not_served(harm: Any, said: str, model: Pat
     shutil.copytree(model, folder)
     harm(folder)
     with pytest.raises(SetupError, match=said):
-        derive_outcome(folder, instant, tmp_path / "models", Networks.ensemble, 1)
+        derive_further("outcome", folder, instant, tmp_path / "models", Networks.ensemble, 1)
 
 
 def test_one_of_other_weights_is_not_served(model: Path, repository: Path, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=f"other weights; expected .*; got {VERSION}"):
-        derive_outcome(model, repository, tmp_path / "models", Networks.ensemble, 1)
+        derive_further("outcome", model, repository, tmp_path / "models", Networks.ensemble, 1)
 
 
 def _without_card(folder: Path) -> None:

@@ -25,6 +25,8 @@ from cxr_retrieval_training.config import (
     EmbedderMemberConfig,
     EmbedderStage,
     LossName,
+    MultilabelConfig,
+    MultimodalConfig,
     OutcomeConfig,
     SegmentationConfig,
     SegmentationStage,
@@ -203,7 +205,12 @@ def test_crops_keep_the_aspect_and_stay_in_the_frame() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path: Path) -> None:
-    kinds = {"segmentation": SegmentationConfig, "outcome": OutcomeConfig}
+    kinds = {
+        "segmentation": SegmentationConfig,
+        "outcome": OutcomeConfig,
+        "multilabel": MultilabelConfig,
+        "multimodal": MultimodalConfig,
+    }
     load_config(path, kinds.get(path.stem.partition("-")[0], EmbedderConfig))
 
 
@@ -212,6 +219,12 @@ def test_published_numbers_of_the_outcome() -> None:
     published = load_config(config_path("outcome-published"), OutcomeConfig)
     assert (published.depth, published.trees, published.folds, published.layers) == (5, 50, 5, (128, 128))
     assert (published.learning_rate, published.epochs, published.components) == (1e-4, 10, 0)
+
+
+def test_published_numbers_of_the_multilabel_network() -> None:
+    """Haq et al. 2020, section 3."""
+    published = load_config(config_path("multilabel"), MultilabelConfig)
+    assert (published.batch_size, published.epochs, published.learning_rate, published.loss) == (32, 20, 1e-3, "weighted")
 
 
 def test_published_numbers() -> None:

@@ -208,6 +208,71 @@ def outcome(
 
 
 @app.command()
+def multilabel(
+    manifest: Manifest,
+    out: Annotated[Path, typer.Option(help="Folder for multilabel.pt and multilabel.md; an interrupted run goes on from there.")],
+    config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "multilabel",
+    device: Device = "auto",
+    column: Annotated[str, typer.Option(help="With a film's findings, | between several.")] = "label",
+    finding: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Learn this one; may be given several times.", show_default="all that enough films have"),
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="A torchvision DenseNet-121 state dict to start from (ImageNet, say).")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="Another run's folder to compare with on the page; may be given several times.")
+    ] = None,
+) -> None:
+    """Learn all findings of films at once; 1024 features of each film come of it, by which alike ones are found.
+
+    Then `cxr build multilabel` makes a model of it that Triton serves.
+    """
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval_training.config import MultilabelConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), MultilabelConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.multilabel.train_multilabel import train_multilabel
+
+    typer.echo(train_multilabel(settings, rows, out, pick_device(device), column, finding or (), init, beside or ()))
+
+
+@app.command()
+def multimodal(
+    manifest: Manifest,
+    multilabel: Annotated[Path, typer.Option("--multilabel", help="multilabel.pt of `cxr train multilabel`, whose features are a film's.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for multimodal.pt and multimodal.md; films that were looked at are not looked at again.")
+    ],
+    config: Annotated[str, typer.Option(help="Name of a shipped config, or a TOML file.")] = "multimodal",
+    device: Device = "auto",
+    column: Annotated[str, typer.Option(help="With a film's labels, | between several.")] = "label",
+    judged_by: Annotated[
+        str | None, typer.Option(help="Column with the labels by which retrieval is judged.", show_default="the same")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="With a film's report; films without one take part, too.")] = "clinical_notes",
+    reports: Annotated[
+        Path | None, typer.Option(help="CSV of reports without films (findings, impression, Problems), to learn words from.")
+    ] = None,
+) -> None:
+    """Bring films and their reports into one subspace, so that words find films; and say what missing reports cost.
+
+    Then `cxr build multimodal` makes models of it that Triton serves.
+    """
+    from cxr_retrieval.cases.manifest import read_manifest
+    from cxr_retrieval_training.config import MultimodalConfig, config_path, load_config
+
+    settings, rows = load_config(config_path(config), MultimodalConfig), read_manifest(manifest)
+
+    from cxr_retrieval_training.checkpoints import pick_device
+    from cxr_retrieval_training.multimodal.train_multimodal import train_multimodal
+
+    device_ = pick_device(device)
+    typer.echo(train_multimodal(settings, rows, multilabel, out, device_, column, judged_by, text_column, reports))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of `cxr train embedder`; the first is looked at more closely.")],
     manifest: Manifest,

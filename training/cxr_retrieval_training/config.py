@@ -27,6 +27,9 @@ KeptName = Literal["best", "last"]
 """Of a network: the state that did best on val, or the one that training ends with."""
 LossName = Literal["multi_similarity", "normalized_softmax", "info_nce", "cross_entropy"]
 
+FindingsLoss = Literal["weighted", "plain", "softmax"]
+"""Binary cross-entropy of each finding, its rarer side weighed more, or both alike; or one label a film."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -160,6 +163,58 @@ class OutcomeConfig(_Frozen):
     batch_size: PositiveInt = 32
     components: Annotated[int, Field(ge=0)] = 0
     """So many principal components stand for the features in all but forests; with 0 all 2048 do."""
+
+
+class MultilabelConfig(_Frozen):
+    """`cxr train multilabel`."""
+
+    seed: int = 1
+    image_size: Literal[64, 128, 256] = 256
+    loss: FindingsLoss = "weighted"
+    none: tuple[str, ...] = ("control", "no_finding", "normal")
+    """Labels that say that there is none, whatever their case, spaces as _."""
+    least_films: PositiveInt = 20
+    """Findings that fewer train films have are not learnt, unless asked for."""
+    augmented: bool = True
+    epochs: PositiveInt = 20
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    learning_rate: PositiveFloat = 1e-3
+    plateau_epochs: PositiveInt = 2
+    """The learning rate falls to a tenth when the loss of the watched patients has not fallen for so many epochs."""
+
+
+class MultimodalConfig(_Frozen):
+    """`cxr train multimodal`."""
+
+    seed: int = 1
+    width: PositiveInt = 512
+    """Of the image branch's hidden layer."""
+    vocabulary: Annotated[int, Field(ge=64)] = 2000
+    """Subwords at most."""
+    text_size: Annotated[int, Field(ge=8, multiple_of=8)] = 128
+    text_layers: PositiveInt = 2
+    text_heads: Literal[1, 2, 4, 8] = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    feature_noise: Annotated[float, Field(ge=0)] = 0.1
+    """Each feature of a film is learnt from with so much noise, as a share of itself."""
+    epochs: PositiveInt = 40
+    batch_size: Annotated[int, Field(ge=4)] = 64
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    distance_weight: Annotated[float, Field(ge=0)] = 0.1
+    ranking_weight: Annotated[float, Field(ge=0)] = 0.5
+    report_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Of reports without a film."""
+    temperature: PositiveFloat = 0.1
+    sharpness: PositiveFloat = 10.0
+    label_likeness: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How much a report of a case with the same labels is wanted for a film, beside its own, which is wanted with 1."""
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0,)
+    """Of the films' reports: a training with each, to see what those that are missing cost; what is served learnt from all."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Films with a report are asked about in so many folds; 0: the val split is."""
+    hidden: tuple[str, ...] = ()
+    """Words that begin so are taken out of every text."""
 
 
 def config_path(name: str) -> Path:

@@ -21,7 +21,7 @@ from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.watching import Expected, Settled
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.aliases import PREFIX
-from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, comparable
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, DEFAULT_SEEDS, communities, graph, library
 from cxr_retrieval.gallery.projection import Nearest
 from cxr_retrieval.gallery.store import CLUSTERS, Store
@@ -177,7 +177,7 @@ def add_new(store: Store, patience: Patience, advance: Advance = lambda _: None,
 
 
 def _cases(store: Store) -> tuple[list[str], list[str], Vectors]:
-    """Keys, labels and vectors `[n, 120]` of all cases, in order of key."""
+    """Keys, labels and vectors `[n, size]` of all cases, in order of key."""
     rows = store.rows(["key", "label", "embedding"])
     held = sorted(((str(row["key"]), str(row["label"]), np.array(row["embedding"], np.float32)) for row in rows), key=lambda one: one[0])
     return [key for key, _, _ in held], [label for _, label, _ in held], np.array([vector for _, _, vector in held], np.float32)
@@ -222,7 +222,7 @@ def _compared(store: Store, keys: Sequence[str], vectors: Vectors, k: int, patie
         patience.watch(Settled({"compared": count}))
         _unless(patience.stop)
 
-    alike = comparable(vectors, DEFAULT_BALANCE)
+    alike = store.space.comparable(vectors, DEFAULT_BALANCE)
     nearest = Nearest.of(alike, alike, k, told, themselves=True)
     return np.repeat(np.arange(len(keys)), k), nearest.numbers.ravel(), nearest.similarities.ravel().astype(np.float64)
 

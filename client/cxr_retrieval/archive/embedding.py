@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -25,14 +26,16 @@ from cxr_retrieval.cases.features import heading, standard_name
 from cxr_retrieval.cases.fhir import Chart, film_day
 from cxr_retrieval.cases.fields import Doubt, identifies, parse_clinical
 from cxr_retrieval.cases.manifest import ManifestRow
-from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK, TensorSpec
+from cxr_retrieval.contract import LUNG_AGREEMENT, LUNG_MASK, TEXT_VECTOR, TensorSpec
 from cxr_retrieval.errors import CxrError, ImageError, InputError
-from cxr_retrieval.gallery.balance import PARTS, VECTOR_SIZE, side_by_side
+from cxr_retrieval.gallery.spaces import FILM, REPORTS, Space
 from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
+from cxr_retrieval.gallery.words import NOTES
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval.query import assessed
+from cxr_retrieval.retrieval.reports import ReportReader
 from cxr_retrieval.settings import ThumbnailKind
 
 _DOUBTS_KEPT: Final = 1000
@@ -81,7 +84,7 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Rows with their vectors `[n, 120]` (`gallery/balance.py`) and digests by which equal pictures are known (keyed if there was a store),
+    """Rows with their vectors `[n, size]` (`gallery/spaces.py`) and digests by which equal pictures are known (keyed if there was a store),
     those that failed, and how many the store already had.
     """
 
@@ -142,6 +145,7 @@ def ingest(
     patience_s: float = pipeline.PATIENCE_S,
     gate: bool = True,
     chart: Chart | None = None,
+    reports: ReportReader | None = None,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -161,9 +165,11 @@ def ingest(
         patience_s: How long a server that went away is waited for.
         gate: Store nothing that is no upright frontal chest film; such a row is a problem.
         chart: Tells clinical facts of the rows' patients, where a row does not tell them itself.
+        reports: Makes vectors of the rows' clinical notes, for a gallery of the space `reports`.
     """
     stop = stop or threading.Event()
-    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, gate=gate)
+    describe = None if reports is None else partial(reports.vectors, triton)
+    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, describe, gate=gate)
     patience = Patience(stop, patience_s, tell, watch)
     if isinstance(rows, Sized):
         watch(Expected(len(rows)))
@@ -204,15 +210,16 @@ class _Gallery:
         watch: Watch,
         noted: Noted,
         chart: Chart | None,
+        describe: Callable[[Sequence[str]], NDArray[np.float32]] | None,
         *,
         gate: bool,
     ) -> None:
         self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
-        self._watch, self._noted, self._chart = watch, noted, chart
+        self._watch, self._noted, self._chart, self._describe = watch, noted, chart, describe
         self._stored_now: set[str] = set()
-        self.outputs: Sequence[TensorSpec] = PARTS
+        self.outputs: Sequence[TensorSpec] = store.space.outputs
         if gate or thumbnails is ThumbnailKind.lungs:
-            self.outputs = (*PARTS, LUNG_MASK, LUNG_AGREEMENT)
+            self.outputs = (*self.outputs, LUNG_MASK, LUNG_AGREEMENT)
         self._columns: set[str] = set()
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = self.doubted = self.charted = 0
@@ -297,9 +304,11 @@ class _Gallery:
             kept.update(self._store.thumbnail_kinds(keys))
 
     def _is_whole(self, entry: Entry, held: Mapping[str, Held], kept: Mapping[str, ThumbnailKind]) -> bool:
-        """Whether the gallery holds this film, with the picture that is wanted."""
+        """Whether the gallery holds this film, with the picture that is wanted; where a report is part of the vector, also its facts."""
         key = entry.key
-        return key in held and held[key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(key))
+        if key not in held or (self._store.space is REPORTS and held[key].facts != entry.facts):
+            return False
+        return held[key].file == entry.file and self._kind in (ThumbnailKind.none, kept.get(key))
 
     def _correct(self, entries: Sequence[Entry], held: Mapping[str, Held]) -> None:
         self._noted({entry.key: "corrected" for entry in entries})
@@ -321,15 +330,22 @@ class _Gallery:
         keys = {entry.key for entry, _, _ in kept}
         self._noted(dict.fromkeys(sorted(keys - self._stored_now), "stored"))
         self._stored_now = keys  # should Milvus be away, they come again
-        self._store.upsert(
-            [entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], [side_by_side(one.outputs) for _, _, one in kept]
-        )
+        self._store.upsert([entry for entry, _, _ in kept], [pixels for _, pixels, _ in kept], self._vectors(kept))
         if self._kind is ThumbnailKind.none:
             replaced = [entry.key for entry, pixels, one in kept if one.work.held is not None and one.work.held.pixels != pixels]
             self._store.remove_thumbnails(replaced)
         else:
             self._store.keep_thumbnails([self._thumbnail(entry.key, pixels, one) for entry, pixels, one in kept])
         return len(kept), problems
+
+    def _vectors(self, kept: Sequence[tuple[Entry, str, Seen[_NewCase]]]) -> list[NDArray[np.float32]]:
+        notes = {number: str(text) for number, (entry, _, _) in enumerate(kept) if (text := entry.known.get(NOTES))}
+        told = self._describe(list(notes.values())) if self._describe and notes else []
+        texts = dict(zip(notes, told, strict=False))
+        return [
+            self._store.space.vector({**one.outputs, TEXT_VECTOR.name: texts[number]} if number in texts else one.outputs)
+            for number, (_, _, one) in enumerate(kept)
+        ]
 
     def _thumbnail(self, key: str, pixels: str, seen: Seen[_NewCase]) -> Thumbnail:
         square = seen.film.square
@@ -361,10 +377,12 @@ class _Gallery:
             self._watch(Failed(problem.error, pseudonym=problem.pseudonym))
 
 
-def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance) -> Embedded:
+def embed_rows(
+    rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonClient, store: Store | None, advance: Advance, space: Space = FILM
+) -> Embedded:
     """Vectors of rows for evaluation, in their order: taken from the store where it holds the same file, else computed now."""
     keyed: Callable[[str], str] = store.pseudonyms.digest if store is not None else str
-    sink = _Collected(advance, keyed)
+    sink = _Collected(advance, keyed, space)
     from_store = 0
     with ThreadPoolExecutor() as hashing:
         measured, failed = _tried(rows, lambda row: _measured(row, keyed), hashing)
@@ -380,7 +398,7 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
     ordered = [sink.found[one.row.image_id] for one in measured if one.row.image_id in sink.found]
     return Embedded(
         tuple(row for row, _, _ in ordered),
-        np.array([vector for _, _, vector in ordered], np.float32).reshape(-1, VECTOR_SIZE),
+        np.array([vector for _, _, vector in ordered], np.float32).reshape(-1, space.size),
         tuple(pixels for _, pixels, _ in ordered),
         tuple(sink.problems),
         from_store,
@@ -390,10 +408,9 @@ def embed_rows(rows: Sequence[ManifestRow], reader: FilmReader, triton: TritonCl
 class _Collected:
     """The sink of an evaluation: image_id → row, digest of its picture, vector."""
 
-    outputs = PARTS
-
-    def __init__(self, advance: Advance, keyed: Callable[[str], str]) -> None:
-        self._advance, self._keyed = advance, keyed
+    def __init__(self, advance: Advance, keyed: Callable[[str], str], space: Space) -> None:
+        self._advance, self._keyed, self._space = advance, keyed, space
+        self.outputs = space.outputs
         self.found: dict[str, tuple[ManifestRow, str, NDArray[np.float32]]] = {}
         self.problems: list[Problem] = []
 
@@ -402,7 +419,7 @@ class _Collected:
 
     def kept(self, result: Sequence[Seen[_Measured]]) -> None:
         for one in result:
-            self.found[one.work.row.image_id] = (one.work.row, self._keyed(one.film.pixels), side_by_side(one.outputs))
+            self.found[one.work.row.image_id] = (one.work.row, self._keyed(one.film.pixels), self._space.vector(one.outputs))
         self._advance(len(result))
 
     def failed(self, work: _Measured, error: CxrError) -> None:

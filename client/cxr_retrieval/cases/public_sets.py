@@ -156,6 +156,7 @@ def chexpert(request: Request) -> Iterator[Row]:
                 "sex": cells["Sex"][:1],
                 "age": cells["Age"],
                 "view": cells["AP/PA"],
+                **_uncertain(cells, request),
             }
     if not found:
         raise _missing(request.root, "train.csv or valid.csv of the CheXpert release")
@@ -163,15 +164,15 @@ def chexpert(request: Request) -> Iterator[Row]:
 
 def mimic_cxr_jpg(request: Request) -> Iterator[Row]:
     """MIMIC-CXR-JPG 2 (Johnson et al. 2019): the CSVs `…-chexpert`, `…-split`, `…-metadata` (.csv or .csv.gz) and `files/`."""
-    study_labels = {
-        cells["study_id"]: _label(cells, request)
+    studies = {
+        cells["study_id"]: (_label(cells, request), _uncertain(cells, request))
         for _, cells in _table(_one(request.root, "*-chexpert.csv*"), ("subject_id", "study_id", "No Finding", "Pneumonia"))
     }
     listing = _one(request.root, "*-split.csv*")
     splits = {cells["dicom_id"]: cells["split"] for _, cells in _table(listing, ("dicom_id", "study_id", "subject_id", "split"))}
     metadata = _one(request.root, "*-metadata.csv*")
     for number, cells in _table(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
-        label = study_labels.get(cells["study_id"])
+        label, uncertain = studies.get(cells["study_id"], (None, {}))
         if cells["ViewPosition"] not in ("PA", "AP") or label is None:
             continue
         dicom, subject = cells["dicom_id"], cells["subject_id"]
@@ -186,6 +187,7 @@ def mimic_cxr_jpg(request: Request) -> Iterator[Row]:
             "source": "mimic-cxr",
             "split": "train" if splits[dicom] == "train" else "val",
             "view": cells["ViewPosition"],
+            **uncertain,
         }
 
 
@@ -257,10 +259,21 @@ def _label(cells: Mapping[str, str], request: Request) -> str | None:
         present = sorted(name for name, one in stated.items() if one == "1" and name != _NO_FINDING)
         if not present and stated.get(_NO_FINDING) != "1":
             return None
-        return SEPARATOR.join(name.lower().replace(" ", "_") for name in present or [_NO_FINDING])
+        return _joined(present or [_NO_FINDING])
     if stated.get("Pneumonia") == "1":
         return "non_covid_pneumonia"
     return "control" if stated.get(_NO_FINDING) == "1" else None
+
+
+def _uncertain(cells: Mapping[str, str], request: Request) -> Row:
+    """Where all findings are kept, those that are uncertain, whatever they count as: `cxr train multilabel` learns nothing from these."""
+    if not request.findings:
+        return {}
+    return {"uncertain": _joined(sorted(name for name, text in cells.items() if name in _LABELLED and _STATED.get(text) == "?"))}
+
+
+def _joined(names: Sequence[str]) -> str:
+    return SEPARATOR.join(name.lower().replace(" ", "_") for name in names)
 
 
 def montgomery(request: Request) -> Iterator[Row]:

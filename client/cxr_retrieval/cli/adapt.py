@@ -55,6 +55,7 @@ def adapt(
     from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version
+    from cxr_retrieval.gallery.spaces import FILM
     from cxr_retrieval.gallery.store import SITES, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -73,7 +74,7 @@ def adapt(
         with (
             audited(audit.expanduser(), "adapt", {"model_version": version, **about}),
             open_pseudonyms(pseudonyms) as keys,
-            Store(milvus, version, keys) as store,
+            Store(milvus, version, keys, space=FILM) as store,
         ):
             left = dict(read_sites(store.sites))
             _refuse_unknown(source, list(left))

@@ -45,6 +45,7 @@ def calibrate(
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.evaluation.recalibration import recalibrate
     from cxr_retrieval.gallery.aliases import the_version
+    from cxr_retrieval.gallery.spaces import FILM
     from cxr_retrieval.gallery.store import CALIBRATION, Store
 
     if reset and (manifest or where or include_train):
@@ -54,7 +55,7 @@ def calibrate(
     with (
         audited(audit.expanduser(), "calibrate", about) as operation,
         open_pseudonyms(pseudonyms) as keys,
-        Store(milvus, version, keys) as store,
+        Store(milvus, version, keys, space=FILM) as store,
     ):
         if reset:
             had = bool(store.calibration)

@@ -35,6 +35,7 @@ def cluster(
     new: Annotated[bool, typer.Option("--new", help="Only put cases that are in no cluster yet into those that there are.")] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Forget the clusters.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come of it, keep nothing.")] = False,
+    space: options.Space = options.SPACE_DEFAULT,
     patience: options.Patience = options.PATIENCE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -54,7 +55,7 @@ def cluster(
         raise UsageError("--new with --undo", expected="one of them", next_step="leave one out")
     with ExitStack() as opened, until_interrupted() as stop:
         wait = Patience(stop, patience, seen.tell, seen.watch)
-        version = first_contact(wait, "milvus", lambda: the_version(milvus))
+        version = first_contact(wait, "milvus", lambda: the_version(milvus, space))
         keys = opened.enter_context(open_pseudonyms(pseudonyms))
         store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys)))
         about = {"model_version": version, "new": new, "undo": undo, "dry_run": dry_run}

@@ -38,6 +38,7 @@ def evaluate(
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours that vote.")] = 10,
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
+    space: options.Space = options.SPACE_DEFAULT,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also fit a calibration on the queries, and put it into this file of calibrations.")
     ] = None,
@@ -55,7 +56,8 @@ def evaluate(
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.evaluation import confidence, metrics
     from cxr_retrieval.evaluation import feedback as feedback_
-    from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, checked, comparable
+    from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, checked
+    from cxr_retrieval.gallery.spaces import FILM, SPACES
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -67,6 +69,13 @@ def evaluate(
             expected=f"--balance {DEFAULT_BALANCE:g}, for which one is kept",
             next_step="leave one out",
         )
+    compared = SPACES[space]
+    if compared is not FILM and (calibration or feedback):
+        raise UsageError(
+            f"--space {space.value} with --calibration or --feedback",
+            expected=f"--space {FILM.name.value}, of which both are",
+            next_step="leave one out",
+        )
     rows: dict[str, Sequence[ManifestRow]] = {
         "gallery": read_manifest(gallery).require(split=gallery_split),
         "queries": read_manifest(queries).require(split=queries_split),
@@ -75,23 +84,26 @@ def evaluate(
     with ExitStack() as opened:
         reader = opened.enter_context(FilmReader())
         client = opened.enter_context(TritonClient(triton))
+        version = compared.version(client)
         try:
             keys = opened.enter_context(open_pseudonyms(pseudonyms))
-            store = opened.enter_context(Store(milvus, client.model_version, keys))
+            store = opened.enter_context(Store(milvus, version, keys, space=compared))
         except (StoreError, SetupError) as error:
             talk().print(f"computing every vector now: {error}", soft_wrap=True)
             store = None
         for name, wanted in rows.items():
             with progress(name, len(wanted)) as advance:
-                found[name] = embedding.embed_rows(wanted, reader, client, store, advance)
+                found[name] = embedding.embed_rows(wanted, reader, client, store, advance, compared)
             talk().print(f"{name}: {found[name].from_store} of {len(wanted)} vectors from the store")
-        version = client.model_version
     problems = [problem for part in found.values() for problem in part.problems]
     print_problems(problems)
     rows_of = {name: part.rows for name, part in found.items()}
     *patients, warnings = metrics.comparable_patients(rows_of["gallery"], rows_of["queries"])
-    sets = [_labelled(found[name], comparable(found[name].vectors, balance), keys) for name, keys in zip(found, patients, strict=True)]
-    result = {"balance": balance, **metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings, error_rate=error_rate)}
+    sets = [
+        _labelled(found[name], compared.comparable(found[name].vectors, balance), keys) for name, keys in zip(found, patients, strict=True)
+    ]
+    how = {"balance": balance} if compared is FILM else {"space": space.value}
+    result = {**how, **metrics.evaluate(*sets, k=top_k, model_version=version, warnings=warnings, error_rate=error_rate)}
     if calibration:
         about = {
             "made_by": "cxr evaluate",
@@ -126,10 +138,14 @@ def _labelled(embedded: Embedded, vectors: NDArray[np.float32], patients: Sequen
     )
 
 
+def _how(result: dict[str, Any]) -> str:
+    return f"balance {result['balance']:g}" if "balance" in result else f"space {result['space']}"
+
+
 def _print(result: dict[str, Any]) -> None:
     console = results()
     console.print(
-        f"model {result['model_version']}, balance {result['balance']:g}, k = {result['k']}, "
+        f"model {result['model_version']}, {_how(result)}, k = {result['k']}, "
         f"gallery {result['gallery']['n']} images of {result['gallery']['patients']} patients, "
         f"queries {result['queries']['n']} of {result['queries']['patients']}"
     )

@@ -50,6 +50,7 @@ def ingest(
         typer.Option("--thumbnails", help="Also keep each picture in Milvus: nothing outside the lungs, or all of it."),
     ] = ThumbnailKind.none,
     no_gate: options.NoGate = False,
+    space: options.Space = options.SPACE_DEFAULT,
     patience: options.Patience = options.PATIENCE_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -62,9 +63,11 @@ def ingest(
     from cxr_retrieval.cases.fhir import read_chart
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.spaces import REPORTS, SPACES
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.retrieval.reports import ReportReader
     from cxr_retrieval.retrieval.site import read_sites
 
     paths = paths or []
@@ -79,8 +82,11 @@ def ingest(
             wait = Patience(stop, patience, seen.tell, seen.watch)
             client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
             keys = opened.enter_context(open_pseudonyms(pseudonyms, create=True))
-            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys, create=True)))
-            about = {"model_version": client.model_version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
+            compared = SPACES[space]
+            version = first_contact(wait, "triton", lambda: compared.version(client))
+            reports = first_contact(wait, "triton", lambda: ReportReader.served_by(client)) if compared is REPORTS else None
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys, create=True, space=compared)))
+            about = {"model_version": version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
             found = find_inputs(paths, reader, split=split, stop=stop)
             with (
                 audited(audit.expanduser(), "ingest", about) as operation,
@@ -100,6 +106,7 @@ def ingest(
                     patience_s=patience,
                     gate=not no_gate,
                     chart=chart,
+                    reports=reports,
                 )
                 counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
                 operation.outcome.update(counts, failed=len(report.problems))
@@ -111,7 +118,7 @@ def ingest(
         of = {source, *(row.source for row in chosen or ())}
         profiled = [name for name in sorted(read_sites(store.sites)) if name in of] if report.stored else []
         unplaced = report.stored if store.clusters else 0
-        version, collection = client.model_version, store.collection
+        collection = store.collection
     if seen.speaks:
         print_problems(report.problems)
         print_doubts(report.doubts, report.doubted)

@@ -23,6 +23,7 @@ from cxr_retrieval.settings import (
     LogFormat,
     MilvusSettings,
     PseudonymSettings,
+    SpaceName,
     TelemetrySettings,
     Tls,
     TritonSettings,
@@ -78,6 +79,15 @@ Balance = Annotated[
     ),
 ]
 
+Space = Annotated[
+    SpaceName,
+    typer.Option(
+        "--space",
+        envvar="CXR_SPACE",
+        help="Compare films by what the ensemble learnt, or by a further model of the server: its findings, or its films and reports.",
+    ),
+]
+
 Source = Annotated[
     str | None,
     typer.Option(
@@ -92,6 +102,7 @@ AUDIT_DEFAULT = DEFAULT_AUDIT
 MAPS_DEFAULT = DEFAULT_MAPS
 ERROR_RATE_DEFAULT: Final = 0.1
 BALANCE_DEFAULT: Final = 0.25
+SPACE_DEFAULT: Final = SpaceName.film
 PATIENCE_DEFAULT: Final = 3600.0
 
 _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help="Deadline of one call, seconds.", rich_help_panel=_SERVER)]

@@ -13,7 +13,7 @@ from rich.text import Text
 from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json, results, talk
 from cxr_retrieval.errors import ImageError, UsageError
-from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import Match, Method, MilvusSettings, PseudonymSettings, SpaceName, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.gallery.store import Neighbour
@@ -26,10 +26,25 @@ def query(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
-    image: Annotated[Path, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF.")],
+    image: Annotated[
+        Path | None, typer.Argument(help="A frontal chest radiograph: DICOM, PNG, JPEG or TIFF; without one --text is the question.")
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="How many cases to retrieve and let vote.")] = 10,
     where: options.Where = "",
-    text: options.Words = "",
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="WORDS",
+            help="Only cases whose clinical notes hold all these words, a '\"phrase so\"', and no '-word'. Without IMAGE, or with "
+            "--text-weight, it is what is asked: cases whose films are like it, in the space of reports.",
+        ),
+    ] = "",
+    text_weight: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="W", help="Ask with film and text together, the text weighed W and the film 1 − W."),
+    ] = None,
+    match: Annotated[Match, typer.Option(help="In the space of reports: compare the cases' films, or their reports.")] = Match.film,
     json: options.Json = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one PNG.")] = None,
@@ -46,6 +61,7 @@ def query(
     error_rate: options.ErrorRate = options.ERROR_RATE_DEFAULT,
     balance: options.Balance = options.BALANCE_DEFAULT,
     source: options.Source = None,
+    space: options.Space = options.SPACE_DEFAULT,
     method: Annotated[
         Method, typer.Option(help="nearest: the nearest of all cases; cluster: those of the closest clusters that `cxr cluster` has made.")
     ] = Method.nearest,
@@ -58,26 +74,45 @@ def query(
     ] = None,
     audit: options.Audit = options.AUDIT_DEFAULT,
 ) -> None:
-    """Find the confirmed cases of other patients that look most like one radiograph."""
-    from cxr_retrieval.radiograph.decoding import FilmReader
-
+    """Find the confirmed cases of other patients that look most like one radiograph, or like what a text says."""
     if fact and not outcome:
         raise UsageError("--fact without --outcome", expected="an outcome model to tell it to", next_step="add --outcome")
+    if text_weight is not None and not (image and text):
+        raise UsageError("--text-weight without both", expected="IMAGE and --text, which it weighs", next_step="give both, or leave it out")
+    if image is None:
+        refused = {"--html": html, "--picture": picture, "--outcome": outcome, "--patient": patient}
+        if not text or any(refused.values()):
+            given = ", ".join(name for name, value in refused.items() if value)
+            raise UsageError(
+                f"{given} without a film" if text else "nothing to ask with",
+                expected="IMAGE, or --text with what is sought",
+                next_step="add IMAGE" if text else "see `cxr query --help`",
+            )
+        _query_text(triton, milvus, pseudonyms, text, top_k, where, match, audit, json=json)
+        return
+    from cxr_retrieval.radiograph.decoding import FilmReader
+
+    if text_weight is not None:
+        space = SpaceName.reports
     with FilmReader() as reader:  # first: its workers start while the rest is loaded and connected
         from cxr_retrieval.archive.audit import audited, film_pseudonym
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+        from cxr_retrieval.gallery.spaces import SPACES
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.retrieval.outcome import OutcomeModel
         from cxr_retrieval.retrieval.picture import write_html, write_montage
         from cxr_retrieval.retrieval.query import query as answer
+        from cxr_retrieval.retrieval.reports import ReportReader
 
+        compared = SPACES[space]
         with (
             TritonClient(triton) as client,
             open_pseudonyms(pseudonyms) as keys,
-            Store(milvus, client.model_version, keys) as store,
-            audited(audit.expanduser(), "query", {"model_version": client.model_version, "film": film_pseudonym(image)}) as operation,
+            Store(milvus, compared.version(client), keys, space=compared) as store,
+            audited(audit.expanduser(), "query", {"model_version": store.model_version, "film": film_pseudonym(image)}) as operation,
         ):
+            wording = None if text_weight is None else ReportReader.served_by(client).worded(client, text, text_weight)
             model = OutcomeModel.served_by(client) if outcome else None
             result = answer(
                 image,
@@ -86,7 +121,7 @@ def query(
                 store,
                 top_k=top_k,
                 where=where,
-                text=text,
+                text="" if wording else text,
                 patient=patient,
                 include_own=include_own,
                 gate=not no_gate,
@@ -96,6 +131,8 @@ def query(
                 method=method,
                 outcome=model,
                 facts=model.read(fact or []) if model else {},
+                wording=wording,
+                match=match,
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
             if html:
@@ -115,6 +152,52 @@ def query(
             got=result.ood.reason or "",
             next_step="look at the picture; if it is one, --no-gate lets the cases vote",
         )
+
+
+def _query_text(
+    triton: TritonSettings,
+    milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
+    text: str,
+    top_k: int,
+    where: str,
+    match: Match,
+    audit: Path,
+    *,
+    json: bool,
+) -> None:
+    """A question without a film. What it says is not written into the audit log."""
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.gallery.spaces import REPORTS
+    from cxr_retrieval.gallery.store import Store
+    from cxr_retrieval.inference.triton import TritonClient
+    from cxr_retrieval.retrieval.reports import ReportReader, query_text
+
+    with (
+        TritonClient(triton) as client,
+        open_pseudonyms(pseudonyms) as keys,
+        Store(milvus, REPORTS.version(client), keys, space=REPORTS) as store,
+        audited(audit.expanduser(), "query", {"model_version": store.model_version, "film": None}) as operation,
+    ):
+        reader = ReportReader.served_by(client)
+        answer = query_text(text, reader, client, store, top_k=top_k, where=store.clause(where), match=match)
+        operation.outcome["answer"] = "answered"
+    if json:
+        print_json(answer.as_json())
+        return
+    from cxr_retrieval.retrieval.picture import DISCLAIMER
+
+    console, vote = results(), answer.prediction
+    console.print(Text.assemble("cases whose ", (f"{match.value}s", "bold"), " are most like ", (repr(text), "bold")))
+    shares = vote.findings or vote.scores
+    console.print(f"by weight of similarity: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
+    console.print(_table(answer.neighbours, numbered=True))
+    console.print(Text(f"of these {len(answer.neighbours)} cases: {'; '.join(answer.summary.lines())}"), soft_wrap=True)
+    for warning in answer.warnings:
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+    timings = ", ".join(f"{name} {value:.1f} ms" for name, value in answer.timings_ms.items())
+    console.print(f"{timings}. Model {answer.model_version}. {DISCLAIMER}", style="dim")
 
 
 def print_result(result: QueryResult, name: str) -> None:
@@ -146,7 +229,8 @@ def print_result(result: QueryResult, name: str) -> None:
     for warning in result.warnings:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     timings = ", ".join(f"{name} {value:.1f} ms" for name, value in result.timings_ms.items())
-    console.print(f"{timings}. Model {result.model_version}, balance {result.balance:g}. {DISCLAIMER}", style="dim")
+    how = f"balance {result.balance:g}" if result.space is SpaceName.film else f"space {result.space.value}"
+    console.print(f"{timings}. Model {result.model_version}, {how}. {DISCLAIMER}", style="dim")
 
 
 def _table(hits: Sequence[Neighbour], *, numbered: bool, clustering: Clustering | None = None) -> Table:

@@ -58,6 +58,7 @@ def reindex(
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version, use_gallery
+    from cxr_retrieval.gallery.spaces import FILM
     from cxr_retrieval.gallery.store import Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import FilmReader
@@ -75,7 +76,7 @@ def reindex(
         about = {"model_version": client.model_version, "from": version}
         operation = opened.enter_context(audited(audit.expanduser(), "reindex", about))
         with (
-            Store(milvus, version, keys, outdated=True) as old,
+            Store(milvus, version, keys, outdated=True, space=FILM) as old,
             Store(milvus, client.model_version, keys, fill=True, beside=old) as new,
         ):
             with seen.bar("embedding anew", None) as bar:

@@ -33,6 +33,16 @@ def serve(
         Path | None,
         typer.Option(metavar="FOLDER", help="Serve this model of `cxr build outcome`, too, for `cxr query --outcome`."),
     ] = None,
+    multilabel: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Serve this network of `cxr build multilabel`, too, for --space findings."),
+    ] = None,
+    multimodal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Serve these networks of `cxr build multimodal`, too, for --space reports and questions in words."
+        ),
+    ] = None,
     store: Annotated[Path, typer.Option(help="Gallery to serve: a Milvus Lite folder ending in .db.")] = DEFAULT_STORE,
     no_store: Annotated[bool, typer.Option("--no-store", help="Serve no gallery; clients use another Milvus.")] = False,
     host: Annotated[
@@ -91,7 +101,8 @@ def serve(
         console.print(Text.assemble(("warning", "yellow"), f"  {error.what}; {error.expected} would not let them"), soft_wrap=True)
     models = repository or default_repository()
     networks = networks_of(segmentation, embedder)
-    settings = ServerOptions(models, precision, networks, host, grpc_port, http_port, metrics_port, threads, ready_timeout, tls, outcome)
+    ports = (grpc_port, http_port, metrics_port)
+    settings = ServerOptions(models, precision, networks, host, *ports, threads, ready_timeout, tls, outcome, multilabel, multimodal)
     chosen = settings.chosen_precision
     try:
         with ExitStack() as stack:

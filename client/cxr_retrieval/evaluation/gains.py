@@ -55,10 +55,18 @@ def gains(queries: Flags, retrieved: Sequence[Flags]) -> Gains:
     Raises:
         ValueError: Nothing was asked, or nothing retrieved for a query.
     """
+    return Gains(*(float(mean) for mean in gains_of_each(queries, retrieved).mean(axis=0)))
+
+
+def gains_of_each(queries: Flags, retrieved: Sequence[Flags]) -> NDArray[np.float64]:
+    """The same of each query, `[q, 5]` in the order of the fields of `Gains`.
+
+    Raises:
+        ValueError: As `gains`.
+    """
     if not len(queries) or not all(map(len, retrieved)) or len(queries) != len(retrieved):
         raise ValueError("gains need queries, and something retrieved for each")
-    each = np.array([_gains(query, cases) for query, cases in zip(queries, retrieved, strict=True)])
-    return Gains(*(float(mean) for mean in each.mean(axis=0)))
+    return np.array([_gains(query, cases) for query, cases in zip(queries, retrieved, strict=True)])
 
 
 def _gains(query: Any, cases: Any) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from pymilvus.exceptions import MilvusException
 
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.gallery.milvus import connected, silent
-from cxr_retrieval.settings import MilvusSettings
+from cxr_retrieval.settings import MilvusSettings, SpaceName
 
 ALIAS: Final = "cxr"
 PREFIX: Final = "cxr_"
@@ -76,14 +76,24 @@ def list_galleries(settings: MilvusSettings) -> dict[str, list[str]]:
         return galleries(client, settings.timeout_s)
 
 
-def the_version(settings: MilvusSettings) -> str:
-    """The model version of the gallery that the alias `cxr` points to.
+def the_version(settings: MilvusSettings, space: SpaceName = SpaceName.film) -> str:
+    """The model version of the gallery that the alias `cxr` points to; in another space, that of the only gallery there.
 
     Raises:
-        UsageError: It points to none.
+        UsageError: It points to none; in that space there is none, or more than one.
         StoreError: Not reachable.
     """
     known = list_galleries(settings)
+    if space is not SpaceName.film:
+        there = [name for name in known if name.startswith(f"{PREFIX}{space.value}_")]
+        if len(there) == 1:
+            return there[0].removeprefix(PREFIX)
+        raise UsageError(
+            f"{'no' if not there else 'more than one'} gallery of the space {space.value}",
+            expected="one",
+            got=", ".join(there) or ", ".join(known) or "no gallery at all",
+            next_step="`cxr gallery drop` the former ones" if there else f"`cxr ingest --space {space.value}`",
+        )
     found = next((name for name, aliases in known.items() if ALIAS in aliases), None)
     if found is None:
         raise UsageError(

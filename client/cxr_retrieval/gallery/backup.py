@@ -27,7 +27,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
-from cxr_retrieval.gallery.balance import VECTOR_SIZE
+from cxr_retrieval.gallery.spaces import SPACES
 from cxr_retrieval.gallery.store import CLUSTERS, KEPT, NO_CLUSTER, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
@@ -37,7 +37,7 @@ LAYOUT: Final = "2"
 """Of the file; another one is refused, but for the first, which held nothing but cases."""
 _FIRST: Final = "1"
 _PAGE: Final = 500
-"""Rows held at once: 120 numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
+"""Rows held at once: some hundred numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
 _META: Final = "$meta"
 _THUMBNAIL: Final = "$thumbnail"
 _KIND: Final = "$thumbnail_kind"
@@ -193,14 +193,15 @@ def import_gallery(
         )
     with _readable(path) as file:
         size = file.schema_arrow.field("embedding").type.list_size if "embedding" in checked.fields else 0
-    if size != VECTOR_SIZE:
+    space = next((one for one in SPACES.values() if one.size == size), None)
+    if space is None:
         raise UsageError(
             f"{path}: holds a gallery of another layout",
-            expected=f"a vector of {VECTOR_SIZE} numbers of each case",
+            expected=f"a vector of {' or '.join(str(one.size) for one in SPACES.values())} numbers of each case",
             got=str(size),
             next_step="import it with the version of this system that exported it; this one's `cxr reindex` then carries it over",
         )
-    with Store(settings, checked.model_version, pseudonyms, create=True) as store, _readable(path) as file:
+    with Store(settings, checked.model_version, pseudonyms, create=True, space=space) as store, _readable(path) as file:
         if store.count() and not merge:
             raise UsageError(
                 f"{store.collection}: holds {store.count()} cases already",

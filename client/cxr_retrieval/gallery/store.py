@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,16 +39,17 @@ from cxr_retrieval.gallery.aliases import (
     point,
     the_gallery,
 )
-from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, VECTOR_SIZE, likeness, weighed
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, constant, items, printed
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
 from cxr_retrieval.gallery.matching import matches, with_words
 from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, is_lite, one_blas_thread, silent, translated
+from cxr_retrieval.gallery.spaces import FILM, SPACES, Space
 from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
 from cxr_retrieval.gallery.thumbnails import Thumbnail, Thumbnails
 from cxr_retrieval.gallery.words import MAX_WORDS, NOTES, WORDS_FIELD
-from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
+from cxr_retrieval.settings import MilvusSettings, SpaceName, ThumbnailKind
 
 UPSERT_ROWS: Final = 500
 """Rows per call at most."""
@@ -74,6 +74,8 @@ FORMER_SIZE: Final = 64
 """Of a case's vector in galleries made before there was a balance."""
 FINGERPRINT: Final = "cxr.pseudonyms"
 """Property of a collection that tells under which key its pseudonyms were made. Milvus Lite forgets descriptions; it keeps properties."""
+SPACE: Final = "cxr.space"
+"""Property with the name of its space; missing: `film`."""
 CALIBRATION: Final = "cxr.calibration"
 """Property with the gallery's own calibration as text; "" or missing: it has none."""
 SITES: Final = "cxr.sites"
@@ -170,6 +172,16 @@ class Neighbour:
     semantic: float
     visual: float
 
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in an answer, but for its rank."""
+        known = {"patient_id": self.case.patient_id, "source": self.case.source}
+        return {
+            "image_id": self.case.image_id,
+            "similarity": self.similarity,
+            "label": self.case.label,
+            "metadata": {**{name: value for name, value in known.items() if value is not None}, **self.case.metadata},
+        }
+
 
 class Near(NamedTuple):
     """A case that is near another: its key, the label of its cluster (None: it is in none), and their similarity at the default balance."""
@@ -259,19 +271,21 @@ class Store:
     """An open gallery for one model version. Use as a context manager.
 
     Attributes:
-        vector_size: Numbers of a case's vector: 120, or 64 of the former layout.
+        space: By which vectors its films are compared.
+        vector_size: Numbers of a case's vector: those of the space, or 64 of the former layout.
         has_clusters: Whether its cases have a field for their cluster.
         has_index: Whether it is searched by an index; Milvus Lite compares with every case.
         kept: Texts that the gallery keeps beside its cases, as they were when opened: property (one of `KEPT`) → text, without empty ones.
 
     Args:
         settings: Where Milvus is.
-        model_version: Which weights the embeddings come from.
+        model_version: Which weights the vectors come from (`Space.version`).
         pseudonyms: The key under which the gallery was, or will be, filled.
         create: Make the collection if it is not there (ingest), or complain (query).
         fill: Make it if it is not there, marked as being filled; with that mark it is refused without `fill`.
         beside: An open gallery whose connection this one shares, since a Milvus Lite folder takes one; closed by the other.
         outdated: Open one of the former layout, too, whose rows can be read and not compared with (`reindex`).
+        space: What it is expected to be of; None: whatever it is. A new one is of `film` unless this says otherwise.
 
     Raises:
         StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, of vectors of another size, or of
@@ -288,10 +302,13 @@ class Store:
         fill: bool = False,
         beside: Store | None = None,
         outdated: bool = False,
+        space: Space | None = None,
     ) -> None:
         self._settings = settings
         self.pseudonyms = pseudonyms
+        self.model_version = model_version
         self.collection = collection_of(model_version)
+        self.space = space or FILM
         create = create or fill
         if settings.is_lite and not create and not Path(settings.uri).exists():  # opening it would make an empty one
             raise StoreError(
@@ -330,7 +347,7 @@ class Store:
                         got="one that `cxr reindex` has begun and not ended",
                         next_step="let it end, or give the same command again; until then serve the former weights",
                     )
-                self._check_schema(outdated=outdated)
+                self._check_schema(space, outdated=outdated)
                 self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
                 if fill and not self.filling and self.count() == 0:
                     self._client.create_alias(self.collection, filling(self.collection), timeout=self._settings.timeout_s)
@@ -403,7 +420,7 @@ class Store:
         return {row["key"]: Held(row["file"], row["facts"], row["pixels"], row.get("source")) for row in rows}
 
     def embeddings(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Key → vector `[120]` (`balance.py`) for those that are stored."""
+        """Key → vector `[size]` (`spaces.py`) for those that are stored."""
         return {row["key"]: np.array(row["embedding"], np.float32) for row in self._rows_of(keys, ["embedding"])}
 
     def _rows_of(self, keys: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -420,7 +437,7 @@ class Store:
         return rows
 
     def upsert(self, entries: Sequence[Entry], pixels: Iterable[str], embeddings: Iterable[NDArray[np.float32]]) -> None:
-        """Stores entries with the keyed digests of their pictures and their vectors `[n, 120]`; one stored before is replaced whole.
+        """Stores entries with the keyed digests of their pictures and their vectors `[n, size]`; one stored before is replaced whole.
 
         The local table has them first: no pseudonym is ever in the gallery that does not lead back.
         """
@@ -509,7 +526,7 @@ class Store:
         with translated(self._settings):
             self._client.flush(self.collection, timeout=self._settings.timeout_s)
             self._thumbnails.seal()
-            if the_gallery(self._client, self._settings.timeout_s) is None:
+            if self.space is FILM and the_gallery(self._client, self._settings.timeout_s) is None:
                 point(self._client, self.collection, self._settings.timeout_s)
 
     @property
@@ -629,21 +646,21 @@ class Store:
     def search(
         self, vector: NDArray[np.float32], top_k: int, where: str | Clause = "", balance: float = DEFAULT_BALANCE
     ) -> list[Neighbour]:
-        """As `search_many`, for one vector `[120]`."""
+        """As `search_many`, for one question `[size]`."""
         return self.search_many(vector[None], top_k, where, balance)[0]
 
     def search_many(
         self, vectors: NDArray[np.float32], top_k: int, where: str | Clause = "", balance: float = DEFAULT_BALANCE
     ) -> list[list[Neighbour]]:
-        """For each vector the `top_k` nearest cases at a balance, nearest first; equal similarities in order of key.
+        """For each question the `top_k` nearest cases at a balance, nearest first; equal similarities in order of key.
 
         A Milvus server is asked with session consistency: what this client stored is found, what another has just stored may be missing
         for a moment. Strong consistency would wait for the server's next time ticks, 0.6 s a query whatever the gallery's size.
 
         Args:
-            vectors: `[n, 120]`, what was learnt and what lungs look like, side by side.
+            vectors: `[n, size]`, as `Space.question` makes them.
             where: As `clause` takes it, or what that has made ready.
-            balance: Of the two, in [0, 1] (`balance.py`).
+            balance: In the space `film`, of what was learnt and what lungs look like, in [0, 1] (`balance.py`).
 
         Raises:
             ClauseError: It cannot be meant.
@@ -651,7 +668,7 @@ class Store:
             UsageError: No such balance.
         """
         clause = where if isinstance(where, Clause) else self.clause(where)
-        asked = weighed(vectors, balance)
+        asked = self.space.asked(vectors, balance)
         at_once = max(1, SEARCH_ROWS // top_k)
         found: list[list[dict[str, Any]]] = []
         with translated(self._settings, clause.given):
@@ -671,7 +688,10 @@ class Store:
         originals = self.pseudonyms.originals({row["key"] for hits in found for row in hits})
         neighbours = [
             [
-                Neighbour(_case(row, originals.get(row["key"])), *likeness(vector, np.array(row["embedding"], np.float32), balance))
+                Neighbour(
+                    _case(row, originals.get(row["key"])),
+                    *self.space.likeness(vector, np.array(row["embedding"], np.float32), balance),
+                )
                 for row in hits
             ]
             for vector, hits in zip(vectors, found, strict=True)
@@ -679,7 +699,7 @@ class Store:
         return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
 
     def nearest(self, vectors: NDArray[np.float32], k: int, run: str = "") -> list[list[Near]]:
-        """Of each vector `[n, 120]` the `k` nearest cases, nearest first, and of these no more than a graph needs.
+        """Of each stored vector `[n, size]` the `k` nearest cases, nearest first, and of these no more than a graph needs.
 
         Args:
             run: Only cases in clusters of this one (`Clustering.run`).
@@ -687,8 +707,8 @@ class Store:
         Raises:
             StoreError: The search failed.
         """
-        asked = weighed(vectors, DEFAULT_BALANCE)
-        lengths = np.linalg.norm(asked, axis=1) * math.sqrt(len(PARTS))  # Milvus tells the cosine; a stored vector is as long as its parts
+        asked = self.space.asked(self.space.as_question(vectors), DEFAULT_BALANCE)
+        lengths = np.linalg.norm(asked, axis=1) * self.space.length  # Milvus tells the cosine
         fields = ["key", *([_CLUSTER] if self.has_clusters else ())]
         with translated(self._settings):
             answers = self._client.search(
@@ -708,13 +728,13 @@ class Store:
         ]
 
     def vectors(self) -> tuple[list[Case], NDArray[np.float32]]:
-        """The whole gallery: cases and vectors `[n, 120]`, ordered by key; for exact evaluation."""
+        """The whole gallery: cases and vectors `[n, size]`, ordered by key; for exact evaluation."""
         with translated(self._settings):
             rows = list(_rows(self._client, self.collection, 'key != ""', ["*"], self._settings.timeout_s))
         rows.sort(key=lambda row: str(row["key"]))
         originals = self.pseudonyms.originals([row["key"] for row in rows])
         cases = [_case(row, originals.get(row["key"])) for row in rows]
-        return cases, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, VECTOR_SIZE)
+        return cases, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, self.vector_size)
 
     def prune(self, keep: Collection[str], sources: Collection[str | None]) -> list[str]:
         """Removes the cases of these sources (None: of no source) whose key is not to be kept, and their thumbnails where no other model
@@ -733,7 +753,7 @@ class Store:
     def _create(self) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
         schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=VECTOR_SIZE)
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=self.space.size)
         for name, length in _NAMED.items():
             if name not in _OPTIONAL:
                 schema.add_field(name, DataType.VARCHAR, max_length=length)
@@ -765,26 +785,30 @@ class Store:
             schema=schema,
             index_params=index,
             consistency_level="Strong",
-            properties={FINGERPRINT: self.pseudonyms.fingerprint},
+            properties={
+                FINGERPRINT: self.pseudonyms.fingerprint,
+                **({} if self.space is FILM else {SPACE: self.space.name.value}),
+            },
             timeout=self._settings.timeout_s,
         )
 
-    def _check_schema(self, *, outdated: bool) -> None:
+    def _check_schema(self, expected: Space | None, *, outdated: bool) -> None:
         about = self._client.describe_collection(self.collection, timeout=self._settings.timeout_s)
         _refuse_in_clear(about)
+        self.space = _space_of(about, expected)
         fields = {field["name"]: field for field in about["fields"]}
         got = int(fields.get("embedding", {}).get("params", {}).get("dim", 0))
-        if got == FORMER_SIZE and not outdated:
+        if self.space is FILM and got == FORMER_SIZE and not outdated:
             raise StoreError(
                 f"collection {self.collection} was made by a former version of this system, which kept one vector of a case",
-                expected=f"{VECTOR_SIZE} numbers of each: what was learnt, and what lungs look like",
+                expected=f"{FILM.size} numbers of each: what was learnt, and what lungs look like",
                 got=f"{FORMER_SIZE}, both mixed",
                 next_step="serve the weights of this version, and give `cxr reindex`: it fills their gallery from this one",
             )
-        if got not in (VECTOR_SIZE, FORMER_SIZE):
+        if got != self.space.size and not (self.space is FILM and got == FORMER_SIZE):
             raise StoreError(
                 f"collection {self.collection} does not fit this system",
-                expected=f"a field embedding of {VECTOR_SIZE} dimensions",
+                expected=f"a field embedding of {self.space.size} dimensions",
                 got=f"{got} dimensions" if got else f"fields {', '.join(sorted(fields))}",
                 next_step=f"`cxr gallery drop {self.collection}`, and ingest again",
             )
@@ -993,6 +1017,19 @@ def _refuse_in_clear(about: Mapping[str, Any]) -> None:
             got=f"fields {', '.join(in_clear)}",
             next_step=f"`cxr gallery drop {about['collection_name']}`, and ingest again",
         )
+
+
+def _space_of(about: Mapping[str, Any], expected: Space | None) -> Space:
+    name = about.get("properties", {}).get(SPACE, SpaceName.film.value)
+    found = next((space for space in SPACES.values() if space.name.value == name), None)
+    if found is None or (expected is not None and found is not expected):
+        raise StoreError(
+            f"collection {about['collection_name']} is of another space",
+            expected=(expected.name.value if expected else ", ".join(one.value for one in SPACES)),
+            got=name,
+            next_step="give the --space that it was ingested with",
+        )
+    return found
 
 
 def _refuse_another_key(about: Mapping[str, Any], pseudonyms: Pseudonyms) -> None:

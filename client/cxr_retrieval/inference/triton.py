@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from tritonclient.utils import InferenceServerException
 
-from cxr_retrieval.contract import EMBEDDING, ENSEMBLE, ENSEMBLE_OUTPUTS, IMAGE, MODEL_VERSION_PARAMETER, LeafSpec, TensorSpec
+from cxr_retrieval.contract import (
+    BESIDE_ENSEMBLE,
+    EMBEDDING,
+    ENSEMBLE,
+    ENSEMBLE_OUTPUTS,
+    IMAGE,
+    MODEL_VERSION_PARAMETER,
+    LeafSpec,
+    TensorSpec,
+)
 from cxr_retrieval.errors import (
     AccessError,
     InferenceError,
@@ -81,6 +90,7 @@ class TritonClient:
     def __init__(self, settings: TritonSettings) -> None:
         self._settings = settings
         self._client = open_channel(settings)
+        self._further: dict[str, str] = {}
         self._retried = Retrying(
             retry=retry_if_exception_type(OverloadedError),
             wait=wait_random_exponential(multiplier=0.1, max=5),
@@ -112,14 +122,16 @@ class TritonClient:
             AccessError: There, but it no longer lets us in.
             InferenceError: It serves other weights now.
         """
-        version = self._announced_version()
-        if version != self.model_version:
-            raise InferenceError(
-                f"Triton at {self._settings.url} serves other weights than before",
-                expected=self.model_version,
-                got=version,
-                next_step="serve the former weights, or begin anew with these",
-            )
+        versions = {ENSEMBLE: self.model_version, **self._further}
+        for model, known in versions.items():
+            version = self._announced_version() if model == ENSEMBLE else self._further_version(model)
+            if version != known:
+                raise InferenceError(
+                    f"Triton at {self._settings.url} serves other weights than before",
+                    expected=known,
+                    got=version,
+                    next_step="serve the former weights, or begin anew with these",
+                )
         self._announced_at = time.monotonic()
 
     def infer(
@@ -132,6 +144,7 @@ class TritonClient:
         """Runs the ensemble on `[n, 1, 256, 256]` uint8; only the steps that the wanted outputs need are executed.
 
         Args:
+            outputs: Of the ensemble, and of the models that are asked about a film beside it.
             on_overload: Told each time the server had no room, before it is asked again.
             trace: What the request is known by, in Triton's own log and trace.
 
@@ -142,7 +155,9 @@ class TritonClient:
             InferenceError: Down, failed, deadline exceeded, still overloaded after as long, other weights than before, or an answer of
                 the wrong shape or with NaN.
         """
-        found = self._ask(ENSEMBLE, {IMAGE: images}, outputs, on_overload, trace)
+        found: Outputs = {}
+        for model, wanted in _by_model(outputs).items():
+            found |= self._ask(model, {IMAGE: images}, wanted, on_overload, trace)
         if time.monotonic() > self._announced_at + TRUSTED_S:
             self.probe()
         return found
@@ -154,6 +169,28 @@ class TritonClient:
             InferenceError: As `infer`.
         """
         return self._ask(leaf.name, dict(zip(leaf.inputs, inputs, strict=True)), leaf.outputs)
+
+    def version_of(self, model: str) -> str:
+        """The version of a further model's weights; that they stay the same is seen to from then on, as with the ensemble's.
+
+        Raises:
+            InferenceError: It is not served, or does not say which weights it has.
+        """
+        self._further[model] = self._further_version(model)
+        return self._further[model]
+
+    def _further_version(self, model: str) -> str:
+        parameters = self.parameters(model)
+        if parameters is None:
+            raise InferenceError(f"the server has no model {model}", next_step=f"serve one: `cxr serve --{model.partition('_')[0]} FOLDER`")
+        version = parameters.get(MODEL_VERSION_PARAMETER)
+        if not version:
+            raise InferenceError(
+                f"the model {model} does not say which weights it has",
+                expected=f"parameter {MODEL_VERSION_PARAMETER} in its config.pbtxt",
+                next_step="build it anew with `cxr build`",
+            )
+        return version
 
     def parameters(self, model: str) -> Mapping[str, str] | None:
         """What a model's configuration says under `parameters`; None if no such model is ready.
@@ -291,6 +328,15 @@ class TritonClient:
             return bool(self._client.is_server_live(client_timeout=5.0))
         except InferenceServerException as error:
             return _status(error) not in _NO_ANSWER
+
+
+def _by_model(outputs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
+    """Model → which of its outputs are wanted; the ensemble's, whatever nobody else has."""
+    of = {output: leaf.name for leaf in BESIDE_ENSEMBLE for output in leaf.outputs}
+    wanted: dict[str, list[TensorSpec]] = {}
+    for output in outputs:
+        wanted.setdefault(of.get(output, ENSEMBLE), []).append(output)
+    return wanted
 
 
 def _status(error: InferenceServerException) -> str:

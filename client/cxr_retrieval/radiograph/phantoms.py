@@ -8,7 +8,7 @@ follows from one seed.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 PhantomLabel = Literal["control", "non_covid_pneumonia", "covid19"]
 PHANTOM_LABELS: Final[tuple[PhantomLabel, ...]] = ("control", "non_covid_pneumonia", "covid19")
 SITES: Final = ("north", "south")
+PHANTOM_FINDINGS: Final = ("cardiomegaly", "consolidation", "effusion", "ground_glass", "nodule", "pneumothorax")
+"""What `make_findings` draws, each whether or not the others are there."""
+Side = Literal["left", "right", "bilateral"]
+Zone = Literal["upper", "middle", "lower", ""]
+Extent = Literal["small", "moderate", "large"]
 _SIZE: Final = 512
 _AIR: Final = 0.74
 """Thickness of tissue that a full depth of air takes the place of."""
@@ -32,12 +37,22 @@ class Phantom:
     """A made-up radiograph. `pixels` `[512, 448…512]` uint8; masks of the same shape, 0 or 255; facts as manifest text."""
 
     image_id: str
-    label: PhantomLabel
+    label: str
     site: str
     pixels: NDArray[np.uint8]
     lung_mask: NDArray[np.uint8]
     lesion_mask: NDArray[np.uint8]
     facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One finding that a phantom shows. `side` is the patient's; `zone` of the lung, "" where it has none to speak of."""
+
+    finding: str
+    side: Side
+    zone: Zone
+    extent: Extent
 
 
 def make_phantom(seed: int, label: PhantomLabel, patches: tuple[int, int] = (6, 8)) -> Phantom:
@@ -47,21 +62,12 @@ def make_phantom(seed: int, label: PhantomLabel, patches: tuple[int, int] = (6, 
     """
     random = np.random.default_rng([seed, PHANTOM_LABELS.index(label)])
     site = SITES[int(random.integers(len(SITES)))]
-    width = int(random.integers(440, _SIZE + 1))
-    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, _SIZE))
-    x = x * (width / _SIZE) + random.normal(0, 0.015)
-    turned = random.normal(0, 0.02)
-    x, y = x + turned * y, y - turned * x
-
+    x, y = _plane(random)
     right, left, depth = _lungs(x, y, random)
     lungs = right | left
     thickness = _trunk(x, y, random) - _AIR * depth + _middle(x, y, random) + _ribs(x, y, lungs, random) + _vessels(x, y, depth, random)
     opacity, lesion = _opacity(x, y, right, left, depth, label, patches, random)
-    thickness += opacity
-    film = 1 / (1 + np.exp(-(thickness - random.normal(0.62, 0.02)) * random.normal(4.1, 0.25)))
-    film += random.normal(0, 0.012, film.shape) * (1.2 - film)
-    film = np.clip(_blur(film, 0.7), 0, 1) ** random.normal(1.0, 0.06)
-    pixels = np.clip(8 + 236 * film, 0, 255).astype(np.uint8)
+    pixels = _exposed(thickness + opacity, random)
     return Phantom(
         f"phantom-{label}-{seed:04d}",
         label,
@@ -71,6 +77,39 @@ def make_phantom(seed: int, label: PhantomLabel, patches: tuple[int, int] = (6, 
         (255 * lesion).astype(np.uint8),
         _facts(label, random),
     )
+
+
+def make_findings(seed: int, findings: Collection[str]) -> tuple[Phantom, tuple[Shown, ...]]:
+    """One phantom with just these of PHANTOM_FINDINGS, and where each is; its label are their names with | between, `control` of none.
+
+    cardiomegaly: a heart a third to three fifths wider. consolidation: one place without air. effusion: fluid from the base up, highest
+    beside the chest wall. ground_glass: patches in both lungs with a third to three fifths of their air gone. nodule: one round shadow.
+    pneumothorax: a lung that has come away from the chest wall, a line where it ends and no vessels beyond.
+    """
+    random = np.random.default_rng([seed, 6])
+    site = SITES[int(random.integers(len(SITES)))]
+    x, y = _plane(random)
+    right, left, depth = _lungs(x, y, random)
+    vessels = _vessels(x, y, depth, random)
+    chest = _Chest(x, y, right, left, depth, vessels)
+    width = random.uniform(1.35, 1.6) if "cardiomegaly" in findings else 1.0
+    middle = _middle(x, y, random, width)
+    shown = tuple(_DRAWN[name](chest, width, random) for name in PHANTOM_FINDINGS if name in findings)
+    filled = _blur(np.clip(chest.filled, 0, 1), 2.0)
+    lungs = right | left
+    thickness = _trunk(x, y, random) - _AIR * chest.depth * (1 - filled) + middle + _ribs(x, y, lungs, random) + chest.vessels + chest.added
+    pixels = _exposed(thickness, random)
+    label = "|".join(one.finding for one in shown) or "control"
+    phantom = Phantom(
+        f"phantom-findings-{seed:05d}",
+        label,
+        site,
+        _marked(pixels, site, random),
+        (255 * lungs).astype(np.uint8),
+        (255 * ((filled > 0.1) & lungs)).astype(np.uint8),
+        {"raw_finding": f"synthetic {label}", "view": "PA"},
+    )
+    return phantom, shown
 
 
 def write_gallery(folder: Path, per_class: int, seed: int = 0) -> Path:
@@ -130,6 +169,23 @@ def write_dicom(phantom: Phantom, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ anatomy
 
 
+def _plane(random: np.random.Generator) -> tuple[Field, Field]:
+    """Coordinates of every pixel, the midline at x = 0 and the greater side in −1…1; the patient a little aside and turned."""
+    width = int(random.integers(440, _SIZE + 1))
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, _SIZE))
+    x = x * (width / _SIZE) + random.normal(0, 0.015)
+    turned = random.normal(0, 0.02)
+    return x + turned * y, y - turned * x
+
+
+def _exposed(thickness: Field, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Tissue as the film shows it."""
+    film = 1 / (1 + np.exp(-(thickness - random.normal(0.62, 0.02)) * random.normal(4.1, 0.25)))
+    film += random.normal(0, 0.012, film.shape) * (1.2 - film)
+    film = np.clip(_blur(film, 0.7), 0, 1) ** random.normal(1.0, 0.06)
+    return np.clip(8 + 236 * film, 0, 255).astype(np.uint8)
+
+
 def _lungs(x: Field, y: Field, random: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Field]:
     """Masks of the patient's right lung (left of the picture) and left lung, and the depth of air in 0…1."""
     size = random.uniform(0.88, 1.08)
@@ -164,12 +220,12 @@ def _trunk(x: Field, y: Field, random: np.random.Generator) -> Field:
     return _blur(0.86 * body**0.6 + belly * (body > 0) + shoulders * (body > 0), 3)
 
 
-def _middle(x: Field, y: Field, random: np.random.Generator) -> Field:
+def _middle(x: Field, y: Field, random: np.random.Generator, heart_width: float = 1.0) -> Field:
     """Mediastinum, spine with its discs, heart, aortic knob, hila, trachea."""
     spine = 0.20 * np.exp(-((x / 0.075) ** 2)) * (1 + 0.10 * np.sin(y * 44 + random.uniform(0, 6)))
     upper = 0.22 * np.exp(-(((x / 0.13) ** 2) ** 2))
     size = random.uniform(0.92, 1.10)
-    heart = 0.34 * _ellipse(x, y, 0.13 * size, 0.30, 0.30 * size, 0.29, 0.35)
+    heart = 0.34 * _ellipse(x, y, 0.13 * size, 0.30, 0.30 * size * heart_width, 0.29, 0.35)
     knob = 0.16 * _ellipse(x, y, 0.11, -0.22, 0.085, 0.10, 0)
     hila = sum(0.11 * np.exp(-(((x - s * 0.19) / 0.075) ** 2) - ((y + 0.02 + 0.03 * s) / 0.15) ** 2) for s in (-1, 1))
     trachea = -0.16 * np.exp(-((((x - 0.01) / 0.04) ** 2) ** 2)) / (1 + np.exp((y + 0.28) * 22))
@@ -271,6 +327,137 @@ def _opacity(
         filled *= 1 + 0.5 * _noise(x.shape, 3, random)
     filled = _blur(np.clip(filled, 0, 1), 3.0)
     return _AIR * depth * filled, (filled > 0.1) & (right | left)
+
+
+# ---------------------------------------------------------------------------------------------- findings
+
+
+@dataclass
+class _Chest:
+    """What findings change: `filled`, the share of the air that fluid takes the place of; `added` tissue; `depth` of air; `vessels`."""
+
+    x: Field
+    y: Field
+    right: NDArray[np.bool_]
+    left: NDArray[np.bool_]
+    depth: Field
+    vessels: Field
+
+    def __post_init__(self) -> None:
+        self.filled, self.added = np.zeros_like(self.x), np.zeros_like(self.x)
+
+    def lung(self, random: np.random.Generator) -> tuple[Side, int, NDArray[np.bool_]]:
+        """One of both, by chance: the patient's side, which way it lies in the picture, its mask."""
+        return ("right", -1, self.right) if random.integers(2) else ("left", 1, self.left)
+
+    def place(self, lung: NDArray[np.bool_], random: np.random.Generator, among: NDArray[np.bool_] | None = None) -> tuple[float, float]:
+        """A point well inside that lung."""
+        rows, columns = np.nonzero(lung & (self.depth > 0.5) if among is None else lung & (self.depth > 0.5) & among)
+        pick = int(random.integers(len(rows)))
+        return float(self.x[rows[pick], columns[pick]]), float(self.y[rows[pick], columns[pick]])
+
+    def fill(self, share: Field) -> None:
+        """So much of the air there, unless more of it is gone already."""
+        self.filled = np.maximum(self.filled, share)
+
+
+def _zone(y: float) -> Zone:
+    return "upper" if y < -0.3 else "middle" if y < 0.08 else "lower"
+
+
+def _cardiomegaly(chest: _Chest, width: float, _: np.random.Generator) -> Shown:
+    """The heart itself is drawn wider by `_middle`; here it takes the place of the lung beside it."""
+    beside = np.clip(4 * _ellipse(chest.x, chest.y, 0.13, 0.30, 0.30 * width, 0.29, 0.35), 0, 1)
+    chest.depth = chest.depth * (1 - 0.8 * beside)
+    chest.vessels = chest.vessels * (1 - beside)
+    return Shown("cardiomegaly", "bilateral", "", "moderate" if width < 1.48 else "large")
+
+
+def _consolidation(chest: _Chest, _: float, random: np.random.Generator) -> Shown:
+    side, _, lung = chest.lung(random)
+    cx, cy = chest.place(lung, random)
+    radius = random.uniform(0.16, 0.34)
+    blob = (
+        1.1
+        - np.hypot((chest.x - cx) / radius, (chest.y - cy) / (radius * random.uniform(0.8, 1.1)))
+        + 0.12 * _noise(chest.x.shape, 11, random)
+    )
+    chest.fill(random.uniform(0.85, 1.0) * np.clip(blob * 1.8, 0, 1) * lung)
+    return Shown("consolidation", side, _zone(cy), "small" if radius < 0.22 else "moderate" if radius < 0.28 else "large")
+
+
+def _effusion(chest: _Chest, _: float, random: np.random.Generator) -> Shown:
+    side, way, lung = chest.lung(random)
+    height = random.uniform(0.14, 0.6)
+    base = float(chest.y[lung].max())
+    outwards = np.clip((way * chest.x - 0.15) / 0.5, 0, 1.2)
+    level = base - height * (0.55 + 0.6 * outwards**2)
+    fluid = np.clip((chest.y - level) / 0.03, 0, 1) * lung
+    chest.fill(fluid)
+    chest.added = chest.added + 0.06 * _blur(fluid, 3.0)
+    return Shown("effusion", side, "lower", "small" if height < 0.27 else "moderate" if height < 0.43 else "large")
+
+
+def _ground_glass(chest: _Chest, _: float, random: np.random.Generator) -> Shown:
+    grade, count = random.uniform(0.34, 0.6), int(random.integers(3, 7))
+    texture = _noise(chest.x.shape, 11, random)
+    heights = []
+    for lung in (chest.right, chest.left):
+        for _ in range(count):
+            cx, cy = chest.place(lung, random)
+            heights.append(cy)
+            patch = (
+                1.1 - np.hypot((chest.x - cx) / random.uniform(0.16, 0.28), (chest.y - cy) / random.uniform(0.18, 0.32)) + 0.45 * texture
+            )
+            chest.fill(grade * np.clip(patch * 1.4, 0, 1) * lung)
+    return Shown(
+        "ground_glass", "bilateral", _zone(float(np.mean(heights))), "small" if count < 4 else "moderate" if count < 6 else "large"
+    )
+
+
+def _nodule(chest: _Chest, _: float, random: np.random.Generator) -> Shown:
+    side, _, lung = chest.lung(random)
+    cx, cy = chest.place(lung, random, chest.filled < 0.3)
+    radius = random.uniform(0.045, 0.09)
+    chest.added = chest.added + random.uniform(0.24, 0.34) * _ellipse(
+        chest.x, chest.y, cx, cy, radius, radius * random.uniform(0.85, 1.1), 0
+    )
+    return Shown("nodule", side, _zone(cy), "small" if radius < 0.06 else "moderate" if radius < 0.075 else "large")
+
+
+def _pneumothorax(chest: _Chest, _: float, random: np.random.Generator) -> Shown:
+    """The lung shrinks towards its root; beyond it there is air, and nothing else."""
+    side, way, lung = chest.lung(random)
+    kept = random.uniform(0.55, 0.85)
+    root = way * 0.15, 0.42
+    rows, columns = np.nonzero(lung)
+    x, y = chest.x[rows, columns], chest.y[rows, columns]
+    height, width = chest.x.shape
+    scale = (width - 1) / (chest.x[0, -1] - chest.x[0, 0])
+    there = (
+        np.rint(columns + (x - root[0]) * (1 / kept - 1) * scale).astype(int),
+        np.rint(rows + (y - root[1]) * (1 / kept - 1) * scale).astype(int),
+    )
+    within = (there[0] >= 0) & (there[0] < width) & (there[1] >= 0) & (there[1] < height)
+    collapsed = np.zeros_like(lung)
+    collapsed[rows, columns] = within & lung[np.clip(there[1], 0, height - 1), np.clip(there[0], 0, width - 1)]
+    soft = _blur(collapsed.astype(float), 1.2)
+    beyond = lung & ~collapsed
+    chest.vessels = np.where(beyond, 0.0, chest.vessels)
+    chest.depth = chest.depth + 0.10 * _blur(beyond.astype(float), 2.0)
+    chest.filled = np.where(beyond, 0.0, np.maximum(chest.filled, 0.14 * (1 - kept) / 0.45 * collapsed))
+    chest.added = chest.added + 0.30 * soft * (1 - soft) * lung
+    return Shown("pneumothorax", side, "", "small" if kept > 0.75 else "moderate" if kept > 0.65 else "large")
+
+
+_DRAWN: Final = {
+    "cardiomegaly": _cardiomegaly,
+    "consolidation": _consolidation,
+    "effusion": _effusion,
+    "ground_glass": _ground_glass,
+    "nodule": _nodule,
+    "pneumothorax": _pneumothorax,
+}
 
 
 # ---------------------------------------------------------------------------------------------- film and facts

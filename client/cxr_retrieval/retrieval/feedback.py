@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from cxr_retrieval.cases.pseudonyms import DIGITS
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.gallery.balance import comparable, likeness
 from cxr_retrieval.gallery.store import Neighbour, Store
 
 PULL: Final = 1.5
@@ -67,7 +66,7 @@ class Led:
     """A question as marks have moved it.
 
     Attributes:
-        vector: `[120]`; the film's own where there are no marks. Weighed by the balance it is as long as that.
+        vector: `[size]`; the film's own where there are no marks. Weighed by the balance it is as long as that.
         marked: As they were marked.
         gone: How many of the cases the gallery no longer holds; these do not count.
     """
@@ -108,7 +107,7 @@ def led(query: Vector, marks: Sequence[Mark], store: Store, balance: float) -> L
     """The question after marks on cases of a gallery; of two marks on one case the later counts.
 
     Args:
-        query: `[120]`, the film's vector. The balance weighs its parts afterwards, which is the same: all that happens here is a sum.
+        query: `[size]`, the film's vector. The balance weighs its parts afterwards, which is the same: all that happens here is a sum.
         balance: At which the cases are compared: as long as they are by it, the question is to be.
 
     Raises:
@@ -122,9 +121,12 @@ def led(query: Vector, marks: Sequence[Mark], store: Store, balance: float) -> L
         return Led(query)
     cases, vectors = store.cases(list(said)), store.embeddings(list(said))
     held = {key: relevant for key, relevant in said.items() if key in cases and key in vectors}
-    relevant, other = (_side(held, vectors, query, relevant=said) for said in (True, False))
-    vector = moved(query, relevant, other, length_of=lambda found: np.linalg.norm(comparable(found, balance)))
-    marked = [Marked(Neighbour(cases[key], *likeness(vector, vectors[key], balance)), relevant) for key, relevant in held.items()]
+    asked = {key: store.space.as_question(vector) for key, vector in vectors.items()}
+    relevant, other = (_side(held, asked, query, relevant=said) for said in (True, False))
+    vector = moved(query, relevant, other, length_of=lambda found: np.linalg.norm(store.space.comparable(found, balance)))
+    marked = [
+        Marked(Neighbour(cases[key], *store.space.likeness(vector, vectors[key], balance)), relevant) for key, relevant in held.items()
+    ]
     return Led(vector, tuple(marked), len(said) - len(held))
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_retrieval.contract import ATTENTION_MAP, FEATURES, LUNG_AGREEMENT, LUNG_MASK
+from cxr_retrieval.contract import ATTENTION_MAP, FEATURES, IMAGE_VECTOR, LUNG_AGREEMENT, LUNG_MASK
 from cxr_retrieval.errors import UsageError
-from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked, side_by_side
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS, checked
+from cxr_retrieval.gallery.spaces import FILM, Space
 from cxr_retrieval.gallery.store import MAX_HITS, Case, Clause, Neighbour, Store, within
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import Film, FilmReader
@@ -28,10 +29,11 @@ from cxr_retrieval.retrieval.feedback import MOVED, Led, Mark, Marked, led
 from cxr_retrieval.retrieval.gate import Ood, judge, too_far
 from cxr_retrieval.retrieval.outcome import Outcome, OutcomeModel
 from cxr_retrieval.retrieval.own import OWN_EXPECTED, nearest_others, nobodys, own_cases
+from cxr_retrieval.retrieval.reports import Wording
 from cxr_retrieval.retrieval.site import Site, evidence_of, read_sites
 from cxr_retrieval.retrieval.summary import Summary, summarise
 from cxr_retrieval.retrieval.voting import DEFAULT_K, NoVote, Vote, weighted_vote
-from cxr_retrieval.settings import Method
+from cxr_retrieval.settings import Match, Method, SpaceName
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +44,10 @@ MIN_LUNG_AGREEMENT: Final = 0.9
 """Mean Dice coefficient of the five networks with their ensemble (LUNG_AGREEMENT)."""
 
 
-WANTED: Final = (*PARTS, ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
-"""What Triton is asked for."""
+SHOWN: Final = (ATTENTION_MAP, LUNG_MASK, LUNG_AGREEMENT)
+"""What Triton is asked for beside what is compared."""
+WANTED: Final = (*PARTS, *SHOWN)
+"""All of it, in the space of films."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class QueryResult:
         site: The profile of the film's hospital, by which the prediction was made (`retrieval/site.py`); `evidence` for its labels.
         clustering: The clusters in which the neighbours were found; None: they are the nearest of all.
         outcomes: What an outcome model says, if it was asked (`retrieval/outcome.py`); of a refused film nothing.
+        space: By which vectors cases were compared (`gallery/spaces.py`).
     """
 
     image_id: str
@@ -105,6 +110,7 @@ class QueryResult:
     evidence: Mapping[str, float] = field(default_factory=dict)
     clustering: Clustering | None = None
     outcomes: tuple[Outcome, ...] = ()
+    space: SpaceName = SpaceName.film
 
     @property
     def sentence(self) -> str:
@@ -154,13 +160,13 @@ class QueryResult:
     def as_json(self) -> dict[str, Any]:
         """The published JSON form of a query result. `prediction.findings` is there where labels hold several findings, `marked` where a
         reader marked something, `site` where a profile voted, `method`, and `cluster` beside each neighbour, where these were not the
-        nearest of all, `outcomes` where an outcome model was asked.
+        nearest of all, `outcomes` where an outcome model was asked, `space` where it is not that of films, and then no `balance`.
         """
-        marked = [{**_hit_json(one.hit), "relevant": one.relevant} for one in self.marked]
+        marked = [{**one.hit.as_json(), "relevant": one.relevant} for one in self.marked]
         return {
             "image_id": self.image_id,
             "model_version": self.model_version,
-            "balance": self.balance,
+            **({"balance": self.balance} if self.space is SpaceName.film else {"space": self.space.value}),
             "prediction": {
                 "label": self.prediction.label,
                 "confidence": self.prediction.confidence,
@@ -168,10 +174,8 @@ class QueryResult:
                 **({"findings": dict(self.prediction.findings)} if self.prediction.findings else {}),
                 **self.trust.as_json(),
             },
-            "neighbours": [
-                {"rank": rank, **_hit_json(hit), **self._cluster_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)
-            ],
-            "earlier_films": [_hit_json(hit) for hit in self.own],
+            "neighbours": [{"rank": rank, **hit.as_json(), **self._cluster_json(hit)} for rank, hit in enumerate(self.neighbours, start=1)],
+            "earlier_films": [hit.as_json() for hit in self.own],
             "summary": self.summary.as_json(),
             "timings_ms": {name: round(value, 2) for name, value in self.timings_ms.items()},
             "warnings": list(self.warnings),
@@ -185,16 +189,6 @@ class QueryResult:
     def _cluster_json(self, hit: Neighbour) -> dict[str, Any]:
         number = self.clustering.number(hit.case.cluster) if self.clustering else None
         return {} if self.clustering is None or number is None else {"cluster": self.clustering.clusters[number].as_json(number)}
-
-
-def _hit_json(hit: Neighbour) -> dict[str, Any]:
-    known = {"patient_id": hit.case.patient_id, "source": hit.case.source}
-    return {
-        "image_id": hit.case.image_id,
-        "similarity": hit.similarity,
-        "label": hit.case.label,
-        "metadata": {**{name: value for name, value in known.items() if value is not None}, **hit.case.metadata},
-    }
 
 
 def query(
@@ -216,6 +210,8 @@ def query(
     method: Method = Method.nearest,
     outcome: OutcomeModel | None = None,
     facts: Mapping[str, float] = MappingProxyType({}),
+    wording: Wording | None = None,
+    match: Match = Match.film,
 ) -> QueryResult:
     """Retrieves the `top_k` most similar confirmed cases and lets them vote.
 
@@ -238,6 +234,8 @@ def query(
         method: cluster: the cases of the clusters that the film is closest to (`retrieval/clusters.py`).
         outcome: Also say what it does of this film (`OutcomeModel.served_by`).
         facts: What is known of the patient, for it (`OutcomeModel.read`).
+        wording: A text that is part of the question, in a gallery of the space `reports` (`ReportReader.worded`).
+        match: What of the cases is compared, there.
 
     Raises:
         ImageError: The file is unusable.
@@ -266,6 +264,8 @@ def query(
         method=method,
         outcome=outcome,
         facts=facts,
+        wording=wording,
+        match=match,
         timings_ms={"read": read_ms},
     )
 
@@ -287,22 +287,30 @@ def query_film(
     method: Method = Method.nearest,
     outcome: OutcomeModel | None = None,
     facts: Mapping[str, float] = MappingProxyType({}),
+    wording: Wording | None = None,
+    match: Match = Match.film,
     timings_ms: Mapping[str, float] = MappingProxyType({}),
 ) -> QueryResult:
     """As `query`, of a film that has been read; `timings_ms`: what that took."""
     checked(balance)
     timings = dict(timings_ms)
     with _timed(timings, "infer"):
-        outputs = triton.infer(film.square[None, None], WANTED if outcome is None else (*WANTED, FEATURES))
+        wanted = (*store.space.outputs, *SHOWN)
+        outputs = triton.infer(film.square[None, None], wanted if outcome is None else (*wanted, FEATURES))
     likely = None
     if outcome is not None:
         with _timed(timings, "outcome"):
             likely = outcome.predict(triton, np.asarray(outputs[FEATURES.name][0], np.float32), facts)
+    if wording is not None:
+        _refuse_elsewhere(store.space, "a text beside the film")
+        outputs[IMAGE_VECTOR.name] = wording.joined(outputs[IMAGE_VECTOR.name])
+    if match is not Match.film:
+        _refuse_elsewhere(store.space, "the cases' reports")
     asked = Asked(None, film, {name: values[0] for name, values in outputs.items()}, patient, timings, marks)
     (result,) = answer(
         [asked],
         store,
-        triton.model_version,
+        store.model_version,
         top_k=top_k,
         where=where,
         include_own=include_own,
@@ -311,6 +319,7 @@ def query_film(
         balance=balance,
         source=source,
         method=method,
+        match=match,
     )
     if isinstance(result, UsageError):
         raise result
@@ -332,6 +341,7 @@ def answer(
     balance: float = DEFAULT_BALANCE,
     source: str | None = None,
     method: Method = Method.nearest,
+    match: Match = Match.film,
 ) -> list[QueryResult | UsageError]:
     """What `query` does once the networks have answered, for several films with one search; UsageError where no case was left to compare.
 
@@ -343,7 +353,8 @@ def answer(
     percent(error_rate)
     clustering = require(store.clusters, balance) if method is Method.cluster else None
     clause = where or Clause("", "")
-    vectors = np.stack([side_by_side(one.outputs) for one in asked])
+    space = store.space
+    vectors = np.stack([space.question(one.outputs, match) for one in asked])
     started = time.perf_counter()
     moved = [led(vector, one.marks, store, balance) for one, vector in zip(asked, vectors, strict=True)]
     limit = min(top_k + OWN_EXPECTED, MAX_HITS) if clustering is None else hits_wanted(clustering, top_k)
@@ -353,17 +364,19 @@ def answer(
         _neighbours(hits, way, top_k, own, clustering, partial(_search, store, way.vector, clause, balance))
         for way, hits, own in zip(moved, first, is_own, strict=True)
     ]
-    site = None if source is None else read_sites(store.sites).get(source)
+    site = None if source is None or space is not FILM else read_sites(store.sites).get(source)
     heard = site is not None and not clause.given and not any(way.marked for way in moved) and clustering is None
     evidence = evidence_of(vectors, list(site.shares), store, is_own) if site and heard else [{} for _ in asked]
     search_ms = 1000 * (time.perf_counter() - started)
-    measured = not clause.asked and balance == DEFAULT_BALANCE
+    measured = not clause.asked and balance == DEFAULT_BALANCE and space is FILM
     far = [
         too_far(_unmoved(hits, way, own, store), store.count, model_version) if hits and measured else None
         for hits, way, own in zip(first, moved, vectors, strict=True)
     ]
-    rules = _Rules(model_version, top_k, clause.given, include_own, error_rate, balance, store.calibration, store.size, site, clustering)
-    unknown = [] if site or source is None else _stranger(store, source)
+    rules = _Rules(
+        model_version, top_k, clause.given, include_own, error_rate, balance, store.calibration, store.size, site, clustering, space.name
+    )
+    unknown = [] if site or source is None or space is not FILM else _stranger(store, source)
     return [
         _result(
             one,
@@ -410,10 +423,13 @@ class _Rules:
     gallery: int
     site: Site | None
     clustering: Clustering | None
+    space: SpaceName
 
     @property
     def unusual(self) -> str | None:
         """Why such answers are not of the kind whose reliability is measured; None if they are."""
+        if self.space is not SpaceName.film:
+            return f"cases were compared in the space {self.space.value}"
         if self.where:
             return "only cases that meet a clause were compared"
         if self.clustering is not None:
@@ -421,6 +437,16 @@ class _Rules:
         if self.balance != DEFAULT_BALANCE:
             return f"it was measured at a balance of {DEFAULT_BALANCE:g}, and this is {self.balance:g}"
         return "films of the query's own patient may have voted" if self.include_own else None
+
+
+def _refuse_elsewhere(space: Space, what: str) -> None:
+    if space.name is not SpaceName.reports:
+        raise UsageError(
+            f"{what} cannot be compared here",
+            expected=f"a gallery of the space {SpaceName.reports.value}",
+            got=space.name.value,
+            next_step="give --space reports, on a server with a multimodal network",
+        )
 
 
 def _unmoved(hits: Sequence[Neighbour], way: Led, own: NDArray[np.float32], store: Store) -> float:
@@ -504,6 +530,7 @@ def _result(
         site,
         evidence,
         rules.clustering,
+        space=rules.space,
     )
 
 

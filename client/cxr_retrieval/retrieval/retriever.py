@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
+from cxr_retrieval.gallery.spaces import SPACES
 from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -18,8 +19,9 @@ from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.outcome import OutcomeModel
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
+from cxr_retrieval.retrieval.reports import Wording
 from cxr_retrieval.retrieval.voting import DEFAULT_K
-from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import Match, Method, MilvusSettings, PseudonymSettings, SpaceName, TritonSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +33,7 @@ class Retriever:
     Attributes:
         reader: Decodes files, in worker processes.
         triton: The networks.
-        store: The gallery of the model version that Triton announces.
+        store: The gallery of the model version that Triton announces; of another space, of the model that it serves for that.
 
     Raises:
         InferenceError: No Triton, or its ensemble is not ready.
@@ -44,12 +46,15 @@ class Retriever:
         triton: TritonSettings | None = None,
         milvus: MilvusSettings | None = None,
         pseudonyms: PseudonymSettings | None = None,
+        space: SpaceName = SpaceName.film,
     ) -> None:
         with ExitStack() as opened:
             self.reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
             self.triton = opened.enter_context(TritonClient(triton or TritonSettings()))
             keys = opened.enter_context(open_pseudonyms(pseudonyms or PseudonymSettings()))
-            self.store = opened.enter_context(Store(milvus or MilvusSettings(), self.triton.model_version, keys))
+            self.store = opened.enter_context(
+                Store(milvus or MilvusSettings(), SPACES[space].version(self.triton), keys, space=SPACES[space])
+            )
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Retriever:
@@ -79,6 +84,8 @@ class Retriever:
         method: Method = Method.nearest,
         outcome: OutcomeModel | None = None,
         facts: Mapping[str, float] = MappingProxyType({}),
+        wording: Wording | None = None,
+        match: Match = Match.film,
     ) -> QueryResult:
         """As `cxr_retrieval.query`, of which it is the short form."""
         return query(
@@ -99,6 +106,8 @@ class Retriever:
             method=method,
             outcome=outcome,
             facts=facts,
+            wording=wording,
+            match=match,
         )
 
     def picture(self, result: QueryResult) -> Image.Image:

@@ -107,30 +107,31 @@ def derive_embedded(repository: Path, target: Path, precision: Precision, networ
     write_config(target / ENSEMBLE, ensemble)
 
 
-def derive_outcome(outcome: Path, repository: Path, target: Path, networks: Networks, threads: int) -> None:
-    """Writes the embedded form of an outcome model, a folder of `cxr build outcome`, under `target`.
+def derive_further(name: str, folder: Path, repository: Path, target: Path, networks: Networks, threads: int) -> None:
+    """Writes the embedded form of a model that is no step of the ensemble, a folder that `cxr build` wrote, under `target`.
 
     Raises:
-        SetupError: No such folder, a model without a card, or one trained on the features of other weights than those served.
+        SetupError: No such folder, a model without a card, or an outcome model trained on the features of other weights than those served.
     """
-    expected = "a folder that `cxr build outcome` wrote: config.pbtxt, CARD.md, 1/model.onnx"
-    onnx = outcome / "1" / "model.onnx"
-    absent = [path.relative_to(outcome).as_posix() for path in (outcome / "config.pbtxt", outcome / "CARD.md", onnx) if not path.is_file()]
+    kind = name.partition("_")[0]
+    expected = f"a folder that `cxr build {kind}` wrote: config.pbtxt, CARD.md, 1/model.onnx"
+    onnx = folder / "1" / "model.onnx"
+    absent = [path.relative_to(folder).as_posix() for path in (folder / "config.pbtxt", folder / "CARD.md", onnx) if not path.is_file()]
     if absent:
-        raise SetupError(f"{outcome}: no {', '.join(absent)}", expected=expected, next_step="correct --outcome")
-    config = read_config(outcome)
-    if config.name != OUTCOME_MODEL or not config.parameters[CARD_PARAMETER].string_value:
-        raise SetupError(f"{outcome}: no outcome model with a card", expected=expected, next_step="build it anew with `cxr build outcome`")
+        raise SetupError(f"{folder}: no {', '.join(absent)}", expected=expected, next_step=f"correct --{kind}")
+    config = read_config(folder)
+    if config.name != name or not config.parameters[CARD_PARAMETER].string_value:
+        raise SetupError(f"{folder}: no {kind} model with a card", expected=expected, next_step=f"build it anew with `cxr build {kind}`")
     trained, served = config.parameters[MODEL_VERSION_PARAMETER].string_value, model_version(repository, networks)
-    if trained != served:
+    if name == OUTCOME_MODEL and trained != served:
         raise SetupError(
-            f"{outcome}: trained on features of other weights",
+            f"{folder}: trained on features of other weights",
             expected=served,
             got=trained,
             next_step="serve those, or train it anew with `cxr train outcome`",
         )
-    write_config(target / OUTCOME_MODEL, embedded_leaf(config, onnx.resolve(), Precision.fp32, threads))
-    shutil.copyfile(_BACKEND_MODEL, target / OUTCOME_MODEL / "1" / "model.py")
+    write_config(target / name, embedded_leaf(config, onnx.resolve(), Precision.fp32, threads))
+    shutil.copyfile(_BACKEND_MODEL, target / name / "1" / "model.py")
 
 
 def embedded_leaf(production: ModelConfig, onnx: Path, precision: Precision, threads: int) -> ModelConfig:

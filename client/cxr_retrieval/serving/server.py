@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, OUTCOME_MODEL
+from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, MULTILABEL_MODEL, MULTIMODAL_IMAGE_MODEL, MULTIMODAL_TEXT_MODEL, OUTCOME_MODEL
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.interruption import uninterrupted
 from cxr_retrieval.locations import cache_folder
 from cxr_retrieval.serving.access import Access, TokenCheck, address, credentials
 from cxr_retrieval.serving.choices import Networks, Precision, resolve
-from cxr_retrieval.serving.repository import derive_embedded, derive_outcome
+from cxr_retrieval.serving.repository import derive_embedded, derive_further
 from cxr_retrieval.settings import Tls
 
 _SHM: Final = Path("/dev/shm")  # noqa: S108 (where Linux shows POSIX shared memory)
@@ -51,7 +51,7 @@ instead of Popen's `preexec_fn`: between fork and exec of a process with threads
 class ServerOptions:
     """Where and how the embedded Triton runs. A port of 0 means any free one.
 
-    `outcome`: folder of an outcome model that is served, too.
+    `outcome`, `multilabel`, `multimodal`: folders of `cxr build` with models that are served, too.
 
     `tls` encrypts gRPC; with a `ca`, every client must show a certificate. HTTP and metrics, for which Triton has no TLS, then stay on
     127.0.0.1.
@@ -68,6 +68,16 @@ class ServerOptions:
     ready_timeout_s: float = 120.0
     tls: Tls | None = None
     outcome: Path | None = None
+    multilabel: Path | None = None
+    multimodal: Path | None = None
+
+    @property
+    def further(self) -> dict[str, Path]:
+        """Models that are no step of the ensemble → their folders."""
+        given = {OUTCOME_MODEL: self.outcome, MULTILABEL_MODEL: self.multilabel}
+        both = (MULTIMODAL_IMAGE_MODEL, MULTIMODAL_TEXT_MODEL)
+        of_two = {} if self.multimodal is None else {name: self.multimodal / name for name in both}
+        return {**{name: folder for name, folder in given.items() if folder is not None}, **of_two}
 
     @property
     def plain_host(self) -> str:
@@ -138,8 +148,7 @@ def _triton(options: ServerOptions) -> Generator[Endpoints]:
     try:
         with uninterrupted():
             endpoints = _started(options, stack)
-        further = () if options.outcome is None else (OUTCOME_MODEL,)
-        _wait_until_ready(endpoints, (*LEAF_MODELS, *further, ENSEMBLE), options.ready_timeout_s)
+        _wait_until_ready(endpoints, (*LEAF_MODELS, *options.further, ENSEMBLE), options.ready_timeout_s)
         yield endpoints
     finally:
         with uninterrupted():  # half a clean-up, as half a start, would leave a server or its memory behind
@@ -153,8 +162,8 @@ def _started(options: ServerOptions, stack: ExitStack) -> Endpoints:
     stack.callback(_remove_shared_memory, prefix)
     threads = options.threads or len(os.sched_getaffinity(0))
     derive_embedded(options.repository, work / "models", options.chosen_precision, options.networks, threads)
-    if options.outcome is not None:
-        derive_outcome(options.outcome, options.repository, work / "models", options.networks, threads)
+    for name, folder in options.further.items():
+        derive_further(name, folder, options.repository, work / "models", options.networks, threads)
     binary, environment = _install_backend(work)
     log = stack.enter_context((work / "triton.log").open("wb"))
     process = subprocess.Popen(

@@ -32,6 +32,7 @@ from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.picture import DISCLAIMER, html_page, named_facts
 from cxr_retrieval.retrieval.query import QueryResult, query_film
+from cxr_retrieval.retrieval.reports import query_text
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import DEFAULT_MAPS, ThumbnailKind
 from cxr_retrieval.view.atlas import MOST_CORNERS, MapRoom
@@ -174,6 +175,7 @@ class ReadingRoom:
                 "top_k": DEFAULT_K,
                 "most_neighbours": MOST_NEIGHBOURS,
                 "balance": DEFAULT_BALANCE,
+                "words": reached.reports is not None,
                 "disclaimer": DISCLAIMER,
             }
 
@@ -280,6 +282,7 @@ class ReadingRoom:
                 balance=question.balance,
                 marks=marks,
                 source=source,
+                outcome=reached.outcome,
                 timings_ms={"read": 1000 * (time.perf_counter() - started)},
             )
             operation.outcome["answer"] = "refused" if result.ood.refused else "answered"
@@ -327,6 +330,30 @@ class ReadingRoom:
             raise UsageError("the page of cases is out of range", expected=f"at most {MOST_ROWS} of the first {MAX_HITS}")
         with self._servers.reached() as reached:
             return [_case_json(case) for case in reached.store.browse(reached.store.clause(where, text), limit, offset)]
+
+    def alike(self, text: str, where: str, limit: int) -> dict[str, Any]:
+        """Cases of the gallery of reports whose films are most like a text, each with its `similarity`; `shares` of their labels, by weight
+        of it. What was asked is not written into the audit log.
+
+        Raises:
+            UsageError: There is no such gallery here, no case is left, or it is no question.
+            ServiceError: A server cannot serve.
+        """
+        if not 0 < limit <= MOST_NEIGHBOURS:
+            raise UsageError("the number of cases is out of range", expected=f"1 to {MOST_NEIGHBOURS}", got=str(limit))
+        with self._servers.reached() as reached:
+            if reached.reports is None:
+                raise UsageError(
+                    "nothing here understands words",
+                    expected="a server with a multimodal network, and a gallery of the space reports",
+                    next_step="`cxr serve --multimodal`, `cxr ingest --space reports`",
+                )
+            reader, store = reached.reports
+            with audited(self._audit, "query", {"model_version": store.model_version, "film": None}) as operation:
+                found = query_text(text, reader, reached.triton, store, top_k=limit, where=store.clause(where))
+                operation.outcome["answer"] = "answered"
+        cases = [{**_case_json(hit.case), "similarity": hit.similarity} for hit in found.neighbours]
+        return {"cases": cases, "shares": dict(found.prediction.findings or found.prediction.scores)}
 
     def brushed(self, number: int, corners: Sequence[Sequence[float]], limit: int, offset: int) -> dict[str, Any]:
         """What the map of this number has in a region: how many cases, some of them, and what is known of them all.
@@ -516,7 +543,8 @@ class ReadingRoom:
         answer["round"] = before.round + (marks != before.marks) if before is not None and marks else 0
         answer["status"] = "refused" if result.ood.refused else "answered"
         answer["film"], answer["source"] = question.film, source
-        answer["sentence"], answer["told"] = result.sentence, result.summary.lines()
+        answer["sentence"] = result.sentence
+        answer["told"] = [*result.summary.lines(), *(one.words() for one in result.outcomes)]
         answer["asked"] = {
             "top_k": question.top_k,
             "where": question.where,

@@ -1,7 +1,8 @@
 """The page's HTTP interface. Answers are JSON unless said otherwise; every request that is no GET carries the header `X-CXR-View`.
 
     GET  /                                the page; its parts lie below /assets/
-    GET  /api/status                      what answers: model_version, gallery {name, cases}, top_k, disclaimer
+    GET  /api/status                      what answers: model_version, gallery {name, cases}, top_k, words (whether text finds cases),
+                                          disclaimer
     POST /api/session                     Authorization: Bearer <token> → a cookie, where the page has a token
     POST /api/films                       body: one DICOM, PNG, JPEG or TIFF, as it is → {film: "film-…"}
     POST /api/queries                     {film, top_k?, where?, text?, patient?, include_own?, gate?, error_rate?, balance?,
@@ -17,6 +18,8 @@
     GET  /api/films/{film}/explanation    PNG that lies over the film when stretched to it: red is attention (0…255 for 0…1), green lungs
     POST /api/cases                       {where?, text?, limit?, offset?} → {cases: […]} of the gallery; a clause may name a patient, and
                                           so is in no address
+    POST /api/alike                       {text, where?, limit?} → {cases: [{…, similarity}], shares} whose films are like a text; in no
+                                          address either
     POST /api/clause                      {where?, text?, typed?, at?} → what a filter says, and what may be written next
                                           (`ReadingRoom.clause`)
     GET  /api/map                         the gallery at a glance, how far it is (`MapRoom.state`); the map has an id, which changes with it
@@ -115,6 +118,11 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
         where, text = _typed(given, "where", ""), _typed(given, "text", "")
         limit, offset = _typed(given, "limit", 60), _typed(given, "offset", 0)
         return JSONResponse({"cases": await run_in_threadpool(room.cases, where, text, limit, offset)})
+
+    async def alike(request: Request) -> Response:
+        given = _given(await _body(request, _JSON_BYTES))
+        text, where, limit = _typed(given, "text", ""), _typed(given, "where", ""), _typed(given, "limit", 60)
+        return JSONResponse(await run_in_threadpool(room.alike, text, where, limit))
 
     async def clause(request: Request) -> Response:
         given = _given(await _body(request, _JSON_BYTES))
@@ -219,6 +227,7 @@ def application(room: ReadingRoom, access: Access, names: Collection[str], port:
             Route("/api/films/{film}/thumbnail", _safely(thumbnail)),
             Route("/api/films/{film}/explanation", _safely(explanation)),
             Route("/api/cases", _safely(cases), methods=["POST"]),
+            Route("/api/alike", _safely(alike), methods=["POST"]),
             Route("/api/clause", _safely(clause), methods=["POST"]),
             Route("/api/map", _safely(map_state)),
             Route("/api/map", _safely(map_again), methods=["POST"]),

@@ -82,3 +82,20 @@ class EmbeddingAugment(nn.Module):
         share = moved[:, 1:2]
         pixels = self.exposure(moved[:, :1]).clamp(0.0, 1.0) * (share > 0.0)
         return self.erasing(torch.cat([pixels, share], dim=1)) * 255.0, ((moved[:, 2:] > 0.5) & (share > 0.5)).float()
+
+
+class FilmAugment(nn.Module):
+    """Rotation, shift, scale, exposure and noise of whole films. They are never mirrored: a side is part of what a report says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(
+            aug.RandomAffine(degrees=8.0, translate=(0.04, 0.04), scale=(0.9, 1.1), p=0.8),
+            aug.RandomGamma(gamma=(0.7, 1.4), p=0.5),
+            aug.RandomGaussianNoise(std=0.02, p=0.2),
+        )
+
+    @torch.no_grad()
+    def forward(self, image: UInt8[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 height width"]:
+        """Returns pixels in 0…255."""
+        return self.steps(image.float() / 255.0).clamp(0.0, 1.0) * 255.0

@@ -37,6 +37,7 @@ export const collection = async (id) => (await request(`/api/collections/${id}`)
 export const newCollection = async (name) => (await request("/api/collections", { method: "POST", body: JSON.stringify({ name }) })).json();
 export const renameCollection = async (id, name) => (await request(`/api/collections/${id}`, { method: "POST", body: JSON.stringify({ name }) })).json();
 export const removeCollection = (id) => request(`/api/collections/${id}`, { method: "DELETE" });
+export const alike = (asked) => request("/api/alike", { method: "POST", body: JSON.stringify(asked) }).then((response) => response.json());
 export const pin = (id, pinned) => request(`/api/collections/${id}/pins`, { method: "POST", body: JSON.stringify(pinned) });
 export const unpin = (id, film) => request(`/api/collections/${id}/pins/${film}`, { method: "DELETE" });
 export const tableOf = (id) => `/api/collections/${id}/table`;
