@@ -5,8 +5,9 @@
     PYTHONPATH=tests python tests/benchmark/clusters.py --gallery lite|server SIZE...
 
 In the first two forms everything runs in this process, on one thread: numpy compares with all, FAISS's HNSW (with the parameters of a gallery on a Milvus server)
-finds the nearest, and `retrieval/clusters.py` grows the regions, asking both as it would ask Milvus. The second form takes real vectors,
-`vectors-train.npz` as the gallery and `vectors-val.npz` as the queries, with `label|raw_finding` of a manifest as label sets. The third
+finds the nearest, and `retrieval/clusters.py` grows the regions, asking both as it would ask Milvus. The second form takes a run's vectors,
+`vectors-train.npz` as the gallery and `vectors-val.npz` as the queries: of `cxr train embedder`, with `label|raw_finding` of a manifest as
+label sets, or of `cxr train multilabel`, with `label`. The third
 puts the mixture into a gallery on Milvus Lite or a Milvus server, clusters it as `cxr cluster` does, and asks for ten cases of each query.
 """
 
@@ -97,16 +98,20 @@ def _noisy(centres: NDArray[np.float64], random: np.random.Generator) -> Vectors
 
 
 def real(folder: Path, manifest: Path) -> World:
-    """The public radiographs, as the shipped embedder sees them."""
+    """Films as a run sees them."""
     with manifest.open(encoding="utf-8") as file:
         rows = {row["image_id"]: row for row in csv.DictReader(file)}
 
     def side(split: str) -> tuple[Vectors, list[str], list[str]]:
-        held = np.load(folder / f"vectors-{split}.npz")
+        with np.load(folder / f"vectors-{split}.npz") as file:
+            held = dict(file)
         told = [rows[str(name)] for name in held["image_ids"]]
+        whose = [f"{row['source']} {row['patient_id'] or row['image_id']}" for row in told]
+        if "embedding" not in held:
+            return held["features"], [row["label"].replace("control", "") for row in told], whose
         vectors = with_unit_parts(np.concatenate([held["embedding"], held["appearance"]], axis=1))
         labels = [SEPARATOR.join((row["label"], row["raw_finding"].strip('"').lower())) for row in told]
-        return comparable(vectors, DEFAULT_BALANCE), labels, [f"{row['source']} {row['patient_id'] or row['image_id']}" for row in told]
+        return comparable(vectors, DEFAULT_BALANCE), labels, whose
 
     return World(*side("train"), *side("val"))
 

@@ -203,7 +203,7 @@ def test_groups_print_the_pip_line_when_their_extra_is_missing(group: str, tmp_p
         (("gallery", "use", "v", "--milvus", "http://127.0.0.1:1", "--audit", "a.log"), "no Milvus answers", 2),
         (("reindex", "--triton", "127.0.0.1:1", "--audit", "a.log", "--patience", "0"), "no Triton server answers at 127.0.0.1:1", 2),
         (("serve", "--host", "somewhere"), "the address somewhere is not one", 2),
-        (("query",), "Missing argument", 2),
+        (("query",), "nothing to ask with", 2),
         (("gallery", "remove"), "which cases?; expected one of --image, --patient", 2),
         (("gallery", "remove", "--image", "a", "--source", "north"), "which cases?", 2),
         (("gallery", "remove", "--image", "a", "--milvus", "http://127.0.0.1:1", "--audit", "a.log"), "no Milvus answers", 2),

@@ -42,9 +42,9 @@ export function CasesPage() {
     <form class="questions" onSubmit=${show}>
       <h1>Stored cases</h1>
       ${server.value.status?.words &&
-      html`<label class="words">
+      html`<label class="words like">
         <span>Films like these words</span>
-        <input type="search" value=${like} maxlength="2000" placeholder="bilateral ground glass, no effusion" onInput=${(event) => setLike(event.target.value)} />
+        <input type="text" value=${like} maxlength="2000" placeholder="bilateral ground glass, no effusion" onInput=${(event) => setLike(event.target.value)} />
       </label>`}
       <${FilterField} filter=${filter} />
       <button type="submit" class="main">Show</button>
@@ -75,7 +75,8 @@ export function StoredCase({ held }) {
       <span class="text">
         <span class="line"><${Label} label=${held.label} /></span>
         ${briefFacts(held.facts).map((line) => html`<span class="fact">${line}</span>`)}
-        <span class="fact quiet">${held.source ?? "source unknown"}${held.similarity === undefined ? "" : ` · similarity ${held.similarity.toFixed(3)}`}</span>
+        <span class="fact quiet">${held.source ?? "source unknown"}</span>
+        ${held.similarity !== undefined && html`<span class="fact quiet">similarity ${held.similarity.toFixed(3)}</span>`}
       </span>
     </button>
   </li>`;
