@@ -48,10 +48,20 @@ if TYPE_CHECKING:
     from cxr_retrieval.retrieval.outcome import Outcome, OutcomeModel
     from cxr_retrieval.retrieval.picture import write_html, write_montage
     from cxr_retrieval.retrieval.query import QueryResult, query
+    from cxr_retrieval.retrieval.reports import ReportReader, TextAnswer, query_text
     from cxr_retrieval.retrieval.retriever import Retriever
     from cxr_retrieval.retrieval.summary import Summary, summarise
     from cxr_retrieval.retrieval.voting import Vote, weighted_vote
-    from cxr_retrieval.settings import Method, MilvusSettings, PseudonymSettings, ThumbnailKind, Tls, TritonSettings
+    from cxr_retrieval.settings import (
+        Match,
+        Method,
+        MilvusSettings,
+        PseudonymSettings,
+        SpaceName,
+        ThumbnailKind,
+        Tls,
+        TritonSettings,
+    )
 
 __version__ = _version("cxr-retrieval")
 
@@ -86,10 +96,20 @@ _WHERE = {
     "retrieval.outcome": ("Outcome", "OutcomeModel"),
     "retrieval.picture": ("write_html", "write_montage"),
     "retrieval.query": ("QueryResult", "query"),
+    "retrieval.reports": ("ReportReader", "TextAnswer", "query_text"),
     "retrieval.retriever": ("Retriever",),
     "retrieval.summary": ("Summary", "summarise"),
     "retrieval.voting": ("Vote", "weighted_vote"),
-    "settings": ("Method", "MilvusSettings", "PseudonymSettings", "ThumbnailKind", "Tls", "TritonSettings"),
+    "settings": (
+        "Match",
+        "Method",
+        "MilvusSettings",
+        "PseudonymSettings",
+        "SpaceName",
+        "ThumbnailKind",
+        "Tls",
+        "TritonSettings",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -115,6 +135,7 @@ __all__ = [
     "ManifestRow",
     "Mark",
     "Marked",
+    "Match",
     "Method",
     "MilvusSettings",
     "Neighbour",
@@ -127,12 +148,15 @@ __all__ = [
     "QueryResult",
     "Recalibration",
     "ReindexReport",
+    "ReportReader",
     "Retriever",
     "ServiceError",
     "Snapshot",
+    "SpaceName",
     "Store",
     "StoreError",
     "Summary",
+    "TextAnswer",
     "ThumbnailKind",
     "Tls",
     "TritonClient",
@@ -146,6 +170,7 @@ __all__ = [
     "ingest",
     "open_pseudonyms",
     "query",
+    "query_text",
     "read_backup",
     "read_chart",
     "read_manifest",

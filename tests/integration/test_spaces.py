@@ -20,10 +20,11 @@ from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.contract import CARD_PARAMETER, MODEL_VERSION_PARAMETER, MULTILABEL_MODEL, MULTIMODAL_TEXT_MODEL, TOKENIZER_PARAMETER
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.retrieval.retriever import Retriever
 from cxr_retrieval.serving.choices import Networks
 from cxr_retrieval.serving.repository import derive_further, read_config
 from cxr_retrieval.serving.server import Endpoints, ServerOptions, embedded_milvus, embedded_triton
-from cxr_retrieval.settings import PseudonymSettings
+from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, SpaceName, TritonSettings
 from cxr_retrieval_build.multilabel import build_multilabel
 from cxr_retrieval_build.multimodal import build_multimodal
 from cxr_retrieval_training.config import MultilabelConfig, MultimodalConfig
@@ -31,7 +32,7 @@ from cxr_retrieval_training.multilabel import network
 from cxr_retrieval_training.multilabel.train_multilabel import train_multilabel
 from cxr_retrieval_training.multimodal.train_multimodal import train_multimodal
 from small_densenet import SmallDenseNet
-from tests_support import Viewed, run_cxr
+from tests_support import KEY_FILE, Viewed, run_cxr
 
 FILMS = 40
 SAID = {
@@ -216,6 +217,21 @@ def test_another_report_of_a_film_is_another_vector(reach: tuple[str, ...], mani
     assert before < 0.999
     again = run_cxr("ingest", "--manifest", manifest, "--no-gate", "--space", "reports", *reach)
     assert f"1 stored, {FILMS - 1} unchanged" in again.stdout
+
+
+def test_from_python(reach: tuple[str, ...], manifest: Path) -> None:
+    servers = TritonSettings(reach[1]), MilvusSettings(reach[3]), PseudonymSettings(KEY_FILE)
+    with Retriever(*servers, space=SpaceName.findings) as retriever:
+        found = retriever.query(manifest.parent / "2.png", gate=False, top_k=3)
+        assert [hit.case.label for hit in found.neighbours] == ["below"] * 3
+        with pytest.raises(UsageError, match="cannot be asked in words; expected one of the space reports; got findings"):
+            retriever.query_text("effusion")
+    with Retriever(*servers, space=SpaceName.reports) as retriever:
+        answer = retriever.query_text("No upper opacity. Pleural effusion.", top_k=4, where='label != "control"')
+        assert repr(answer) == f"<TextAnswer: below, share {answer.prediction.confidence:.2f}, 4 neighbours, model {answer.model_version}>"
+        for wrong in ("", " ", "word " * 500):
+            with pytest.raises(UsageError, match="no such question"):
+                retriever.query_text(wrong)
 
 
 def test_it_is_exported_and_imported(reach: tuple[str, ...], manifest: Path, tmp_path: Path) -> None:

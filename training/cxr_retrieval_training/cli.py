@@ -268,8 +268,8 @@ def multimodal(
     from cxr_retrieval_training.checkpoints import pick_device
     from cxr_retrieval_training.multimodal.train_multimodal import train_multimodal
 
-    device_ = pick_device(device)
-    typer.echo(train_multimodal(settings, rows, multilabel, out, device_, column, judged_by, text_column, reports))
+    where = pick_device(device)
+    typer.echo(train_multimodal(settings, rows, multilabel, out, where, column, judged_by, text_column, reports))
 
 
 @app.command()

@@ -107,6 +107,8 @@ def serve(
     try:
         with ExitStack() as stack:
             console.print(f"loading  model version {model_version(models, networks)}, {chosen.value}, {networks.told}", soft_wrap=True)
+            if settings.further:
+                console.print(f"beside   {', '.join(settings.further)}", soft_wrap=True)
             if doubt := doubts(models, chosen, networks, cpu_flags()):
                 console.print(Text.assemble(("warning", "yellow"), f"  {doubt}"), soft_wrap=True)
             if not no_store:

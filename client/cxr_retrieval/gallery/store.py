@@ -315,7 +315,7 @@ class Store:
                 f"no gallery for model version {model_version}",
                 expected=f"a Milvus Lite folder at {settings.uri}",
                 got="nothing there",
-                next_step="correct --milvus, or run `cxr ingest` first",
+                next_step=f"correct --milvus, or run `{_ingest(self.space)}` first",
             )
         self._client: Any = beside._client if beside else connect(settings)
         self._thumbnails = Thumbnails(self._client, settings)
@@ -337,7 +337,7 @@ class Store:
                             f"no gallery for model version {model_version}",
                             expected=f"collection {self.collection}",
                             got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
-                            next_step=f"run `cxr ingest` first{carried}",
+                            next_step=f"run `{_ingest(self.space)}` first{carried}",
                         )
                     self._create()
                 elif not fill and is_filling(self._client, self.collection, self._settings.timeout_s):
@@ -1017,6 +1017,10 @@ def _refuse_in_clear(about: Mapping[str, Any]) -> None:
             got=f"fields {', '.join(in_clear)}",
             next_step=f"`cxr gallery drop {about['collection_name']}`, and ingest again",
         )
+
+
+def _ingest(space: Space) -> str:
+    return "cxr ingest" if space is FILM else f"cxr ingest --space {space.name.value}"
 
 
 def _space_of(about: Mapping[str, Any], expected: Space | None) -> Space:

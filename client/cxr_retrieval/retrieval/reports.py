@@ -97,7 +97,7 @@ class ReportReader:
         return Wording(self.vectors(triton, [text])[0], weight)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextAnswer:
     """The answer to a text without a film: cases, nearest first, and what their labels say by weight of similarity.
 
@@ -116,6 +116,11 @@ class TextAnswer:
     def summary(self) -> Summary:
         """What is known of the neighbours."""
         return summarise(hit.case for hit in self.neighbours)
+
+    def __repr__(self) -> str:
+        """In short, and without ids of cases: a notebook keeps it."""
+        said = f"{self.prediction.label}, share {self.prediction.confidence:.2f}"
+        return f"<TextAnswer: {said}, {len(self.neighbours)} neighbours, model {self.model_version}>"
 
     def as_json(self) -> dict[str, Any]:
         """The published JSON form of a query result, `image_id` null, and the question beside it."""

@@ -19,7 +19,7 @@ from cxr_retrieval.retrieval.feedback import Mark
 from cxr_retrieval.retrieval.outcome import OutcomeModel
 from cxr_retrieval.retrieval.picture import montage
 from cxr_retrieval.retrieval.query import QueryResult, query
-from cxr_retrieval.retrieval.reports import Wording
+from cxr_retrieval.retrieval.reports import ReportReader, TextAnswer, Wording, query_text
 from cxr_retrieval.retrieval.voting import DEFAULT_K
 from cxr_retrieval.settings import Match, Method, MilvusSettings, PseudonymSettings, SpaceName, TritonSettings
 
@@ -109,6 +109,11 @@ class Retriever:
             wording=wording,
             match=match,
         )
+
+    def query_text(self, text: str, *, top_k: int = DEFAULT_K, where: str = "", match: Match = Match.film) -> TextAnswer:
+        """As `cxr_retrieval.query_text`, in the space of reports."""
+        reader = ReportReader.served_by(self.triton)
+        return query_text(text, reader, self.triton, self.store, top_k=top_k, where=self.store.clause(where), match=match)
 
     def picture(self, result: QueryResult) -> Image.Image:
         """The query with contour and attention, the vote, and the neighbours' films, as `cxr query --picture` writes them."""
