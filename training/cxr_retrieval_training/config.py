@@ -205,6 +205,8 @@ class MultimodalConfig(_Frozen):
     ranking_weight: Annotated[float, Field(ge=0)] = 0.5
     report_weight: Annotated[float, Field(ge=0)] = 0.5
     """Of reports without a film."""
+    report_batch: Annotated[int, Field(ge=1)] = 16
+    """So many of them beside each batch of films."""
     temperature: PositiveFloat = 0.1
     sharpness: PositiveFloat = 10.0
     label_likeness: Annotated[float, Field(ge=0, le=1)] = 0.5

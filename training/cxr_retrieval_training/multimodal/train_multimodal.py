@@ -203,7 +203,7 @@ def fit(cases: Cases, config: MultimodalConfig, alone: Reports | None, advance: 
                 text = network.text(_trimmed(tokens[chosen][paired]))
                 loss = loss + _text_terms(network, image, text, labels[chosen], paired, config)
             if alone is not None and others is not None and terms is not None:
-                some = random.choice(len(others), min(config.batch_size, len(others)), replace=False)
+                some = random.choice(len(others), min(config.report_batch, len(others)), replace=False)
                 said = terms(network.text(_trimmed(others[some])) * math.sqrt(SUBSPACE_SIZE))
                 loss = loss + config.report_weight * classification(said, torch.from_numpy(alone.given[some]))
             optimizer.zero_grad(set_to_none=True)
