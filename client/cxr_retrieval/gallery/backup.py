@@ -27,7 +27,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
-from cxr_retrieval.gallery.spaces import SPACES
+from cxr_retrieval.gallery.spaces import FILM, SPACES
 from cxr_retrieval.gallery.store import CLUSTERS, KEPT, NO_CLUSTER, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
@@ -193,11 +193,11 @@ def import_gallery(
         )
     with _readable(path) as file:
         size = file.schema_arrow.field("embedding").type.list_size if "embedding" in checked.fields else 0
-    space = next((one for one in SPACES.values() if one.size == size), None)
-    if space is None:
+    space = next((one for one in SPACES.values() if checked.model_version.startswith(f"{one.name.value}_")), FILM)
+    if size != space.size:
         raise UsageError(
             f"{path}: holds a gallery of another layout",
-            expected=f"a vector of {' or '.join(str(one.size) for one in SPACES.values())} numbers of each case",
+            expected=f"a vector of {space.size} numbers of each case",
             got=str(size),
             next_step="import it with the version of this system that exported it; this one's `cxr reindex` then carries it over",
         )
