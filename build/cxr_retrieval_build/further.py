@@ -6,7 +6,9 @@ In production Triton's ONNX Runtime backend runs them; embedded, OpenVINO does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,22 @@ def further_config(leaf: LeafSpec, parameters: Mapping[str, str], *, on_gpu: boo
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     return config
+
+
+@contextmanager
+def new_folder(out: Path) -> Generator[Path]:
+    """A folder beside `out` to write into, which becomes `out` once the block has ended well: it is there whole or not at all.
+
+    Raises:
+        SetupError: `out` is there already.
+    """
+    if out.exists():
+        raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-") as folder:
+        fresh = Path(folder) / "model"
+        yield fresh
+        fresh.rename(out)
 
 
 def version_of(*graphs: Path) -> str:

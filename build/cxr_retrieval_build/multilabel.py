@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cxr_retrieval.contract import CARD_PARAMETER, IMAGE, MODEL_VERSION_PARAMETER, MULTILABEL_LEAF
-from cxr_retrieval.errors import SetupError
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_FINDINGS, make_findings
 from cxr_retrieval.serving.repository import write_config
-from cxr_retrieval_build.further import further_config, require_parity, version_of
+from cxr_retrieval_build.further import further_config, new_folder, require_parity, version_of
 from cxr_retrieval_build.onnx_export import save, traced
 from cxr_retrieval_build.parity import Arrays
 from cxr_retrieval_training.multilabel.network import FindingsNetwork
@@ -46,13 +44,9 @@ def build_multilabel(checkpoint: Path, out: Path) -> dict[str, Any]:
         UsageError: The checkpoint cannot be used.
         SetupError: `out` is there already, or a runtime misses the tolerance.
     """
-    if out.exists():
-        raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
-    trained, about = load_multilabel(checkpoint)
-    network = _Features(trained).eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".multilabel-") as folder:
-        fresh = Path(folder) / "model"
+    with new_folder(out) as fresh:
+        trained, about = load_multilabel(checkpoint)
+        network = _Features(trained).eval()
         graph = fresh / "1" / "model.onnx"
         save(traced(network, MULTILABEL_LEAF), graph)
         parity = require_parity(network, MULTILABEL_LEAF, graph, film_inputs(), TOLERANCE)
@@ -62,7 +56,6 @@ def build_multilabel(checkpoint: Path, out: Path) -> dict[str, Any]:
         parameters = {MODEL_VERSION_PARAMETER: version, CARD_PARAMETER: json.dumps(told, sort_keys=True)}
         write_config(fresh, further_config(MULTILABEL_LEAF, parameters, on_gpu=True))
         (fresh / "CARD.md").write_text(card(about, version, parity), "utf-8")
-        fresh.rename(out)
     return {"model": str(out), "model_version": version, "parity": parity, "tolerance": TOLERANCE}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,14 +20,14 @@ from cxr_retrieval.contract import (
     TOKENIZER_PARAMETER,
     TOKENS,
 )
-from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.repository import write_config
-from cxr_retrieval_build.further import further_config, require_parity, version_of
+from cxr_retrieval_build.further import further_config, new_folder, require_parity, version_of
 from cxr_retrieval_build.multilabel import film_inputs
 from cxr_retrieval_build.onnx_export import save, traced
 from cxr_retrieval_build.parity import Arrays
 from cxr_retrieval_training.config import MultilabelConfig
 from cxr_retrieval_training.multilabel.network import FindingsNetwork
+from cxr_retrieval_training.multilabel.train_multilabel import new_network
 from cxr_retrieval_training.multimodal.network import Multimodal
 from cxr_retrieval_training.multimodal.page import retrieval_table
 from cxr_retrieval_training.multimodal.train_multimodal import load_multimodal
@@ -66,20 +65,16 @@ def build_multimodal(checkpoint: Path, out: Path) -> dict[str, Any]:
         UsageError: The checkpoint cannot be used.
         SetupError: `out` is there already, or a runtime misses the tolerance.
     """
-    if out.exists():
-        raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
-    network, state, about = load_multimodal(checkpoint)
-    below = about["multilabel"]
-    config = MultilabelConfig.model_validate(below["config"])
-    base = FindingsNetwork(len(below["findings"]), config.image_size, exclusive=config.loss == "softmax")
-    base.load_state_dict(state)
-    made = {
-        MULTIMODAL_IMAGE_LEAF: (_Film(base, network).eval(), film_inputs()),
-        MULTIMODAL_TEXT_LEAF: (_Text(network).eval(), _text_inputs(network)),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".multimodal-") as folder:
-        fresh, parity = Path(folder) / "models", dict[str, dict[str, float]]()
+    with new_folder(out) as fresh:
+        network, state, about = load_multimodal(checkpoint)
+        below = about["multilabel"]
+        base = new_network(MultilabelConfig.model_validate(below["config"]), below["findings"])
+        base.load_state_dict(state)
+        made = {
+            MULTIMODAL_IMAGE_LEAF: (_Film(base, network).eval(), film_inputs()),
+            MULTIMODAL_TEXT_LEAF: (_Text(network).eval(), _text_inputs(network)),
+        }
+        parity = dict[str, dict[str, float]]()
         for leaf, (module, inputs) in made.items():
             graph = fresh / leaf.name / "1" / "model.onnx"
             save(traced(module, leaf), graph)
@@ -93,7 +88,6 @@ def build_multimodal(checkpoint: Path, out: Path) -> dict[str, Any]:
             parameters = {MODEL_VERSION_PARAMETER: version, CARD_PARAMETER: told, **reads}
             write_config(fresh / leaf.name, further_config(leaf, parameters, on_gpu=leaf is MULTIMODAL_IMAGE_LEAF))
             (fresh / leaf.name / "CARD.md").write_text(words, "utf-8")
-        fresh.rename(out)
     return {"models": str(out), "model_version": version, "parity": parity, "tolerance": TOLERANCE}
 
 

@@ -6,7 +6,6 @@ In production Triton's ONNX Runtime backend runs it on a CPU, where a film takes
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +16,11 @@ from cxr_retrieval.contract import (
     CARD_PARAMETER,
     FEATURE_SIZE,
     MODEL_VERSION_PARAMETER,
-    OUTCOME_MODEL,
     LeafSpec,
     outcome_leaf,
 )
-from cxr_retrieval.errors import SetupError
 from cxr_retrieval.serving.repository import write_config
-from cxr_retrieval_build.further import further_config, require_parity
+from cxr_retrieval_build.further import further_config, new_folder, require_parity
 from cxr_retrieval_build.onnx_export import save, traced
 from cxr_retrieval_build.parity import Arrays
 from cxr_retrieval_training.outcome.crossvalidation import served_rows
@@ -42,18 +39,13 @@ def build_outcome(checkpoint: Path, out: Path) -> dict[str, Any]:
         UsageError: The checkpoint cannot be used.
         SetupError: `out` is there already, or a runtime misses the tolerance.
     """
-    if out.exists():
-        raise SetupError(f"{out}: already exists", expected="a new folder", next_step="remove it, or give another")
-    network, about = load_outcome(checkpoint)
-    leaf = outcome_leaf(len(about["facts"]), len(about["outcomes"]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".outcome-") as folder:
-        fresh = Path(folder) / OUTCOME_MODEL
+    with new_folder(out) as fresh:
+        network, about = load_outcome(checkpoint)
+        leaf = outcome_leaf(len(about["facts"]), len(about["outcomes"]))
         save(traced(network, leaf), fresh / "1" / "model.onnx")
         parity = _parity(network, leaf, fresh / "1" / "model.onnx", about)
         write_config(fresh, _config(leaf, about))
         (fresh / "CARD.md").write_text(card(about, parity), "utf-8")
-        fresh.rename(out)
     return {"model": str(out), "model_version": about["model_version"], "parity": parity, "tolerance": TOLERANCE}
 
 

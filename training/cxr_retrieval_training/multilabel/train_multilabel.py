@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from cxr_retrieval.cases.labels import SEPARATOR
 from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import FINDING_FEATURE_SIZE
 from cxr_retrieval.errors import UsageError
@@ -81,7 +82,7 @@ def train_multilabel(
         "findings": list(findings),
         "data_sha256": manifest.sha256,
     }
-    network = _new(config, findings)
+    network = new_network(config, findings)
     if init is not None:
         start_from(network, init)
     on_device(network, device)
@@ -122,7 +123,7 @@ def load_multilabel(path: Path) -> tuple[FindingsNetwork, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     try:
-        network = _new(MultilabelConfig.model_validate(checkpoint["config"]), checkpoint["findings"])
+        network = new_network(MultilabelConfig.model_validate(checkpoint["config"]), checkpoint["findings"])
         network.load_state_dict(checkpoint.pop("model"))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
@@ -134,7 +135,8 @@ def load_multilabel(path: Path) -> tuple[FindingsNetwork, dict[str, Any]]:
     return network.eval(), checkpoint
 
 
-def _new(config: MultilabelConfig, findings: Sequence[str]) -> FindingsNetwork:
+def new_network(config: MultilabelConfig, findings: Sequence[str]) -> FindingsNetwork:
+    """One that has learnt nothing yet, for these findings."""
     torch.manual_seed(config.seed)
     return FindingsNetwork(len(findings), config.image_size, exclusive=config.loss == "softmax")
 
@@ -147,7 +149,7 @@ def _refuse_several(films: Films, findings: Sequence[str]) -> None:
         raise UsageError(
             f"{row.image_id}: several labels, and loss = softmax",
             expected="one label a film",
-            got="|".join(several),
+            got=SEPARATOR.join(several),
             next_step="take another config, or a --column with single labels",
         )
 
