@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cxr_retrieval.contract import CARD_PARAMETER, IMAGE, MODEL_VERSION_PARAMETER, MULTILABEL_LEAF
+from cxr_retrieval.evaluation.intervals import in_brackets
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_FINDINGS, make_findings
 from cxr_retrieval.serving.repository import write_config
@@ -19,7 +20,7 @@ from cxr_retrieval_build.further import further_config, new_folder, require_pari
 from cxr_retrieval_build.onnx_export import save, traced
 from cxr_retrieval_build.parity import Arrays
 from cxr_retrieval_training.multilabel.network import FindingsNetwork
-from cxr_retrieval_training.multilabel.page import ends, retrieval_table
+from cxr_retrieval_training.multilabel.page import retrieval_table
 from cxr_retrieval_training.multilabel.train_multilabel import load_multilabel
 
 TOLERANCE: Final = 2e-3
@@ -70,7 +71,7 @@ def card(about: Mapping[str, Any], version: str, parity: Mapping[str, float]) ->
     """CARD.md: data, figures, what is known to confound."""
     made, config = about["provenance"], about["config"]
     areas = [
-        f"| {one['finding']} | {one['with']} of {one['with'] + one['without']} | {one['auc']:.3f}{ends(one['auc_ci'])} |"
+        f"| {one['finding']} | {one['with']} of {one['with'] + one['without']} | {one['auc']:.3f}{in_brackets(one['auc_ci'])} |"
         for one in about["figures"]["areas"]
     ]
     lines = [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -65,6 +66,24 @@ def load_checkpoint(path: Path, *, expected: Mapping[str, object] | None = None)
                 next_step="use another --out folder, or remove the old run",
             )
     return checkpoint
+
+
+@contextmanager
+def understood_as(path: Path, what: str, written_by: str) -> Generator[None]:
+    """For what is made of a checkpoint in the block.
+
+    Args:
+        what: It must be one of, in words. written_by: Its usual name, and the command that writes it.
+
+    Raises:
+        UsageError: It lacks something, or holds what does not fit.
+    """
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: no checkpoint of {what}", expected=written_by, got=str(error)[:200], next_step="correct the path"
+        ) from error
 
 
 def append_log(out: Path, record: Mapping[str, object]) -> None:

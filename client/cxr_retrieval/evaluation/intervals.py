@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -39,6 +40,11 @@ def patient_weights(patients: NDArray[np.generic]) -> Floats:
 def draw(random: np.random.Generator, patients: int, resamples: int) -> Integers:
     """How often each patient is drawn, `[resamples, patients]`."""
     return random.multinomial(patients, np.full(patients, 1 / patients), size=resamples)
+
+
+def in_brackets(ends: Sequence[float] | None) -> str:
+    """An interval as it stands behind its figure, after a space."""
+    return " [–]" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def interval(values: Floats) -> list[float]:

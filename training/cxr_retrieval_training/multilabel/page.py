@@ -17,7 +17,7 @@ from cxr_retrieval.cases.labels import findings_of
 from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.evaluation.gains import Gains, gains_of_each
-from cxr_retrieval.evaluation.intervals import interval, weighted_interval, weights_of
+from cxr_retrieval.evaluation.intervals import in_brackets, interval, weighted_interval, weights_of
 from cxr_retrieval.evaluation.metrics import area
 from cxr_retrieval_training.multilabel.cases import UNCERTAIN, text_of
 
@@ -165,7 +165,9 @@ def markdown(about: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """
     config, films = about["config"], about["films"]
     side = config["image_size"]
-    areas = [f"| {one['finding']} | {one['with']} | {one['without']} | {one['auc']:.3f}{ends(one['auc_ci'])} |" for one in found["areas"]]
+    areas = [
+        f"| {one['finding']} | {one['with']} | {one['without']} | {one['auc']:.3f}{in_brackets(one['auc_ci'])} |" for one in found["areas"]
+    ]
     return (
         "\n\n".join(
             [
@@ -189,11 +191,6 @@ def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of `retrieval`."""
     lines = [f"| by | of | {' | '.join(_MEASURES.values())} |", f"|---|---|{'---|' * len(_MEASURES)}"]
     for row in rows:
-        cells = [f"{row[name]:.3f}{ends(row[f'{name}_ci'])}" for name in _MEASURES]
+        cells = [f"{row[name]:.3f}{in_brackets(row[f'{name}_ci'])}" for name in _MEASURES]
         lines.append(f"| {row['run']} | {row['k']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def ends(ci: Sequence[float] | None) -> str:
-    """An interval in brackets."""
-    return " [–]" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]"

@@ -28,7 +28,15 @@ from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import FINDING_FEATURE_SIZE
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval_training.checkpoints import Checkpoint, append_log, load_checkpoint, mixed_precision, on_device, save_checkpoint
+from cxr_retrieval_training.checkpoints import (
+    Checkpoint,
+    append_log,
+    load_checkpoint,
+    mixed_precision,
+    on_device,
+    save_checkpoint,
+    understood_as,
+)
 from cxr_retrieval_training.config import FindingsLoss, MultilabelConfig
 from cxr_retrieval_training.data.augment import FilmAugment
 from cxr_retrieval_training.data.datasets import Images, load_images
@@ -122,16 +130,9 @@ def load_multilabel(path: Path) -> tuple[FindingsNetwork, dict[str, Any]]:
         UsageError: Absent, damaged, or of another command.
     """
     checkpoint = load_checkpoint(path)
-    try:
+    with understood_as(path, "a multi-label network", f"{CHECKPOINT} of `cxr train multilabel`"):
         network = new_network(MultilabelConfig.model_validate(checkpoint["config"]), checkpoint["findings"])
         network.load_state_dict(checkpoint.pop("model"))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: no checkpoint of a multi-label network",
-            expected=f"{CHECKPOINT} of `cxr train multilabel`",
-            got=str(error)[:200],
-            next_step="correct the path",
-        ) from error
     return network.eval(), checkpoint
 
 

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cxr_retrieval.evaluation.gains import gains_of_each
-from cxr_retrieval.evaluation.intervals import weighted_interval, weights_of
-from cxr_retrieval_training.multilabel.page import ends
+from cxr_retrieval.evaluation.intervals import in_brackets, weighted_interval, weights_of
 from cxr_retrieval_training.multimodal.cases import Cases
 
 mpl.use("Agg")
@@ -176,4 +175,4 @@ def _of(found: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
 
 def _cells(one: Mapping[str, Any]) -> str:
     names = (*(f"recall_at_{k}" for k in AT), "map", "acg_p")
-    return " | ".join(f"{one[name]:.3f}{ends(one[f'{name}_ci'])}" for name in names)
+    return " | ".join(f"{one[name]:.3f}{in_brackets(one[f'{name}_ci'])}" for name in names)

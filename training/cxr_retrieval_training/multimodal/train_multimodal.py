@@ -27,7 +27,7 @@ from cxr_retrieval.contract import SUBSPACE_SIZE
 from cxr_retrieval.errors import ManifestError, UsageError
 from cxr_retrieval.inference.tokens import require_tokenizers, tokens_of
 from cxr_retrieval.progress import progress_bar
-from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from cxr_retrieval_training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, understood_as
 from cxr_retrieval_training.config import MultimodalConfig
 from cxr_retrieval_training.data.datasets import load_images
 from cxr_retrieval_training.multilabel.train_multilabel import load_multilabel, look
@@ -153,19 +153,12 @@ def load_multimodal(path: Path) -> tuple[Multimodal, dict[str, Any], dict[str, A
         UsageError: Absent, damaged, or of another command.
     """
     checkpoint: Checkpoint = load_checkpoint(path)
-    try:
+    with understood_as(path, "a multimodal network", f"{CHECKPOINT} of `cxr train multimodal`"):
         state = checkpoint.pop("state")
         labels, vocabulary = state["classifier.bias"].shape[0], state["text.words.weight"].shape[0]
         network = Multimodal(checkpoint["config"], vocabulary, labels)
         network.load_state_dict(state)
         base = checkpoint.pop("base")
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"{path}: no checkpoint of a multimodal network",
-            expected=f"{CHECKPOINT} of `cxr train multimodal`",
-            got=str(error)[:200],
-            next_step="correct the path",
-        ) from error
     return network.eval(), base, checkpoint
 
 

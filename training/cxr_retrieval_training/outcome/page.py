@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from cxr_retrieval.evaluation.intervals import in_brackets
 from cxr_retrieval_training.outcome.crossvalidation import GRID, Held, served_rows
 
 mpl.use("Agg")
@@ -41,7 +42,7 @@ def markdown(about: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -
             f"## {name}{within}",
             f"{one['with']} of {one['n']} films came to it, {one['patients_with']} of {one['patients']} patients. {_few(one)}",
             _table(one),
-            f"What the film adds to the facts, as an area: {one['features_add']['auc']:+.3f}{_interval(one['features_add']['auc_ci'])}. "
+            f"What the film adds to the facts, as an area: {one['features_add']['auc']:+.3f}{in_brackets(one['features_add']['auc_ci'])}. "
             f"Brier score of saying {one['with'] / one['n']:.2f} of everybody: {one['brier_of_the_share']:.3f}.",
             f"![Curves of {name}](roc-{name}.png)",
             f"![Calibration of {name}](calibration-{name}.png)",
@@ -88,7 +89,7 @@ def _table(one: Mapping[str, Any]) -> str:
     for row in one["learners"]:
         served = "served" if row in rows_served else ""
         lines.append(
-            f"| {_SAID[row['part']]} | {row['learner']} | {row['auc']:.3f}{_interval(row['auc_ci'])} | {row['auc_sd']:.3f} "
+            f"| {_SAID[row['part']]} | {row['learner']} | {row['auc']:.3f}{in_brackets(row['auc_ci'])} | {row['auc_sd']:.3f} "
             f"| {row['brier']:.3f} | {row['ece']:.3f} | {served} |"
         )
     return "\n".join(lines)
@@ -102,7 +103,3 @@ def _few(one: Mapping[str, Any]) -> str:
         f"**So few patients ({fewest} of the rarer kind) show whether there is a large effect and nothing finer:** differences within the "
         "brackets are chance, and the best of ten learners is the luckiest of them."
     )
-
-
-def _interval(ends: list[float] | None) -> str:
-    return " [–]" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"

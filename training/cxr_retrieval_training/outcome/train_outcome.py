@@ -14,9 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from cxr_retrieval.cases.manifest import Manifest
 from cxr_retrieval.contract import OUTCOME_PARTS
-from cxr_retrieval.errors import UsageError
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint
+from cxr_retrieval_training.checkpoints import load_checkpoint, save_checkpoint, understood_as
 from cxr_retrieval_training.config import OutcomeConfig
 from cxr_retrieval_training.outcome.cases import Cases, choose, look_at
 from cxr_retrieval_training.outcome.crossvalidation import cross_validate, figures, folds_of, steps
@@ -96,14 +95,7 @@ def load_outcome(path: Path) -> tuple[OutcomeNetwork, dict[str, Any]]:
         UsageError: Absent, damaged, or of another command.
     """
     checkpoint = load_checkpoint(path)
-    try:
+    with understood_as(path, "an outcome", f"{CHECKPOINT} of `cxr train outcome`"):
         network = empty_network(checkpoint)
         network.load_state_dict(checkpoint.pop("state"))
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"{path}: no checkpoint of an outcome",
-            expected=f"{CHECKPOINT} of `cxr train outcome`",
-            got=str(error)[:200],
-            next_step="correct the path",
-        ) from error
     return network.eval(), checkpoint
