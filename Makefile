@@ -13,14 +13,14 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose
+.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose peers
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
 
 # Two at a time and, beside them, what mostly waits for servers (tests/conftest.py); PyTorch of one thread each, for two of two threads on
 # two cores wait for each other.
-test: .venv-dev/.installed compose ## every test
+test: .venv-dev/.installed peers ## every test
 	@OMP_NUM_THREADS=1 CXR_REAL_DATA=$(SHARED_DATA) .venv-dev/bin/python -m pytest --numprocesses 3 --dist loadfile
 
 test-real: .venv-dev/.installed ## retrieval of every real radiograph against the published figure, with CXR_REAL_DATA or SHARED_DATA
@@ -81,7 +81,7 @@ clean:                          ## remove environments and everything made by de
 
 .venv/.installed: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map,cluster]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[map,cluster,dicom]'
 	@touch $@
 
 # Compiled when imported, as most of its 19,000 modules never are.
@@ -108,6 +108,10 @@ browser: prerequisites
 
 compose: browser                ## what checks compose.yaml: Docker's plugin if it is there, else Debian's docker-compose
 	@docker compose version > /dev/null 2>&1 || command -v docker-compose > /dev/null || $(MAKE) --no-print-directory debian PACKAGES=docker-compose
+
+peers: compose                  ## the archives and tools that tests of `cxr listen` and `cxr pull` talk to: dcmtk, Orthanc, dicom3tools
+	@$(MAKE) --no-print-directory debian PACKAGES="$$(command -v storescu > /dev/null || echo dcmtk) $$(command -v dciodvfy > /dev/null || echo dicom3tools) \
+	  $$(command -v Orthanc > /dev/null || echo orthanc) $$([ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] || echo orthanc-dicomweb)"
 
 .PHONY: debian
 debian:

@@ -26,6 +26,7 @@ from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.files import Contents, base_name
 from cxr_retrieval.radiograph.grey import Grey8
 from cxr_retrieval.radiograph.greys import Greys
+from cxr_retrieval.radiograph.header import Header
 from cxr_retrieval.radiograph.letterbox import Letterbox
 
 _START_S: Final = 120.0
@@ -149,6 +150,10 @@ class FilmReader:
         """Queues the question which file this is. The future raises what `read` raises where it cannot be read."""
         return self._ask(Question("identity", path.absolute(), member))
 
+    def header(self, path: Path, called: str | None = None) -> Future[Header]:
+        """Queues the question what a DICOM file says of itself. The future raises what `read` raises where it says not even that."""
+        return self._ask(Question("header", path.absolute(), called=called))
+
     def contents(self, path: Path, start: int = 0) -> Contents:
         """A page of what a ZIP or DICOMDIR holds; the next one begins at `rest`. Waits for it.
 
@@ -232,7 +237,7 @@ class FilmReader:
 class Question:
     """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins."""
 
-    kind: Literal["film", "greys", "identity", "contents"]
+    kind: Literal["film", "greys", "identity", "header", "contents"]
     path: Path
     member: str | None = None
     start: int = 0
@@ -256,7 +261,7 @@ class _Job:
 class Answer:
     """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
 
-    outcome: Film | Greys | Identity | Contents | CxrError
+    outcome: Film | Greys | Identity | Header | Contents | CxrError
     spent: bool = False
 
 
@@ -290,7 +295,7 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def answer(self, question: Question) -> Film | Greys | Identity | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Header | Contents:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
@@ -368,7 +373,7 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def answer(self, question: Question) -> Film | Greys | Identity | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Header | Contents:
         """Sends one question to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
@@ -442,11 +447,12 @@ def _closed() -> SetupError:
 
 
 def _too_slow(question: Question, seconds: float) -> ImageError:
-    if question.kind in ("identity", "contents"):
+    if question.kind in ("identity", "header", "contents"):
+        container = question.kind == "contents"
         return ImageError(
             f"{question.name}: reading it took longer than {seconds:g} s",
-            expected="a file that can be read" if question.kind == "identity" else "a ZIP or DICOMDIR of at most 100,000 files",
-            next_step="copy it to a faster disk" if question.kind == "identity" else "unpack it, or give its folder",
+            expected="a ZIP or DICOMDIR of at most 100,000 files" if container else "a file that can be read",
+            next_step="unpack it, or give its folder" if container else "copy it to a faster disk",
         )
     return ImageError(
         f"{question.name}: decoding took longer than {seconds:g} s",

@@ -1,7 +1,7 @@
 """A DICOM radiograph: how its stored values become grey.
 
 The order is fixed by PS3.3 C.11 and PS3.4 N.2: Modality LUT, then VOI LUT or window, then inversion. Of all elements only the pixels
-and the Patient ID leave this module, and messages repeat no words but the standard's own.
+and the Patient ID leave this module, for who answers an archive also those of a `Header`; messages repeat no words but the standard's own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_color_lut
 
 from cxr_retrieval.errors import ImageError
-from cxr_retrieval.radiograph.elements import first_number, numbers, text, texts
+from cxr_retrieval.radiograph.elements import first_number, named, numbers, text, texts
 from cxr_retrieval.radiograph.grey import MAX_PIXELS, Grey8, Own, Radiograph, shown_range, to_8_bit, truncated, varies
+from cxr_retrieval.radiograph.header import FORMS, REQUIRED, Header
 from cxr_retrieval.radiograph.refused import refuse_what_is_no_frontal_film
 from cxr_retrieval.radiograph.syntaxes import inflated, stored_values, transfer_syntax
 
@@ -73,6 +74,35 @@ def patient_and_day(data: bytes) -> tuple[str | None, str | None]:
             return patient, day
     except Exception:  # what is wrong with it, decoding will say
         return None, None
+
+
+def read_header(data: bytes, name: str) -> Header:
+    """What the file says of itself, without the pixels; elements that are not as their VR has them count as absent.
+
+    Raises:
+        ImageError: It cannot be read, or lacks one of `header.REQUIRED`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = io.BytesIO(inflated(data, name))
+            tags = ["SpecificCharacterSet", *FORMS]
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=data[128:132] != b"DICM", specific_tags=tags)
+            said = {keyword: text(dataset, keyword) for keyword in FORMS}
+    except ImageError:
+        raise
+    except Exception as error:  # whatever pydicom raises on a damaged file
+        raise truncated(name, error) from error
+    elements = {keyword: value for keyword, value in said.items() if FORMS[keyword].fullmatch(value)}
+    for keyword in REQUIRED:
+        if keyword not in elements:
+            raise ImageError(
+                f"{name}: no archive could file this instance",
+                expected=named(keyword),
+                got="none that is a UID",
+                next_step="correct what made it; `dciodvfy` shows what else is wrong",
+            )
+    return Header(elements)
 
 
 def _patient_id(dataset: pydicom.Dataset) -> str | None:

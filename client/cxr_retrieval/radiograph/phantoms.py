@@ -146,15 +146,18 @@ def write_phantoms(folder: Path, phantoms: Sequence[Phantom], split: str = "trai
 
 
 def write_dicom(phantom: Phantom, path: Path) -> None:
-    """Writes a phantom as a 12-bit MONOCHROME1 Digital X-Ray image with a window, as a detector would (PS3.3 A.26)."""
+    """Writes a phantom as a 12-bit MONOCHROME1 Digital X-Ray image with a window, as a detector would (PS3.3 A.26); an archive files it."""
     import pydicom  # here, because whoever draws one for a server to look at writes none
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
     dataset = pydicom.Dataset()
     dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    dataset.SOPInstanceUID = generate_uid(entropy_srcs=[phantom.image_id])
-    dataset.PatientName, dataset.PatientID = "SYNTHETIC^PHANTOM", phantom.image_id
+    made = {level: generate_uid(entropy_srcs=[f"{level} {phantom.image_id}"]) for level in ("instance", "series", "study")}
+    dataset.SOPInstanceUID, dataset.SeriesInstanceUID, dataset.StudyInstanceUID = made["instance"], made["series"], made["study"]
+    dataset.PatientName, dataset.PatientID, dataset.PatientSex, dataset.PatientBirthDate = "SYNTHETIC^PHANTOM", phantom.image_id, "O", ""
+    dataset.StudyDate, dataset.StudyTime, dataset.StudyID, dataset.AccessionNumber = "20200101", "120000", "1", ""
+    dataset.ReferringPhysicianName, dataset.SeriesNumber, dataset.InstanceNumber = "", 1, 1
     dataset.Modality, dataset.BodyPartExamined, dataset.ViewPosition = "DX", "CHEST", "PA"
     dataset.Rows, dataset.Columns = phantom.pixels.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME1"

@@ -19,8 +19,10 @@ import numpy as np
 from cxr_retrieval.errors import CxrError, ImageError
 from cxr_retrieval.radiograph.containers import ZipShelf, contents_of
 from cxr_retrieval.radiograph.decoding import NO_MEMORY, Answer, Film, Identity, Question, size_of
+from cxr_retrieval.radiograph.dicom import read_header
 from cxr_retrieval.radiograph.files import MAX_FILE_BYTES, Contents, opened, unreadable
 from cxr_retrieval.radiograph.greys import Greys, greys_of
+from cxr_retrieval.radiograph.header import Header
 from cxr_retrieval.radiograph.letterbox import letterbox, pixel_digest
 from cxr_retrieval.radiograph.reading import MIN_SIDE, read_patient_and_day, read_radiograph
 
@@ -73,7 +75,7 @@ def _answer(question: Question, shelf: ZipShelf) -> Answer:
         return Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | Contents:
+def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | Header | Contents:
     started = time.monotonic()
     path, member = question.path, question.member
     if question.kind == "contents":
@@ -81,6 +83,8 @@ def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | C
     data = _bytes(path) if member is None else shelf.zip(path).read(member)
     if question.kind == "identity":
         return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
+    if question.kind == "header":
+        return read_header(data, question.name)
     radiograph = read_radiograph(data, question.name)
     if question.kind == "greys":
         return greys_of(radiograph)

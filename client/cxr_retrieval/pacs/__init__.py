@@ -1,0 +1,1 @@
+"""In the hospital's own network: films come by DICOM, and answers go back so."""
