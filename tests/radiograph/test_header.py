@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pydicom
@@ -9,7 +10,7 @@ import pytest
 
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.radiograph.decoding import FilmReader
-from cxr_retrieval.radiograph.header import FORMS, REQUIRED
+from cxr_retrieval.radiograph.header import FORMS, REQUIRED, keyed_uid
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom
 
 
@@ -83,3 +84,11 @@ def test_what_is_no_dicom_is_refused(tmp_path: Path, reader: FilmReader) -> None
     path.write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 200)
     with pytest.raises(ImageError):
         reader.header(path).result()
+
+
+def test_keyed_uids_are_uids_and_differ_by_secret_and_name() -> None:
+    made = {keyed_uid(secret, name) for secret in (b"one", b"two") for name in map(str, range(200))}
+    assert len(made) == 400
+    assert all(FORMS["SOPInstanceUID"].fullmatch(uid) and uid.startswith("2.25.") for uid in made)
+    assert keyed_uid(b"one", "1.2.3") == keyed_uid(b"one", "1.2.3")
+    assert {uuid.UUID(int=int(uid[5:])).version for uid in made} == {8}

@@ -93,6 +93,10 @@ class Pseudonyms:
         """A digest as it may be stored: two of the same file or picture stay equal, and whoever holds the file cannot find it by one."""
         return self._of("digest", sha256)
 
+    def secret(self, purpose: str) -> bytes:
+        """A secret of its own for something else that must be keyed; the key cannot be had from it. 32 bytes."""
+        return hmac.new(self._key, f"cxr-retrieval secret\0{purpose}".encode(), hashlib.sha256).digest()
+
     def remember(self, originals: Sequence[Original]) -> None:
         """Notes what these images' pseudonyms, and their patients', stand for; on disk when it returns.
 

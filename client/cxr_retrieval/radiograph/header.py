@@ -5,7 +5,10 @@ It holds identities. It stays in this process and in what is written for the arc
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -82,3 +85,10 @@ class Header:
     def series(self) -> str:
         """Series Instance UID (0020,000E)."""
         return self.elements["SeriesInstanceUID"]
+
+
+def keyed_uid(secret: bytes, name: str) -> str:
+    """A UID that only who knows the secret can make of this name, and always the same: 2.25 and a UUID (PS3.5 B.2), of version 8 (RFC 9562)."""
+    digest = bytearray(hmac.new(secret, name.encode(), hashlib.sha256).digest()[:16])
+    digest[6], digest[8] = 0x80 | digest[6] & 0x0F, 0x80 | digest[8] & 0x3F
+    return f"2.25.{uuid.UUID(bytes=bytes(digest)).int}"
