@@ -88,7 +88,7 @@ class Header:
 
 
 def keyed_uid(secret: bytes, name: str) -> str:
-    """A UID that only who knows the secret can make of this name, and always the same: 2.25 and a UUID (PS3.5 B.2), of version 8 (RFC 9562)."""
+    """A UID that only who knows the secret can make of a name, always the same: 2.25 and a UUID (PS3.5 B.2), of version 8 (RFC 9562)."""
     digest = bytearray(hmac.new(secret, name.encode(), hashlib.sha256).digest()[:16])
     digest[6], digest[8] = 0x80 | digest[6] & 0x0F, 0x80 | digest[8] & 0x3F
     return f"2.25.{uuid.UUID(bytes=bytes(digest)).int}"
