@@ -18,6 +18,8 @@ CxrError
     │   ├── StoreAccessError       as with Triton
     │   ├── StoreDownError         nobody answers in time: may pass
     │   └── StoreFullError         it takes nothing more now: disk, memory, quota: may pass
+    ├── PeerError              an archive of images refuses us, or we refuse it: AE titles, contexts, certificates, passwords
+    │   └── PeerDownError          nobody answers in time, or it cannot now: may pass
     └── SetupError             missing extra, broken installation, server did not start
 """
 
@@ -165,6 +167,16 @@ class StoreDownError(StoreError):
 
 class StoreFullError(StoreError):
     """Milvus runs, but takes nothing more now: its disk, memory or quota is used up; it may once there is room."""
+
+    may_pass = True
+
+
+class PeerError(ServiceError):
+    """An archive of images refuses us, answers in another form, or shows a certificate that we do not accept."""
+
+
+class PeerDownError(PeerError):
+    """No archive answers, it answers too late, or says itself that it cannot now; it may a minute later."""
 
     may_pass = True
 

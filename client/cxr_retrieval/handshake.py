@@ -34,26 +34,27 @@ class Refusal:
     said: bool = True
 
 
-def refusal(host: str, port: int, tls: Tls | None, timeout_s: float = 5.0) -> Refusal | None:
+def refusal(host: str, port: int, tls: Tls | None, timeout_s: float = 5.0, *, http2: bool = True) -> Refusal | None:
     """Looks for what keeps a client from talking to a server.
 
     Args:
         tls: How the client wants to talk; None: unencrypted.
+        http2: Whether it will talk HTTP/2; else nothing is said, and whoever says nothing within `timeout_s` either has nothing against us.
 
     Returns:
         None where the server is away, stalls, or has nothing against this client.
     """
-    found = _asked(host, port, tls, timeout_s)
+    found = _asked(host, port, tls, timeout_s, http2)
     if found is None or found.said:
         return found
     time.sleep(_ENDS_WITHIN_S)
-    return _asked(host, port, tls, timeout_s)
+    return _asked(host, port, tls, timeout_s, http2)
 
 
-def _asked(host: str, port: int, tls: Tls | None, timeout_s: float) -> Refusal | None:
+def _asked(host: str, port: int, tls: Tls | None, timeout_s: float, http2: bool) -> Refusal | None:
     try:
         with socket.create_connection((host, port), timeout_s) as plain:
-            return _asked_for_tls(plain) if tls is None else _shaken(plain, tls, tls.server_name or host)
+            return _asked_for_tls(plain) if tls is None else _shaken(plain, tls, tls.server_name or host, http2)
     except OSError:  # away, or ended while we asked
         return None
 
@@ -68,12 +69,13 @@ def _asked_for_tls(plain: socket.socket) -> Refusal | None:
         return None
 
 
-def _shaken(plain: socket.socket, tls: Tls, name: str) -> Refusal | None:
+def _shaken(plain: socket.socket, tls: Tls, name: str, http2: bool) -> Refusal | None:
     context = tls.context()
-    context.set_alpn_protocols(["h2"])
+    if http2:
+        context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(plain, server_hostname=name) as secured:
-            secured.sendall(_PREFACE)
+            secured.sendall(_PREFACE if http2 else b"")
             if secured.recv(1):
                 return None
             shown = "this client certificate" if tls.certificate else "a client without a certificate"

@@ -50,7 +50,8 @@ app.add_typer(build_app, name="build", hidden=importlib.util.find_spec("onnx") i
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 some inputs failed, 2 could not run."""
-    for noisy in ("pymilvus", "milvus_lite"):  # their log lines repeat what our errors say
+    for noisy in ("pymilvus", "milvus_lite", "pynetdicom", "dicomweb_client", "retrying", "urllib3", "highdicom", "pydicom"):
+        # their log lines repeat what our errors say, and name patients
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # so do its own
     signal.signal(signal.SIGTERM, _unwind)
