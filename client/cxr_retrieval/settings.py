@@ -26,6 +26,8 @@ DEFAULT_AUDIT: Final = Path("~/.local/share/cxr-retrieval/audit.jsonl")
 """Where it is written down who did what."""
 DEFAULT_MAPS: Final = Path("~/.local/share/cxr-retrieval/maps")
 """Where maps of galleries are kept."""
+DEFAULT_SPOOL: Final = Path("~/.local/share/cxr-retrieval/spool")
+"""Where a DICOM node keeps what waits."""
 DEFAULT_PSEUDONYM_KEY: Final = Path("~/.local/share/cxr-retrieval/pseudonym.key")
 """Made by the first ingest; the table that leads back lies beside it."""
 MIN_KEY_CHARACTERS: Final = 32

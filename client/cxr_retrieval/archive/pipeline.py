@@ -162,8 +162,16 @@ class _Ready(Generic[W]):
     read: Took
 
 
+@dataclass(frozen=True)
+class _Fed(Generic[W]):
+    """Works that were drawn; `last`: there are no more."""
+
+    works: list[W]
+    last: bool
+
+
 def run(
-    works: Iterable[W],
+    works: Iterable[W | None],
     reader: Reader,
     triton: TritonClient,
     sink: Sink[W, R],
@@ -177,7 +185,7 @@ def run(
     """Takes every work through to the sink; returns when all are, or, once `stop` is set, when what Triton has is.
 
     Args:
-        works: Drawn in a thread of its own, as far as there is room.
+        works: Drawn in a thread of its own, as far as there is room; None among them: there is nothing for the moment.
         probe_store: Raises StoreDownError while Milvus is away.
         tell: Told what is waited for, in words.
         watch: Told everything.
@@ -199,7 +207,7 @@ def run(
 class _Conductor(Generic[W, R]):
     def __init__(
         self,
-        works: Iterable[W],
+        works: Iterable[W | None],
         reader: Reader,
         triton: TritonClient,
         sink: Sink[W, R],
@@ -212,7 +220,7 @@ class _Conductor(Generic[W, R]):
         self._patience, self._watch, self._pool = patience, patience.watch, pool
         self._in_flight = InFlight(MOST_IN_FLIGHT)
         self._abandoned = threading.Event()
-        self._feeding: Future[list[W]] | None = None
+        self._feeding: Future[_Fed[W]] | None = None
         self._fed_all = False
         self._reads: dict[Future[Film], W] = {}
         self._films: deque[_Ready[W]] = deque()
@@ -269,7 +277,15 @@ class _Conductor(Generic[W, R]):
         batches = len(self._requests) + len(self._again) + len(self._doubted)
         held = len(self._reads) + len(self._films) + len(self._seen) + BATCH_SIZE * batches
         if self._feeding is None and not self._fed_all and not self._stopping() and held < _HELD - _FED:
-            self._feeding = self._begun(self._pool.submit(lambda: list(islice(self._works, _FED))))
+            self._feeding = self._begun(self._pool.submit(self._draw))
+
+    def _draw(self) -> _Fed[W]:
+        drawn: list[W] = []
+        for work in islice(self._works, _FED):
+            if work is None:  # what there is need not wait for what may come
+                return _Fed(drawn, last=False)
+            drawn.append(work)
+        return _Fed(drawn, last=len(drawn) < _FED)
 
     def _send(self) -> None:
         while self._proving is None and len(self._requests) < self._in_flight.limit and not self._stopping():
@@ -319,8 +335,8 @@ class _Conductor(Generic[W, R]):
     def _take_in(self, ended: set[Future[Any]]) -> None:
         if self._feeding is not None and self._feeding.done():
             fed, self._feeding = self._feeding.result(), None
-            self._fed_all = len(fed) < _FED
-            for work in fed:
+            self._fed_all = fed.last
+            for work in fed.works:
                 self._reads[self._begun(self._reader.submit(work.path, work.member))] = work
         for future in ended & self._reads.keys():
             self._take_film(future, self._reads.pop(future))

@@ -141,6 +141,41 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Queue:
+    """Of a node that receives films, at one moment: associations that are open, films without an answer, and what is to be sent; how long
+    the oldest of each has waited, in seconds.
+    """
+
+    associations: int
+    waiting: int
+    oldest_s: float
+    to_send: int
+    oldest_parcel_s: float
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A node receives films; `look` may be called from any thread for as long as it does, and after."""
+
+    look: Callable[[], Queue]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Something came to a node: "received", "again", "again, changed", "commitment", or "rejected" and why."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Something was sent to a destination: `outcome` is "sent", "postponed" or "given up"."""
+
+    destination: str
+    outcome: str
+
+
+@dataclass(frozen=True)
 class Away:
     """A server is waited for; nothing more is sent to it."""
 
@@ -156,7 +191,24 @@ class Back:
     seconds: float
 
 
-Event = Begun | Expected | Read | Asked | Answered | Unanswered | Retried | Dissolved | Kept | Settled | Failed | Away | Back
+Event = (
+    Begun
+    | Expected
+    | Read
+    | Asked
+    | Answered
+    | Unanswered
+    | Retried
+    | Dissolved
+    | Kept
+    | Settled
+    | Failed
+    | Listening
+    | Arrived
+    | Delivered
+    | Away
+    | Back
+)
 Watch = Callable[[Event], None]
 
 

@@ -23,6 +23,7 @@ from cxr_retrieval.cli.evaluate import evaluate
 from cxr_retrieval.cli.gallery import app as gallery_app
 from cxr_retrieval.cli.info import info
 from cxr_retrieval.cli.ingest import ingest
+from cxr_retrieval.cli.listen import listen
 from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.manifest import manifest
 from cxr_retrieval.cli.query import query
@@ -39,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, view, batch, evaluate, calibrate, adapt, cluster, reindex, loadtest, info):
+for command in (demo, serve, manifest, ingest, query, view, batch, listen, evaluate, calibrate, adapt, cluster, reindex, loadtest, info):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")

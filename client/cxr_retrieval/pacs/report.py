@@ -89,9 +89,7 @@ class Reporter:
 
     def picture(self, result: QueryResult, header: Header, when: datetime) -> bytes:
         """The film with the lungs' outline, attention and the answer in words, as Secondary Capture in RGB of 8 bits; else as `report`."""
-        made = self._instance(
-            result, header, when, "picture", SecondaryCaptureImageStorage, "OT", PICTURE_SERIES, "Lungs and attention"
-        )
+        made = self._instance(result, header, when, "picture", SecondaryCaptureImageStorage, "OT", PICTURE_SERIES, "Lungs and attention")
         if result.prediction.label is not None:  # what was refused may be no chest
             made.BodyPartExamined = "CHEST"
         made.ConversionType = "WSD"
@@ -122,7 +120,9 @@ class Reporter:
         made = Dataset()
         made.SpecificCharacterSet = "ISO_IR 192"
         for keyword in (*_REPEATED, *(name for name in _REPEATED_IF_THERE if header.get(name))):
-            made.add(DataElement(keyword, dictionary_VR(keyword), header.get(keyword), validation_mode=IGNORE))  # else warnings name patients
+            made.add(
+                DataElement(keyword, dictionary_VR(keyword), header.get(keyword), validation_mode=IGNORE)
+            )  # else warnings name patients
         made.SOPClassUID = sop_class
         made.SOPInstanceUID = self._uid(result, header, kind)
         made.SeriesInstanceUID = self._uid(result, header, f"{kind} series")

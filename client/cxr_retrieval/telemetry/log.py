@@ -18,16 +18,19 @@ from typing import Any, Final, TextIO
 
 from cxr_retrieval.archive.watching import (
     Answered,
+    Arrived,
     Asked,
     Away,
     Back,
     Begun,
+    Delivered,
     Depths,
     Dissolved,
     Event,
     Expected,
     Failed,
     Kept,
+    Listening,
     Read,
     Retried,
     Settled,
@@ -72,6 +75,10 @@ class JsonLog:
                 known_by = {"input": number, "pseudonym": pseudonym}
                 known = {name: value for name, value in known_by.items() if value is not None}
                 self.say("failed", logging.WARNING, **known, **described(error))
+            case Arrived(what):
+                self.say("arrived", logging.WARNING if what.startswith("rejected") else logging.INFO, what=what)
+            case Delivered(destination, outcome):
+                self.say("delivered", logging.INFO if outcome == "sent" else logging.WARNING, destination=destination, outcome=outcome)
             case Away(service, error):
                 self.say("waiting", logging.WARNING, service=service, **described(error))
             case Back(service, seconds):
@@ -82,7 +89,7 @@ class JsonLog:
                     self._told = time.monotonic()
                     depths = self._look()
                     self.say("progress", files=self._expected, **self._counted(), in_flight=depths.in_flight, limit=depths.limit)
-            case Read() | Asked() | Kept():
+            case Read() | Asked() | Kept() | Listening():
                 pass
 
     def say(self, event: str, level: int = logging.INFO, **fields: str | float) -> None:

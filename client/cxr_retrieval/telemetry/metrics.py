@@ -1,27 +1,35 @@
-"""Metrics of a run in Prometheus' form, over HTTP while it lasts. They count; they name nothing but servers and kinds of errors."""
+"""Metrics of a run in Prometheus' form, and its health, over HTTP while it lasts. They name nothing but servers and kinds of errors."""
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from socketserver import ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
 
 from cxr_retrieval.archive.watching import (
     Answered,
+    Arrived,
     Asked,
     Away,
     Back,
     Begun,
+    Delivered,
     Depths,
     Event,
     Expected,
     Failed,
     Kept,
+    Listening,
+    Queue,
     Read,
     Retried,
     Settled,
@@ -74,6 +82,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=here,
         )
+        self._arrived = Counter("cxr_dicom_instances", "Instances sent to the node, and what it did with them.", ["outcome"], registry=here)
+        self._delivered = Counter("cxr_dicom_parcels", "Tries to send an answer.", ["destination", "outcome"], registry=here)
+        self._queue: Callable[[], Queue] | None = None
         Info("cxr_build", "What runs.", registry=here).info({"version": version})
         self._since: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -111,6 +122,12 @@ class Metrics:
                 self._errors.labels(type(error).__name__).inc()
             case Retried(service, reason):
                 self._retries.labels(service, reason).inc()
+            case Listening(look):
+                self._watch_queue(look)
+            case Arrived(what):
+                self._arrived.labels(what).inc()
+            case Delivered(destination, outcome):
+                self._delivered.labels(destination, outcome).inc()
             case Away(service):
                 self._away.labels(service).set(1)
                 with self._lock:
@@ -130,21 +147,64 @@ class Metrics:
         for place in _PLACES:
             self._held.labels(place.name).set_function(lambda place=place: place.films(look()))
 
+    def _watch_queue(self, look: Callable[[], Queue]) -> None:
+        self._queue = look
+        for name, about, value in (
+            ("cxr_dicom_associations", "Associations that are open.", lambda queue: queue.associations),
+            ("cxr_dicom_waiting", "Instances without an answer.", lambda queue: queue.waiting),
+            ("cxr_dicom_oldest_seconds", "How long the oldest of them has waited.", lambda queue: queue.oldest_s),
+            ("cxr_dicom_to_send", "Answers that other archives have not got yet.", lambda queue: queue.to_send),
+            ("cxr_dicom_oldest_parcel_seconds", "How long the oldest of them has waited.", lambda queue: queue.oldest_parcel_s),
+        ):
+            Gauge(name, about, registry=self.registry).set_function(lambda value=value: value(look()))
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether all goes on as it should, and what is waited for; with the queue, where there is one."""
+        waiting = {service: round(self._waiting_s(service), 1) for service in _SERVICES if self._waiting_s(service)}
+        queue = {} if self._queue is None else asdict(self._queue())
+        return not waiting, {"status": "waiting" if waiting else "ok", "waiting_for": waiting, **queue}
+
     def _waiting_s(self, service: str) -> float:
         with self._lock:
             since = self._since.get(service)
         return 0.0 if since is None else time.monotonic() - since
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Silent(WSGIRequestHandler):
+    timeout = 10.0
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (its name there)
+        pass
+
+
 @contextmanager
 def served(metrics: Metrics, host: str, port: int) -> Generator[str]:
-    """Answers GET at host:port until left; yields the address, with the port found where 0 was asked for.
+    """Answers GET /metrics and /health (200, or 503 while a server is waited for) at host:port until left; yields the address, with the port
+    found where 0 was asked for.
 
     Raises:
         SetupError: The port is taken, or the address not ours.
     """
+    counted: Any = make_wsgi_app(metrics.registry)
+
+    def answered(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != "/health":
+            return counted(environ, start)
+        well, said = metrics.health()
+        body = json.dumps(said).encode()
+        start("200 OK" if well else "503 Service Unavailable", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+        return [body]
+
     try:
-        server, thread = start_http_server(port, host, metrics.registry)
+        server = make_server(host, port, answered, _Server6 if ":" in host else _Server, _Silent)
     except OSError as error:
         raise SetupError(
             f"metrics cannot be served at {host}:{port}",
@@ -152,6 +212,8 @@ def served(metrics: Metrics, host: str, port: int) -> Generator[str]:
             got=error.strerror or str(error),
             next_step="stop what uses it, or give another --metrics",
         ) from error
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="cxr-metrics", daemon=True)
+    thread.start()
     try:
         yield f"{f'[{host}]' if ':' in host else host}:{server.server_port}"
     finally:
