@@ -28,6 +28,7 @@ from cxr_retrieval.radiograph.grey import Grey8
 from cxr_retrieval.radiograph.greys import Greys
 from cxr_retrieval.radiograph.header import Header
 from cxr_retrieval.radiograph.letterbox import Letterbox
+from cxr_retrieval.radiograph.retained import Deidentification
 
 _START_S: Final = 120.0
 """Seconds that a worker may take to import its libraries; a fraction of one on an idle machine."""
@@ -154,6 +155,13 @@ class FilmReader:
         """Queues the question what a DICOM file says of itself. The future raises what `read` raises where it says not even that."""
         return self._ask(Question("header", path.absolute(), called=called))
 
+    def deidentified(self, path: Path, rules: Deidentification, called: str | None = None) -> Future[bytes]:
+        """Queues the wish for a DICOM file without identities, whole as it is to be written (docs/deidentification.md).
+
+        The future raises ImageError where that cannot be had of this file, and SetupError as `read` does or where the extra is missing.
+        """
+        return self._ask(Question("deidentified", path.absolute(), called=called, rules=rules))
+
     def contents(self, path: Path, start: int = 0) -> Contents:
         """A page of what a ZIP or DICOMDIR holds; the next one begins at `rest`. Waits for it.
 
@@ -235,13 +243,14 @@ class FilmReader:
 
 @dataclass(frozen=True)
 class Question:
-    """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins."""
+    """What a worker is asked about a file, or a member of a ZIP; `start`: where a page of contents begins; `rules`: to de-identify by."""
 
-    kind: Literal["film", "greys", "identity", "header", "contents"]
+    kind: Literal["film", "greys", "identity", "header", "deidentified", "contents"]
     path: Path
     member: str | None = None
     start: int = 0
     called: str | None = None
+    rules: Deidentification | None = None
 
     @property
     def name(self) -> str:
@@ -261,7 +270,7 @@ class _Job:
 class Answer:
     """What a worker says about a file. `spent`: its memory ran out, which earlier files may have caused."""
 
-    outcome: Film | Greys | Identity | Header | Contents | CxrError
+    outcome: Film | Greys | Identity | Header | bytes | Contents | CxrError
     spent: bool = False
 
 
@@ -295,7 +304,7 @@ class _Seat:
                 self._worker = _Worker(self._limits)
             return self._worker
 
-    def answer(self, question: Question) -> Film | Greys | Identity | Header | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Header | bytes | Contents:
         """Asks the worker. One that breaks after other files is no proof against this file, so a fresh one is asked then."""
         while True:
             worker = self.fill()
@@ -373,7 +382,7 @@ class _Worker:
             raise _not_started(self._last_words() or "it ended at once") from error
         self._ready = True
 
-    def answer(self, question: Question) -> Film | Greys | Identity | Header | Contents:
+    def answer(self, question: Question) -> Film | Greys | Identity | Header | bytes | Contents:
         """Sends one question to the worker, which is ready, and waits as long as the limit says.
 
         Raises:
@@ -447,7 +456,7 @@ def _closed() -> SetupError:
 
 
 def _too_slow(question: Question, seconds: float) -> ImageError:
-    if question.kind in ("identity", "header", "contents"):
+    if question.kind in ("identity", "header", "deidentified", "contents"):
         container = question.kind == "contents"
         return ImageError(
             f"{question.name}: reading it took longer than {seconds:g} s",

@@ -53,7 +53,7 @@ def read_dicom(data: bytes, name: str) -> Radiograph:
         raise ImageError(
             f"{name}: the DICOM pixel data cannot be decoded",
             expected="a complete image in a supported transfer syntax",
-            got=_without_values(error),
+            got=without_values(error),
             next_step="export the image again, uncompressed if need be",
         ) from error
     return Radiograph(pixels, own, "DICOM", tuple(notes), _patient_id(dataset))
@@ -109,7 +109,7 @@ def _patient_id(dataset: pydicom.Dataset) -> str | None:
     return "\\".join(texts(dataset, "PatientID")) or None
 
 
-def _without_values(error: Exception) -> str:
+def without_values(error: Exception) -> str:
     """What pydicom or a decoder says; what it quotes may be anything that somebody typed."""
     said = re.sub(r"""'[^']*'|"[^"]*"|b'.*'""", "'…'", " ".join(str(error).split()))
     return f"{type(error).__name__}: {said[:300]}"

@@ -75,7 +75,7 @@ def _answer(question: Question, shelf: ZipShelf) -> Answer:
         return Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | Header | Contents:
+def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | Header | bytes | Contents:
     started = time.monotonic()
     path, member = question.path, question.member
     if question.kind == "contents":
@@ -85,6 +85,10 @@ def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | H
         return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
     if question.kind == "header":
         return read_header(data, question.name)
+    if question.rules is not None:
+        from cxr_retrieval.radiograph.deidentified import deidentified  # here, because it is rarely asked for, and its library an extra
+
+        return deidentified(data, question.name, question.rules)
     radiograph = read_radiograph(data, question.name)
     if question.kind == "greys":
         return greys_of(radiograph)
