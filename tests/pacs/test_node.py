@@ -162,9 +162,7 @@ def test_an_instance_that_nobody_could_file_is_refused(tmp_path: Path, reader: F
         assert told == ["rejected malformed"]
 
 
-def test_an_instance_under_another_name_is_refused(
-    tmp_path: Path, reader: FilmReader, film: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_instance_under_another_name_is_refused(tmp_path: Path, reader: FilmReader, film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request has its UID of the file's meta information, which says something else than the data set."""
     dataset = pydicom.dcmread(film)
     dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()

@@ -18,7 +18,7 @@ SCHEME: Final = "99CXRRETR"
 SCHEME_VERSION: Final = "1"
 ORGANISATION: Final = "cxr-retrieval"
 LONGEST_MEANING: Final = 64
-"""Characters of Code Meaning (0008,0104)."""
+"""Of Code Meaning (0008,0104): characters to the standard, bytes to many a program; we keep to both."""
 _LONGEST_CODE: Final = 16
 _LABEL_AS_CODE: Final = re.compile(r"[A-Za-z0-9_]{1,16}")
 _NOT_TEXT: Final = re.compile(r"[\\\x00-\x1f\x7f]+")
@@ -37,19 +37,19 @@ IN_WORDS: Final = _own("in-words", "Answer in words")
 DOUBT: Final = _own("reason-abstained", "Why the label should not be relied on")
 WARNING: Final = _own("warning-text", "Warning")
 
-ANSWER: Final = _own("case-vote", "Vote of the most similar cases")
+ANSWER: Final = _own("case-vote", "Vote by similar cases")
 STATE: Final = _own("answer-state", "State of the answer")
 ANSWERED: Final = _own("state-answered", "Label given")
 ABSTAINED: Final = _own("state-abstained", "Label given, not to be relied on")
 REFUSED: Final = _own("state-refused", "Film refused, no label")
 LABEL: Final = _own("vote-label", "Label that won the vote")
-SHARE: Final = _own("vote-share", "Share of the vote's weight")
-FINDING_SHARE: Final = _own("finding-share", "Share of the vote's weight of cases with the finding")
-OF_LABEL: Final = _own("of-label", "Label of the cases counted")
+SHARE: Final = _own("vote-share", "Share of the vote")
+FINDING_SHARE: Final = _own("finding-share", "Share of the vote for labels with the finding")
+OF_LABEL: Final = _own("of-label", "Label or finding that it is the share of")
 RIGHT: Final = _own("right-often", "Probability that the vote's label is right")
 POSSIBLE: Final = _own("label-set", "Label that cannot be excluded")
 ERROR_RATE: Final = _own("error-rate", "Error rate at which labels were excluded")
-VOTERS: Final = _own("case-count", "Number of cases that voted")
+CASES: Final = _own("case-count", "Number of most similar cases")
 STRANGENESS: Final = _own("ood-score", "Out-of-distribution score; refused above 0.5")
 
 CASE: Final = _own("similar-case", "Similar case of the gallery")
@@ -73,7 +73,8 @@ def label_code(label: str) -> Code:
     if label in LABELS:
         return LABELS[label]
     code = label if _LABEL_AS_CODE.fullmatch(label) else hashlib.sha256(label.encode()).hexdigest()[:_LONGEST_CODE]
-    return _own(code, cleaned(label)[:LONGEST_MEANING].strip() or "Label without text")
+    meaning = cleaned(label).encode()[:LONGEST_MEANING].decode(errors="ignore").strip()
+    return _own(code, meaning or "Label without text")
 
 
 def cleaned(words: str) -> str:

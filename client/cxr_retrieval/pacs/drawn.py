@@ -65,15 +65,20 @@ def _said(result: QueryResult, version: str) -> Iterator[tuple[str, tuple[int, i
 
 def _wrapped(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Iterator[str]:
     """Lines that fit between the margins; a word that does not fit is cut."""
-    line = ""
-    for word in words.split():
-        longer = f"{line} {word}".lstrip()
-        if line and font.getlength(longer) > WIDTH - 2 * _MARGIN:
+    room, space = WIDTH - 2 * _MARGIN, font.getlength(" ")
+    line, length = "", 0.0
+    for word in (part for whole in words.split() for part in _parts(whole, room, font)):
+        wide = font.getlength(word)
+        if line and length + space + wide > room:
             yield line
-            longer = word
-        while font.getlength(longer) > WIDTH - 2 * _MARGIN:
-            fits = next(count for count in range(len(longer) - 1, 0, -1) if font.getlength(longer[:count]) <= WIDTH - 2 * _MARGIN)
-            yield longer[:fits]
-            longer = longer[fits:]
-        line = longer
+            line, length = word, wide
+        else:
+            line, length = f"{line} {word}".lstrip(), length + space + wide
     yield line
+
+
+def _parts(word: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The word itself, or as many pieces of one length as it takes."""
+    count = int(font.getlength(word) // room) + 1
+    size = -(-len(word) // count)
+    return [word[start : start + size] for start in range(0, len(word), size)]

@@ -10,7 +10,6 @@ The picture says nothing of Burned In Annotation (0028,0301): the strip names no
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,7 +20,7 @@ from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import FileMetaDataset
 from pydicom.sr.coding import Code
-from pydicom.uid import ComprehensiveSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import UID, ComprehensiveSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from cxr_retrieval.pacs.concepts import declared
 from cxr_retrieval.pacs.drawn import drawn
@@ -30,7 +29,7 @@ from cxr_retrieval.radiograph.header import Header, keyed_uid
 from cxr_retrieval.retrieval.picture import DISCLAIMER
 from cxr_retrieval.retrieval.query import QueryResult
 
-IMPLEMENTATION: Final = "2.25.216410219263186453374083274316180923641"
+IMPLEMENTATION: Final = UID("2.25.110179767068383370314035230955754348858")
 """Implementation Class UID (0002,0012) of all that this project writes."""
 REPORT_SERIES: Final = 9901
 PICTURE_SERIES: Final = 9902
@@ -75,7 +74,6 @@ class Reporter:
         Raises:
             ValueError: `when` has no time zone.
         """
-        uids = partial(self._uid, result, header)
         made = self._instance(result, header, when, "report", ComprehensiveSRStorage, "SR", REPORT_SERIES, "Similar cases")
         made.CodingSchemeIdentificationSequence = [declared()]
         made.ReferencedPerformedProcedureStepSequence = []
@@ -84,13 +82,15 @@ class Reporter:
         made.CompletionFlag = "COMPLETE"  # all that there will be of it
         made.VerificationFlag = "UNVERIFIED"
         made.PreliminaryFlag = "PRELIMINARY"
-        made.update(tree(result, header, self.version, uids))
+        made.update(tree(result, header, self.version, self._device, partial(self._uid, result, header)))
         return _file(made)
 
     def picture(self, result: QueryResult, header: Header, when: datetime) -> bytes:
         """The film with the lungs' outline, attention and the answer in words, as Secondary Capture in RGB of 8 bits; else as `report`."""
         made = self._instance(result, header, when, "picture", SecondaryCaptureImageStorage, "OT", PICTURE_SERIES, "Lungs and attention")
-        if result.prediction.label is not None:  # what was refused may be no chest
+        if result.prediction.label is None:  # what was refused may be no chest, but a hand
+            made.Laterality = ""
+        else:
             made.BodyPartExamined = "CHEST"
         made.ConversionType = "WSD"
         made.SecondaryCaptureDeviceManufacturer = made.SecondaryCaptureDeviceManufacturerModelName = DEVICE
@@ -107,8 +107,7 @@ class Reporter:
         made.SamplesPerPixel, made.PhotometricInterpretation, made.PlanarConfiguration = 3, "RGB", 0
         made.Rows, made.Columns = pixels.shape[:2]
         made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 8, 8, 7, 0
-        data = pixels.tobytes()
-        made.PixelData = data + b"\0" * (len(data) % 2)
+        made.PixelData = pixels.tobytes()  # an even number: WIDTH is
         return _file(made)
 
     def _instance(
@@ -120,9 +119,8 @@ class Reporter:
         made = Dataset()
         made.SpecificCharacterSet = "ISO_IR 192"
         for keyword in (*_REPEATED, *(name for name in _REPEATED_IF_THERE if header.get(name))):
-            made.add(
-                DataElement(keyword, dictionary_VR(keyword), header.get(keyword), validation_mode=IGNORE)
-            )  # else warnings name patients
+            # unchecked: `Header` has done that, and pydicom's warnings would name patients
+            made.add(DataElement(keyword, dictionary_VR(keyword), header.get(keyword), validation_mode=IGNORE))
         made.SOPClassUID = sop_class
         made.SOPInstanceUID = self._uid(result, header, kind)
         made.SeriesInstanceUID = self._uid(result, header, f"{kind} series")
@@ -132,11 +130,16 @@ class Reporter:
         made.SeriesDescription = f"{title}. {DISCLAIMER}"
         made.ContentQualification = "RESEARCH"
         made.Manufacturer = made.ManufacturerModelName = DEVICE
+        made.DeviceUID = self._device
         made.SoftwareVersions = [self.version, f"model {result.model_version}"]
         made.ContentDate = made.InstanceCreationDate = made.SeriesDate = when.strftime("%Y%m%d")
         made.ContentTime = made.InstanceCreationTime = made.SeriesTime = when.strftime("%H%M%S")
         made.TimezoneOffsetFromUTC = when.strftime("%z")[:5]
         return made
+
+    @property
+    def _device(self) -> str:
+        return keyed_uid(self.secret, "device")
 
     def _uid(self, result: QueryResult, header: Header, kind: str) -> str:
         return keyed_uid(self.secret, "\n".join((header.instance, result.model_version, kind)))

@@ -54,24 +54,26 @@ _MODALITIES: Final[Mapping[str, str]] = {
 }
 """Of CID 29, those of films that are read (docs/dicom.md)."""
 _PIXELS: Final = Code("{pixels}", "UCUM", "Pixels")
+_SOURCE: Final = Code("260753009", "SCT", "Source")
 
 Uids = Callable[[str], str]
 """What it is for → the UID: the same each time."""
 
 
-def tree(result: QueryResult, header: Header, version: str, uids: Uids) -> Dataset:
+def tree(result: QueryResult, header: Header, version: str, device: str, uids: Uids) -> Dataset:
     """The root CONTAINER, with all below it.
 
     Args:
         header: Of the film that was asked about.
         version: Of this software.
-        uids: Makes those of the device, of the vote and of cases.
+        device: UID of what runs it.
+        uids: Makes those of the vote and of cases.
     """
-    device = DeviceObserverIdentifyingAttributes(uids("device"), DEVICE, DEVICE, f"model {result.model_version}", version)
+    observer = DeviceObserverIdentifyingAttributes(device, DEVICE, DEVICE, f"{version}, model {result.model_version}")
     groups = [_answer(result, version, uids)]
     if result.prediction.label is not None:
         groups += [_case(rank, hit, uids) for rank, hit in enumerate(result.neighbours[:MOST_CASES], start=1)]
-    report = MeasurementReport(ObservationContext(ObserverContext(codes.DCM.Device, device)), concepts.PROCEDURE, groups)
+    report = MeasurementReport(ObservationContext(ObserverContext(codes.DCM.Device, observer)), concepts.PROCEDURE, groups)
     root = report[0]
     for item in (*_said(result), _library(header)):
         root.ContentSequence.insert(-1, item)  # before the measurements: 6.2.5 lets additions stand where they make sense
@@ -97,14 +99,12 @@ def _library(header: Header) -> ContentItem:
     acquired = RelationshipTypeValues.HAS_ACQ_CONTEXT
     modality = header.get("Modality") if header.get("Modality") in _MODALITIES else "OT"
     sides = ((codes.DCM.PixelDataRows, header.get("Rows")), (codes.DCM.PixelDataColumns, header.get("Columns")))
-    image = ImageContentItem(
-        Code("260753009", "SCT", "Source"), header.sop_class, header.instance, relationship_type=RelationshipTypeValues.CONTAINS
-    )
+    counts = [NumContentItem(name, int(side), _PIXELS, relationship_type=acquired) for name, side in sides if side]
+    for item in counts:
+        _make_plain(item)
+    image = ImageContentItem(_SOURCE, header.sop_class, header.instance, relationship_type=RelationshipTypeValues.CONTAINS)
     image.ContentSequence = ContentSequence(
-        [
-            CodeContentItem(codes.DCM.Modality, Code(modality, "DCM", _MODALITIES[modality]), acquired),
-            *(NumContentItem(name, int(side), _PIXELS, relationship_type=acquired) for name, side in sides if side),
-        ]
+        [CodeContentItem(codes.DCM.Modality, Code(modality, "DCM", _MODALITIES[modality]), acquired), *counts]
     )
     group = _container(codes.DCM.ImageLibraryGroup, [image])
     return _container(codes.DCM.ImageLibrary, [group])
@@ -125,7 +125,7 @@ def _answer(result: QueryResult, version: str, uids: Uids) -> MeasurementsAndQua
     if vote.label is not None:
         state = concepts.ABSTAINED if known.abstained else concepts.ANSWERED
         said.append(QualitativeEvaluation(concepts.LABEL, label_code(vote.label)))
-        measured.append(_number(concepts.VOTERS, len(result.neighbours)))
+        measured.append(_number(concepts.CASES, len(result.neighbours)))
         measured += [_number(concepts.SHARE, share, label) for label, share in vote.scores.items()]
         measured += [_number(concepts.FINDING_SHARE, share, finding) for finding, share in vote.findings.items()]
         if known.calibrated is not None:
@@ -137,7 +137,7 @@ def _answer(result: QueryResult, version: str, uids: Uids) -> MeasurementsAndQua
     return MeasurementsAndQualitativeEvaluations(
         TrackingIdentifier(uids("vote"), "vote"),
         finding_type=concepts.ANSWER,
-        algorithm_id=AlgorithmIdentification(DEVICE, version, [f"model version {result.model_version}"]),
+        algorithm_id=AlgorithmIdentification(DEVICE, version, [f"model version {result.model_version}", result.voter]),
         measurements=measured,
         qualitative_evaluations=[QualitativeEvaluation(concepts.STATE, state), *said],
     )
@@ -155,8 +155,16 @@ def _case(rank: int, hit: Neighbour, uids: Uids) -> MeasurementsAndQualitativeEv
 def _number(name: Code, value: float, label: str | None = None) -> Measurement:
     """TID 300; what it is of, if a label is given, modifies its name."""
     made = Measurement(name, value if isinstance(value, int) else float(value), concepts.NO_UNITS)
+    _make_plain(made[0])
     if label is not None:
         made[0].ContentSequence = ContentSequence(
             [CodeContentItem(concepts.OF_LABEL, label_code(label), RelationshipTypeValues.HAS_CONCEPT_MOD)]
         )
     return made
+
+
+def _make_plain(item: Dataset) -> None:
+    """Writes a whole number as such: highdicom writes 10.0 for ten."""
+    measured = item.MeasuredValueSequence[0]
+    if "FloatingPointValue" not in measured:
+        measured.NumericValue = str(int(measured.NumericValue))
