@@ -65,7 +65,7 @@ INVALID_ARGUMENT: Final = 0x0115
 
 _HANDSHAKE_S: Final = 10.0
 _PER_ASSOCIATION: Final = 4
-"""Connections that may be open for each association that may: they cost a thread or two until they have asked for one."""
+"""Connections that may be open for each association that may: they cost three threads each."""
 _PDU_OVERHEAD: Final = 2**16
 _MOST_REFERENCES: Final = 10_000
 """Instances in one request for storage commitment."""
@@ -306,7 +306,7 @@ class _Bounded:
 
 
 class _Handler(RequestHandler):
-    """An association whose socket is bounded."""
+    """An association whose socket is bounded, and closed at its end: pynetdicom leaves one open that its peer has left."""
 
     server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -314,7 +314,14 @@ class _Handler(RequestHandler):
         association = super()._create_association()
         reading: Any = association.dul.socket
         reading.recv = _Bounded(cast(socket.socket, self.request), self.server.limits)
+        self._association = association
         return association
+
+    def handle(self) -> None:
+        """Until it has ended."""
+        super().handle()
+        self._association.join()
+        cast(socket.socket, self.request).close()
 
 
 class _Server(ThreadedAssociationServer):
@@ -335,21 +342,21 @@ class _Server(ThreadedAssociationServer):
     ) -> None:
         self.limits = limits
         self._tls, self._refuse = tls, refuse
-        self._asking = 0
+        self._connected = 0
         self._counting = threading.Lock()
         super().__init__(entity, address, aet, entity.supported_contexts, None, handlers, _Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for another connection."""
         with self._counting:
-            room = self._asking + len(self.active_associations) < _PER_ASSOCIATION * self.limits.associations
-            self._asking += room
+            room = self._connected < _PER_ASSOCIATION * self.limits.associations
+            self._connected += room
         if not room:
             self._refuse("connections")
         return room
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The handshake, then the association; in a thread of its own."""
+        """The handshake, then the association until its end; in a thread of its own."""
         try:
             if self._tls is not None:
                 request.settimeout(_HANDSHAKE_S)
@@ -360,7 +367,10 @@ class _Server(ThreadedAssociationServer):
             self.shutdown_request(request)
         finally:
             with self._counting:
-                self._asking -= 1
+                self._connected -= 1
+
+    def service_actions(self) -> None:
+        """Nothing: pynetdicom has all garbage collected every 60 polls, which here is every three seconds."""
 
     def stop(self) -> None:
         """Takes no further connections."""

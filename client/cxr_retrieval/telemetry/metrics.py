@@ -187,8 +187,8 @@ class _Silent(WSGIRequestHandler):
 
 @contextmanager
 def served(metrics: Metrics, host: str, port: int) -> Generator[str]:
-    """Answers GET /metrics and /health (200, or 503 while a server is waited for) at host:port until left; yields the address, with the port
-    found where 0 was asked for.
+    """Answers GET /metrics, and /health (200, or 503 while a server is waited for), at host:port until left; yields the address, with the
+    port found where 0 was asked for.
 
     Raises:
         SetupError: The port is taken, or the address not ours.
