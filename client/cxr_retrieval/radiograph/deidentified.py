@@ -2,8 +2,8 @@
 
 Which element the profile removes, empties or replaces is read from dicom-anonymizer's copy of Table E.1-1 (2026c); that is done here, for
 its own actions leave sequences out and draw UIDs by chance. Where the table has a choice, the one is taken that CR, DX and Secondary
-Capture allow. Beyond the profile goes what nobody can vouch for: elements that PS3.6 does not list, names, free text, binary data but pixels and
-LUTs, overlays and curves as a whole. Pixels are not touched, so a film that says that a patient can be read off them is refused.
+Capture allow. Beyond the profile goes what nobody can vouch for: elements that PS3.6 does not list, names, free text, binary data but
+pixels and LUTs, overlays and curves as a whole. Pixels are not touched, so a film is refused that says that its patient can be seen there.
 """
 
 from __future__ import annotations
@@ -41,16 +41,20 @@ MOST_DAYS: Final = 3650
 _TABLE: Final = "dicomfields_2026c"
 _ACTIONS: Final = {
     "X_TAGS": "remove",
+    "X_Z_TAGS": "remove",
     "X_D_TAGS": "remove",
     "X_Z_D_TAGS": "remove",
     "Z_TAGS": "empty",
-    "X_Z_TAGS": "empty",
     "Z_D_TAGS": "empty",
     "D_TAGS": "replace",
     "U_TAGS": "replace",
     "X_Z_U_STAR_TAGS": "keep",
 }
 """Categories of the table → what is done. Kept are sequences of references, whose UIDs are replaced in them."""
+_TYPE_2: Final[Mapping[int, str]] = {Tag(keyword): "empty" for keyword in ("AcquisitionContextSequence", "PatientSexNeutered")}
+"""Of those that the table has removed unless something must be there: what must (PS3.3 C.7.6.14, C.7.2.2)."""
+_CODE_SYSTEM: Final = re.compile(r"2\.16\.840\.1\.113883\.6\.[0-9]{1,3}")
+"""UIDs that HL7 gave to SNOMED CT, LOINC, RadLex and the like (PS3.16 8); those of PS3.6 Annex A, pydicom knows."""
 _DUMMIES: Final = {
     **dict.fromkeys(("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT"), "REMOVED"),
     "AS": "000Y",
@@ -123,7 +127,8 @@ def _actions() -> Mapping[int, str]:
             next_step="pip install 'cxr-retrieval[dicom]'",
         ) from error
     table = dicom_anonymization_database_selector(_TABLE)
-    return {Tag(*tag): action for category, action in _ACTIONS.items() for tag in table[category] if len(tag) == 2}
+    listed: dict[int, str] = {Tag(*tag): action for category, action in _ACTIONS.items() for tag in table[category] if len(tag) == 2}
+    return {**listed, **_TYPE_2}
 
 
 def _refuse_what_pixels_may_tell(dataset: pydicom.Dataset, name: str) -> None:
@@ -185,8 +190,11 @@ class _Cleaner:
         """Leaves no identity in a whole data set, and says so in it (PS3.3 C.12.1.1.7, C.7.1.1)."""
         self._clean(dataset)
         retain, dates = self.rules.retain, "REMOVED"
-        if retain & _DATES:
-            dates = "UNMODIFIED" if Retain.longitudinal_full_dates in retain else "MODIFIED"
+        if Retain.longitudinal_modified_dates in retain:
+            dates = "MODIFIED"
+        elif Retain.longitudinal_full_dates in retain:  # whoever had the file before may have moved or removed them
+            said = text(dataset, "LongitudinalTemporalInformationModified")
+            dates = said if said in ("MODIFIED", "REMOVED") else "UNMODIFIED"
         dataset.PatientID = dataset.PatientName = self._keyed("patient").hex()[:32]
         dataset.PatientIdentityRemoved = "YES"
         dataset.DeidentificationMethod = "DICOM PS3.15 2026c Annex E"
@@ -204,11 +212,11 @@ class _Cleaner:
                 del dataset[tag]
             elif action == "empty":
                 dataset.add_new(tag, vr, [] if vr == "SQ" else None)
+            elif action == "replace":
+                self._replace(dataset, tag, keyword, vr)
             elif vr == "SQ":
                 for item in dataset[tag].value:
                     self._clean(item, within=True)
-            elif action == "replace":
-                self._replace(dataset, tag, keyword, vr)
             elif vr in _TEMPORAL:
                 dataset.add_new(tag, vr, self._moved(texts(dataset, keyword), vr))
 
@@ -225,16 +233,16 @@ class _Cleaner:
         return self.actions.get(tag, "remove" if binary or vr in _UNVOUCHED | _TEMPORAL else "keep")
 
     def _replace(self, dataset: pydicom.Dataset, tag: BaseTag, keyword: str, vr: str) -> None:
-        """UIDs by keyed ones, but those that PS3.6 Annex A lists; all else by the same for everybody."""
+        """UIDs by keyed ones, but those that stand for the same thing everywhere; all else by the same for everybody."""
         if vr == "UI":
-            found = [
-                value if value in uid.UID_dictionary else keyed_uid(self.rules.secret, value) for value in texts(dataset, keyword) if value
-            ]
-            dataset.add_new(tag, vr, "\\".join(found))
+            dataset.add_new(tag, vr, "\\".join(self._uid(value) for value in texts(dataset, keyword) if value))
         elif vr in _DUMMIES:
             dataset.add_new(tag, vr, _DUMMIES[vr])
         else:
             del dataset[tag]
+
+    def _uid(self, value: str) -> str:
+        return value if value in uid.UID_dictionary or _CODE_SYSTEM.fullmatch(value) else keyed_uid(self.rules.secret, value)
 
     def _moved(self, values: list[str], vr: str) -> str | None:
         """Dates and times as they may be shown; None, thus no value, where one is not as its VR has it (PS3.5 6.2)."""
