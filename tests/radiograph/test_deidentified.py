@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import uid
 from pydicom.config import disable_value_validation
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag, tag_for_keyword
+from pydicom.datadict import DicomDictionary, dictionary_has_tag, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.tag import Tag
 
 from cxr_retrieval.errors import ImageError, SetupError, UsageError
@@ -31,7 +31,7 @@ from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.deidentified import MOST_DAYS, deidentified
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom
 from cxr_retrieval.radiograph.reading import read_radiograph
-from cxr_retrieval.radiograph.retained import KEPT, METHODS, Deidentification, Retain
+from cxr_retrieval.radiograph.retained import KEPT, METHODS, WORDS, Deidentification, Retain
 from cxr_retrieval.radiograph.syntaxes import inflated
 from hostile_files import dataset, element, film, hostile, valid, with_elements, written
 
@@ -42,6 +42,7 @@ STEM: Final = "Qzjxvk"
 """Begins everything that is planted as text."""
 TABLE: Final = [Tag(*tag) for tag in dicom_anonymization_database_selector("dicomfields_2026c")["ALL_TAGS"] if len(tag) == 2]
 FILMS: Final = [name for name in valid() if name.endswith(".dcm")]
+PAGE: Final = Path(__file__).parents[2] / "docs" / "deidentification.md"
 SCREENSHOT: Final = "1.2.840.10008.5.1.4.1.1.7"
 
 
@@ -242,6 +243,19 @@ def test_a_file_without_file_meta_gets_one(implicit: bool) -> None:
     assert after.file_meta.TransferSyntaxUID == (uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian)
 
 
+def test_of_all_text_that_the_table_leaves_out_a_few_words_stay() -> None:
+    """Of the whole dictionary of the standard: names, text, dates and times."""
+    made, texts = read(plain()), ("AE", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UR", "UT")
+    with disable_value_validation():
+        for number, (tag, entry) in enumerate(DicomDictionary.items()):
+            if entry[0] in texts and tag not in TABLE and tag >> 16 >= 8:
+                made.add_new(tag, entry[0], canary(entry[0], number))
+        before = read(written(made))
+    after = read(deidentified(written(made), "film", BASIC))
+    stay = {held.keyword for held in after if held.VR in texts and held.tag not in TABLE and held.value == before[held.tag].value}
+    assert stay == WORDS
+
+
 def test_every_action_of_the_table_leaves_no_value_as_it_was() -> None:
     """Of each element, at the top and three sequences deep: it is gone, empty, or another one."""
     before, after = dict(elements(read(planted()))), dict(elements(read(deidentified(planted(), "film", BASIC))))
@@ -286,6 +300,15 @@ def test_what_options_keep_is_in_the_table() -> None:
         assert some <= KEPT[option]
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "OtherPatientIDs", "AccessionNumber", "OperatorsName", "Allergies"):
         assert all(keyword not in kept for kept in KEPT.values())
+
+
+def test_the_page_lists_what_options_keep() -> None:
+    """Each row of docs/deidentification.md that lists keywords, against the code."""
+    rows = dict[str, set[str]]()
+    for line in PAGE.read_text("utf-8").splitlines():
+        if cells := re.fullmatch(r"\| `(\w+)` \|.*\| (.*) \|", line):
+            rows[cells[1]] = set(re.findall(r"[A-Z]\w+", cells[2]))
+    assert rows == {**{option.value: KEPT[option] for option in Retain}, "words": WORDS}
 
 
 def test_dates_cannot_be_both_kept_and_moved() -> None:
@@ -363,6 +386,12 @@ def test_a_patient_has_one_pseudonym() -> None:
     assert first.PatientID not in (other.PatientID, read(deidentified(plain(), "film", OTHER)).PatientID)
 
 
+@pytest.mark.parametrize("charset", ["", "ISO_IR 192", "ISO_IR 13", "GB18030", ["", "ISO 2022 IR 87"], "ISO_IR 99999"])
+def test_a_pseudonym_can_be_read_in_any_alphabet(charset: str | list[str]) -> None:
+    after = read(deidentified(changed(plain(), SpecificCharacterSet=charset), "film", BASIC))
+    assert re.fullmatch("[0-9a-f]{32}", str(after.PatientName))
+
+
 def test_who_has_no_id_is_told_by_name_or_study() -> None:
     nobody = changed(plain(), PatientID="", PatientName="", StudyInstanceUID="1.2.3")
     named = changed(nobody, PatientName="SYNTHETIC^A", PatientBirthDate="19500101")
@@ -399,6 +428,15 @@ def test_all_dates_of_a_patient_move_alike(patient: str, one: date, other: date)
     assert (other - day(second.StudyDate)).days == days
     assert first.StudyTime == "101112.5"
     assert second.AcquisitionDateTime == f"{second.StudyDate}101112.123456+0100"
+
+
+def test_dates_that_another_option_keeps_move_too() -> None:
+    """A detector is calibrated on the day of the film, or on a day before it: unmoved, it would tell by how much the others moved."""
+    before = changed(plain(), StudyDate="20200315", DateOfLastDetectorCalibration="20200314")
+    after = read(deidentified(before, "film", by(Retain.longitudinal_modified_dates, Retain.device_identity)))
+    assert (day(after.StudyDate) - day(after.DateOfLastDetectorCalibration)).days == 1
+    assert after.StudyDate != "20200315"
+    assert read(deidentified(before, "film", by(Retain.device_identity))).DateOfLastDetectorCalibration == "20200314"
 
 
 def test_patients_move_by_different_days() -> None:

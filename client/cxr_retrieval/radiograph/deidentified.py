@@ -2,8 +2,8 @@
 
 Which element the profile removes, empties or replaces is read from dicom-anonymizer's copy of Table E.1-1 (2026c); that is done here, for
 its own actions leave sequences out and draw UIDs by chance. Where the table has a choice, the one is taken that CR, DX and Secondary
-Capture allow. Beyond the profile goes what nobody can vouch for: elements that PS3.6 does not list, names, free text, binary data but
-pixels and LUTs, overlays and curves as a whole. Pixels are not touched, so a film is refused that says that its patient can be seen there.
+Capture allow. Beyond the profile goes what nobody can vouch for: elements that PS3.6 does not list, names, text but `WORDS`, binary data
+but pixels and LUTs, overlays and curves as a whole. Pixels are not touched; a film that says that its patient can be seen there is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
+from importlib.metadata import version
 from typing import Final
 
 import pydicom
@@ -25,12 +26,11 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.dataset import FileMetaDataset
 from pydicom.tag import BaseTag, Tag
 
-from cxr_retrieval import __version__
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.dicom import without_values
 from cxr_retrieval.radiograph.elements import named, text, texts
 from cxr_retrieval.radiograph.header import keyed_uid
-from cxr_retrieval.radiograph.retained import KEPT, METHODS, NO_DATES, NO_UIDS, Deidentification, Retain
+from cxr_retrieval.radiograph.retained import KEPT, METHODS, NO_DATES, NO_UIDS, WORDS, Deidentification, Retain
 from cxr_retrieval.radiograph.syntaxes import inflated, transfer_syntax
 from cxr_retrieval.radiograph.terms import PROJECTION_CLASSES
 
@@ -64,8 +64,8 @@ _DUMMIES: Final = {
 }
 _DATES: Final = frozenset({Retain.longitudinal_full_dates, Retain.longitudinal_modified_dates})
 _TEMPORAL: Final = frozenset({"DA", "DT", "TM"})
-_UNVOUCHED: Final = frozenset({"AE", "LT", "PN", "ST", "UN", "UR", "UT"})
-"""VRs of names and free text, removed where the table does not list the element."""
+_UNVOUCHED: Final = frozenset({"AE", "LO", "LT", "PN", "SH", "ST", "UC", "UN", "UR", "UT", *_TEMPORAL})
+"""VRs of names, text and time: what has one, and is neither in the table nor one of `WORDS`, is removed."""
 _FIRST_GROUP: Final = 0x0008
 _PIXEL_GROUPS: Final = (0x0028, 0x7FE0)
 _OVERLAYS: Final = 0x60
@@ -175,7 +175,7 @@ def _give_file_meta(dataset: pydicom.FileDataset, syntax: str) -> None:
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.file_meta.TransferSyntaxUID = uid.UID(syntax)
     dataset.file_meta.ImplementationClassUID = uid.UID(IMPLEMENTATION_CLASS)
-    dataset.file_meta.ImplementationVersionName = f"CXR {__version__}"[:16]
+    dataset.file_meta.ImplementationVersionName = f"CXR {version('cxr-retrieval')}"[:16]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _Cleaner:
     patient: str
 
     def clean(self, dataset: pydicom.Dataset) -> None:
-        """Leaves no identity in a whole data set, and says so in it (PS3.3 C.12.1.1.7, C.7.1.1)."""
+        """Leaves no identity in a whole data set, and says so in it (PS3.3 C.7.1.1, C.12.1)."""
         self._clean(dataset)
         retain, dates = self.rules.retain, "REMOVED"
         if Retain.longitudinal_modified_dates in retain:
@@ -230,7 +230,7 @@ class _Cleaner:
         if vr == "UI":
             return "keep" if Retain.uids in retain and keyword not in NO_UIDS else self.actions.get(tag, "replace")
         binary = vr.startswith("O") and tag.group not in _PIXEL_GROUPS
-        return self.actions.get(tag, "remove" if binary or vr in _UNVOUCHED | _TEMPORAL else "keep")
+        return self.actions.get(tag, "remove" if binary or (vr in _UNVOUCHED and keyword not in WORDS) else "keep")
 
     def _replace(self, dataset: pydicom.Dataset, tag: BaseTag, keyword: str, vr: str) -> None:
         """UIDs by keyed ones, but those that stand for the same thing everywhere; all else by the same for everybody."""

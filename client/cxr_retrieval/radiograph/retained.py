@@ -134,6 +134,38 @@ KEPT: Final[Mapping[Retain, frozenset[str]]] = {
     ),
 }
 """Option → keywords that it keeps; beside them the first two keep all dates and times but `NO_DATES`, and `uids` all UIDs but `NO_UIDS`."""
+WORDS: Final = frozenset(
+    {
+        "AcquisitionDeviceProcessingCode",
+        "CodeMeaning",
+        "CodeValue",
+        "CodingSchemeDesignator",
+        "CodingSchemeVersion",
+        "CollimatorGridName",
+        "DetectorManufacturerModelName",
+        "DetectorManufacturerName",
+        "DigitalImageFormatAcquired",
+        "FilterType",
+        "LUTExplanation",
+        "LongCodeValue",
+        "Manufacturer",
+        "ManufacturerModelName",
+        "ModalityLUTType",
+        "PhosphorType",
+        "PixelSpacingCalibrationDescription",
+        "PlateType",
+        "RescaleType",
+        "SecondaryCaptureDeviceManufacturer",
+        "SecondaryCaptureDeviceManufacturerModelName",
+        "SecondaryCaptureDeviceSoftwareVersions",
+        "SoftwareVersions",
+        "TypeOfFilters",
+        "URNCodeValue",
+        "VideoImageFormatAcquired",
+        "WindowCenterWidthExplanation",
+    }
+)
+"""Keywords of text that the table does not list and that stays: how the film was made and is shown. Others go, such as order numbers."""
 NO_DATES: Final = frozenset({"GPSTimeStamp", "PatientBirthDate", "PatientBirthTime"})
 """Dates and times that no option keeps."""
 NO_UIDS: Final = frozenset({"DigitalSignatureUID", "UID"})
