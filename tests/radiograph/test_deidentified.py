@@ -300,7 +300,7 @@ def test_what_options_keep_is_in_the_table() -> None:
     listed = {keyword_for_tag(tag) for tag in TABLE if dictionary_has_tag(tag)}
     assert set(chain.from_iterable(KEPT.values())) <= listed
     assert set(KEPT) == set(Retain) == set(METHODS) - {None}
-    for option, some in {  # read in PS3.15 by a person
+    for option, some in {  # the columns of PS3.15 Table E.1-1, by hand
         Retain.patient_characteristics: {"PatientSex", "PatientAge", "PatientSize", "PatientWeight", "EthnicGroup", "PregnancyStatus"},
         Retain.device_identity: {"StationName", "DeviceSerialNumber", "DetectorID", "PlateID", "CassetteID", "DeviceUID", "UDISequence"},
         Retain.institution_identity: {"InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "InstitutionCodeSequence"},
