@@ -1,7 +1,7 @@
 """What stays of a DICOM file that is de-identified, for whoever needs it: options of PS3.15 E.3, and the elements that each retains.
 
-The columns are those of PS3.15 Table E.1-1 in September 2024. Where one says that an element is to be cleaned, not kept as it is, the element
-is not here: free text cannot be cleaned without reading it, so it goes. A sequence that is kept is gone through like the rest of the file.
+The columns are those of PS3.15 Table E.1-1 in September 2024. Where one says that an element is to be cleaned, not kept as it is, it is
+not here: free text cannot be cleaned without reading it, so it goes. A sequence that is kept is gone through like the rest of the file.
 """
 
 from __future__ import annotations
