@@ -123,6 +123,7 @@ def test_a_real_archive_gets_everything_by_c_store_and_by_stow(tmp_path: Path) -
     assert not list((tmp_path / "spool" / "outgoing").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # pynetdicom forgets a socket that did not connect
 def test_an_archive_that_is_away_is_waited_for(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     films = instances(tmp_path / "films", 3)

@@ -56,8 +56,8 @@ def sent(node: Node, dataset: Dataset, *, caller: str = "CR1") -> Dataset:
         return association.send_c_store(dataset)
     finally:
         association.release()
-        if association.dul.socket is not None:
-            association.dul.socket.close()  # pynetdicom does not, where the peer has left
+        if association.dul.socket is not None and association.dul.socket.socket is not None:
+            association.dul.socket.socket.close()  # pynetdicom leaves it open where the peer has left
 
 
 @pytest.fixture
