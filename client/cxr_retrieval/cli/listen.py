@@ -85,8 +85,15 @@ def listen(
         return
     if out is None:
         raise UsageError("no --out", expected="a file for the results", next_step="give --out results.jsonl")
+    from cxr_retrieval.pacs.dimse import checked_title
+    from cxr_retrieval.pacs.rules import read_rules, rules_of
     from cxr_retrieval.radiograph.decoding import FilmReader
 
+    wanted = rules_of(keep) if rules is None else read_rules(rules)
+    tls = _locked(host, tls_cert, tls_key, tls_client_ca, unencrypted=unencrypted)
+    title = checked_title(aet, "--aet")
+    limits = wanted.node
+    destinations = {name: one.opened() for name, one in wanted.destinations.items()}
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
         from cxr_retrieval import __version__
@@ -98,17 +105,10 @@ def listen(
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.pacs.arrivals import Arrivals
         from cxr_retrieval.pacs.delivery import Delivery
-        from cxr_retrieval.pacs.dimse import checked_title
         from cxr_retrieval.pacs.listening import Answers, Galleries
         from cxr_retrieval.pacs.node import Node, NodeSettings
         from cxr_retrieval.pacs.report import Reporter
-        from cxr_retrieval.pacs.rules import read_rules, rules_of
 
-        wanted = rules_of(keep) if rules is None else read_rules(rules)
-        tls = _locked(host, tls_cert, tls_key, tls_client_ca, unencrypted=unencrypted)
-        title = checked_title(aet, "--aet")
-        limits = wanted.node
-        destinations = {name: one.opened() for name, one in wanted.destinations.items()}
         keys = opened.enter_context(open_pseudonyms(pseudonyms))
         arrivals = opened.enter_context(Arrivals(folder, out, most_waiting=limits.waiting, free_bytes=limits.free_mib * 2**20))
         if retry:

@@ -22,7 +22,7 @@ from cxr_retrieval.pacs.arrivals import ANSWERED, FAILED, REFUSED, Arrival, Arri
 from cxr_retrieval.pacs.report import Reporter
 from cxr_retrieval.pacs.rules import Keep, Rule, Rules
 from cxr_retrieval.radiograph.decoding import FilmReader
-from cxr_retrieval.radiograph.deidentified import Deidentification
+from cxr_retrieval.radiograph.retained import Deidentification
 from cxr_retrieval.retrieval import query
 from cxr_retrieval.retrieval.query import QueryResult
 from cxr_retrieval.settings import MilvusSettings
@@ -125,7 +125,18 @@ class Answers:
             assert rule is not None
             gallery = self._galleries[name]
             asked = [query.Asked(None, one.film, one.outputs, None, {"infer": 1000 * one.seconds}) for one in some]
-            results = query.answer(asked, gallery.store, self._model_version, top_k=rule.top_k, where=gallery.clause, source=rule.source)
+            results = query.answer(
+                asked,
+                gallery.store,
+                self._model_version,
+                top_k=rule.top_k,
+                where=gallery.clause,
+                include_own=rule.include_own,
+                gate=rule.gate,
+                error_rate=rule.error_rate,
+                balance=rule.balance,
+                source=rule.source,
+            )
             made += [self._made(one, rule, result) for one, result in zip(some, results, strict=True)]
         return made
 

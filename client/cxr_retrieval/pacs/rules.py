@@ -28,10 +28,12 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cxr_retrieval.errors import SetupError, UsageError
+from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.pacs.dicomweb import Web
 from cxr_retrieval.pacs.dimse import Peer, checked_title
-from cxr_retrieval.radiograph.deidentified import Deidentification, Retain
 from cxr_retrieval.radiograph.header import Header
+from cxr_retrieval.radiograph.retained import Deidentification, Retain
+from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.settings import Tls
 
 if sys.version_info >= (3, 11):
@@ -131,7 +133,8 @@ class Rule(_Frozen):
 
     Attributes:
         callers, modalities, body_parts: Who sent it, Modality (0008,0060), Body Part Examined (0018,0015); empty: any.
-        gallery: Milvus URI of the cases to compare with; empty: the node's own. where, text, top_k, source: As `cxr query` has them.
+        gallery: Milvus URI of the cases to compare with; empty: the node's own. where, text, top_k, source, include_own, gate, error_rate,
+            balance: As `cxr batch` has them.
         send: What goes to the destinations named in `to`. to: Names, or "sender".
         forward: Destinations that get the instance itself, de-identified. keep: What stays here. retain: Options of de-identification.
     """
@@ -145,6 +148,10 @@ class Rule(_Frozen):
     text: str = ""
     top_k: Annotated[int, Field(ge=1, le=1000)] = 10
     source: str | None = None
+    include_own: bool = False
+    gate: bool = True
+    error_rate: Annotated[float, Field(ge=0.01, le=0.5)] = DEFAULT_ERROR_RATE
+    balance: Annotated[float, Field(ge=0, le=1)] = DEFAULT_BALANCE
     send: tuple[Literal["report", "picture"], ...] = ("report", "picture")
     to: tuple[str, ...] = ()
     forward: tuple[str, ...] = ()
