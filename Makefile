@@ -13,7 +13,7 @@ SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
 
-.PHONY: demo test test-real test-night chaos soak fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose peers
+.PHONY: demo test test-real test-night chaos chaos-node soak soak-node fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose peers
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -37,6 +37,12 @@ chaos: .venv-dev/.installed     ## each component killed, stalled and cut at ran
 
 soak: .venv-dev/.installed      ## memory and descriptors over MINUTES=20 of everything at once, and over FILES=100000, twice
 	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.soak --minutes $(MINUTES) --files $(FILES)
+
+soak-node: .venv-dev/.installed peers ## memory and descriptors of `cxr listen` over MINUTES=20 between a modality and an archive
+	@PYTHONPATH=tests .venv-dev/bin/python -m chaos.soak --minutes 0 --node-minutes $(MINUTES) --out runs/soak-node
+
+chaos-node: .venv-dev/.installed peers ## 1,000 films to `cxr listen`, killed 20 times: what is lost that was confirmed, and what answered twice. SEED=
+	@SEED=$(SEED) .venv-dev/bin/python -m pytest -q -s -m whole tests/integration/test_listen.py tests/pacs/test_arrivals.py
 
 # As root, for a chroot is made. Not a part of `test`: five minutes, and a gigabyte from package registries.
 image-check: .venv-dev/.installed ## deploy/Dockerfile built for real, on Debian in place of NVIDIA's image

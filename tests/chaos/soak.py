@@ -1,4 +1,5 @@
 """`make soak`: hours in which nothing may grow. Part one: batch, ingest and queries at once, for as long as asked. Part two: very many files.
+Part three: a DICOM node between a modality and an archive.
 
 Sampled every second: resident memory and open descriptors of the client, its workers, Triton and Milvus. After a warm-up a line is fitted;
 it must be flat within a bound that is printed beside it.
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,8 @@ from rich.table import Table
 from chaos.instant import instant_repository
 from chaos.world import Client, environment, make_archive, milvus_service, triton_service, write_manifest
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
-from tests_support import cxr_command
+from pacs.peers import instances, orthanc
+from tests_support import cxr_command, free_ports
 
 EVERY_S: Final = 1.0
 WARM_UP: Final = 0.4
@@ -217,6 +220,61 @@ def many_files(folder: Path, count: int, *, gallery: bool) -> dict[str, Any]:
     return {"files": count, "per_second": round(count / seconds, 1), "mb_at": at, **_judged(f"{count} files, {name}", series)}
 
 
+def node(folder: Path, minutes: float) -> dict[str, Any]:
+    """`cxr listen` between a modality that sends 20 films every four seconds and an archive that gets reports and pictures; strangers, garbage
+    and films that are no news beside.
+    """
+    (port,) = free_ports(1)
+    with ExitStack() as stack:
+        triton, triton_port = triton_service(
+            folder / "triton", "--repository", str(instant_repository(folder / "repository")), "--precision", "fp32"
+        )
+        milvus, milvus_port = milvus_service(folder / "milvus", folder / "gallery.db")
+        stack.enter_context(triton)
+        stack.enter_context(milvus)
+        archive = stack.enter_context(orthanc(folder / "orthanc", MaximumStorageSize=500))
+        servers = ["--triton", f"127.0.0.1:{triton_port}", "--milvus", f"http://127.0.0.1:{milvus_port}"]
+        cases = write_manifest(folder / "cases.csv", make_archive(folder / "cases", 30, variants=1))
+        filling = Client.start(folder / "filling", "", "ingest", "--no-gate", "--manifest", cases, *servers)
+        assert filling.process.wait(240) == 0, (folder / "filling" / "client.err").read_text()
+        rules = folder / "rules.toml"
+        to = f'[destinations.archive]\naet = "{archive.aet}"\nhost = "127.0.0.1"\nport = {archive.port}\n'
+        rules.write_text(f'{to}[[rules]]\nname = "all"\ngate = false\nto = ["archive"]\n')
+        listening = ["listen", "--out", folder / "results.jsonl", "--spool", folder / "spool", "--port", f"{port}", "--rules", rules]
+        client = Client.start(folder / "client", "", *listening, "--metrics", "0", *servers)
+        done = counted(folder / "results.jsonl")
+        modality = _modality(folder / "films", port)
+        series = watch(
+            {"node": lambda: client.family()[:1], "workers": lambda: client.family()[1:]},
+            done,
+            lambda seconds: bool(next(modality)) and seconds < 60 * minutes and client.process.poll() is None,
+        )
+        client.process.send_signal(signal.SIGTERM)
+        code = client.process.wait(120)
+    console.print(f"node: {max(series['node'].done)} films answered, ended with {code}")
+    return {"minutes": minutes, "answered": max(series["node"].done), "exit": code, **_judged("node", series)}
+
+
+def _modality(folder: Path, port: int) -> Iterator[int]:
+    """Sends; yields again and again, at once."""
+    due = time.monotonic() + 10  # until it listens
+    sending: list[subprocess.Popen[bytes]] = []
+    films: list[Path] = []
+    for _ in itertools.count():
+        if time.monotonic() >= due and all(process.poll() is not None for process in sending):
+            again = [film.rename(film.with_name(f"again-{film.name}")) for film in films[-2:]]
+            films = [*again, *instances(folder, 20)]
+            commands = [["storescu", "-aec", "CXR", "127.0.0.1", port, *films], ["echoscu", "-aec", "STRANGER", "127.0.0.1", port]]
+            sending = [
+                subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                for command in commands
+            ]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as garbage:
+                garbage.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            due = max(due + 4, time.monotonic())
+        yield 1
+
+
 def _small_films(folder: Path, count: int) -> None:
     if folder.is_dir():
         return
@@ -260,6 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="of part one; 0 leaves it out")
     parser.add_argument("--files", type=int, default=0, help="of part two, once with and once without a gallery; 0 leaves it out")
+    parser.add_argument("--node-minutes", type=float, default=0, help="of part three, `cxr listen`; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="writes <out>.json and <out>.png")
     asked = parser.parse_args()
     found: dict[str, Any] = {}
@@ -273,6 +332,8 @@ def main() -> None:
                 work.mkdir()
                 shutil.move(folder / "files-False" / "archive", work / "archive")
             found[f"{asked.files} files, {'answers' if gallery else 'embeddings'}"] = many_files(work, asked.files, gallery=gallery)
+        if asked.node_minutes:
+            found["node"] = node(folder / "node", asked.node_minutes)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     plot(found, asked.out.with_suffix(".png"))
     asked.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
