@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,29 @@ def test_every_image_is_pinned_to_a_version(text: str) -> None:
 def test_nothing_is_published_beyond_this_machine() -> None:
     source = (ROOT / "compose.yaml").read_text()
     lists = re.findall(r"ports: \[(.*)\]", source)
-    assert len(lists) == source.count("ports:") == 4
-    published = [port.strip() for ports in lists for port in ports.split(",")]
-    assert {port.split(":")[1] for port in published} == {"8000", "8001", "8002", "19530", "9090", "3000"}
+    assert len(lists) == source.count("ports:") == 5
+    published = [port.strip().replace("${CXR_NODE_ADDRESS:-127.0.0.1}", "127.0.0.1") for ports in lists for port in ports.split(",")]
+    assert {port.split(":")[1] for port in published} == {"8000", "8001", "8002", "19530", "9090", "3000", "11112"}
     assert all(port.startswith('"127.0.0.1:') for port in published)
+
+
+def test_the_node_asks_callers_for_certificates() -> None:
+    node = compose("--profile", "node", "config", GRAFANA_PASSWORD="of-the-test").stdout
+    assert "listen:" in node
+    assert "profiles: [node]" in (ROOT / "compose.yaml").read_text(), "it wants rules and certificates first"
+    for option in ("--tls-cert", "--tls-key", "--tls-client-ca", "--rules"):
+        assert option in node
+    assert "--unencrypted" not in node
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_the_nodes_unit_is_valid(tmp_path: Path) -> None:
+    unit = (ROOT / "deploy" / "cxr-listen.service").read_text()
+    assert "/opt/cxr/bin/cxr listen" in unit
+    here = tmp_path / "cxr-listen.service"
+    here.write_text(unit.replace("/opt/cxr/bin/cxr", str(Path(sys.executable).with_name("cxr"))))
+    checked = subprocess.run(["systemd-analyze", "verify", here], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
 
 
 def test_triton_loads_the_contracts_models_explicitly_from_a_read_only_folder(text: str) -> None:

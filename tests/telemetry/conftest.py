@@ -6,15 +6,19 @@ import pytest
 
 from cxr_retrieval.archive.watching import (
     Answered,
+    Arrived,
     Asked,
     Away,
     Back,
     Begun,
+    Delivered,
     Depths,
     Event,
     Expected,
     Failed,
     Kept,
+    Listening,
+    Queue,
     Read,
     Retried,
     Settled,
@@ -43,6 +47,11 @@ _EVENTS: tuple[Event, ...] = (
     Answered(AGAIN, 8, Took(2.0, 0.3)),
     Kept({TRACE.trace_id: 8}, Took(3.0, 0.1), Took(4.0, 0.01)),
     Settled({"answered": 8, "failed": 1}),
+    Listening(lambda: Queue(2, 41, 7.5, 3, 90.0)),
+    Arrived("received"),
+    Arrived("rejected caller"),
+    Delivered("archive", "sent"),
+    Delivered("archive", "postponed"),
 )
 
 

@@ -39,6 +39,10 @@ def test_a_run_is_told_in_lines_that_name_nobody(events: tuple[Event, ...], name
         "back",
         "waiting",
         "answered",
+        "arrived",
+        "arrived",
+        "delivered",
+        "delivered",
         "ended",
     ]
     for line in found:
@@ -46,6 +50,8 @@ def test_a_run_is_told_in_lines_that_name_nobody(events: tuple[Event, ...], name
     failed, away, ended = found[1], found[4], found[-1]
     assert (failed["level"], failed["input"], failed["error"]) == ("warning", 7, "ImageError")
     assert (away["service"], away["error"]) == ("triton", "ServerDownError")
+    assert [(line["what"], line["level"]) for line in found[8:10]] == [("received", "info"), ("rejected caller", "warning")]
+    assert [(line["destination"], line["outcome"]) for line in found[10:12]] == [("archive", "sent"), ("archive", "postponed")]
     assert found[7]["trace_id"] == found[2]["trace_id"] == found[3]["trace_id"]
     assert {key: ended[key] for key in ("level", "files", "answered", "failed", "error", "next_step")} == {
         "level": "error",

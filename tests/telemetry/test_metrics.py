@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cxr_retrieval.archive.watching import Event, Settled
-from cxr_retrieval.errors import SetupError
+from cxr_retrieval.archive.watching import Away, Back, Event, Listening, Queue, Settled
+from cxr_retrieval.errors import ServerDownError, SetupError
 from cxr_retrieval.settings import TelemetrySettings
 from cxr_retrieval.telemetry.metrics import Metrics, served
 from tests_support import dashboard_metrics
@@ -63,10 +66,43 @@ def test_what_happened_is_counted(samples: dict[str, float]) -> None:
         "cxr_stage_seconds_sum{infer}": 0.3,
         "cxr_stage_seconds_sum{keep}": 0.1,
         "cxr_stage_seconds_sum{record}": 0.01,
+        "cxr_dicom_instances_total{received}": 1,
+        "cxr_dicom_instances_total{rejected caller}": 1,
+        "cxr_dicom_parcels_total{archive,sent}": 1,
+        "cxr_dicom_parcels_total{archive,postponed}": 1,
+        "cxr_dicom_associations{}": 2,
+        "cxr_dicom_waiting{}": 41,
+        "cxr_dicom_oldest_seconds{}": 7.5,
+        "cxr_dicom_to_send{}": 3,
+        "cxr_dicom_oldest_parcel_seconds{}": 90,
         "cxr_build_info{1.2.3}": 1,
     }
     assert {name: samples[name] for name in expected} == pytest.approx(expected)
     assert samples["cxr_waiting_seconds{milvus}"] > 0
+
+
+def health(metrics: Metrics) -> tuple[int, dict[str, Any]]:
+    with served(metrics, "127.0.0.1", 0) as address:
+        try:
+            with urllib.request.urlopen(f"http://{address}/health", timeout=10) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+def test_health_is_well_until_a_server_is_waited_for() -> None:
+    metrics = Metrics("1")
+    assert health(metrics) == (200, {"status": "ok", "waiting_for": {}})
+    metrics(Listening(lambda: Queue(0, 5, 1.5, 2, 0.5)))
+    queue = {"associations": 0, "waiting": 5, "oldest_s": 1.5, "to_send": 2, "oldest_parcel_s": 0.5}
+    assert health(metrics) == (200, {"status": "ok", "waiting_for": {}, **queue})
+    metrics(Away("triton", ServerDownError("no Triton")))
+    time.sleep(0.1)
+    code, said = health(metrics)
+    assert (code, said["status"]) == (503, "waiting")
+    assert said["waiting_for"]["triton"] > 0
+    metrics(Back("triton", 1.0))
+    assert health(metrics)[0] == 200
 
 
 def test_two_runs_in_one_process_share_nothing() -> None:
@@ -131,5 +167,6 @@ def test_prometheus_scrapes_the_port_that_compose_gives_the_client() -> None:
     scrape = (ROOT / "deploy" / "prometheus.yaml").read_text()
     port = re.search(r"names: \[client\], type: A, port: (\d+)", scrape)
     assert port
+    assert f"names: [listen], type: A, port: {port[1]}" in scrape
     assert f'CXR_METRICS: "0.0.0.0:{port[1]}"' in (ROOT / "compose.yaml").read_text()
     assert json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "cxr-retrieval.json").read_text())["panels"]
