@@ -29,6 +29,7 @@ COMMANDS = (
     "",
     "demo",
     "serve",
+    "pull",
     "manifest",
     "ingest",
     "query",

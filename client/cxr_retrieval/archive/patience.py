@@ -19,7 +19,7 @@ from tenacity import (
 )
 
 from cxr_retrieval.archive.watching import Away, Back, Retried, Watch, unwatched
-from cxr_retrieval.errors import CxrError, ServerDownError, StoreDownError
+from cxr_retrieval.errors import CxrError, PeerDownError, ServerDownError, StoreDownError
 
 T = TypeVar("T")
 
@@ -95,6 +95,6 @@ class Patience:
         return found
 
     def _say(self, service: str, error: CxrError) -> None:
-        how = "is away" if isinstance(error, (ServerDownError, StoreDownError)) else "cannot serve now"
+        how = "is away" if isinstance(error, (ServerDownError, StoreDownError, PeerDownError)) else "cannot serve now"
         self.tell(f"{service.capitalize()} {how}: {error.what}. Waiting for it")
         self.watch(Away(service, error))

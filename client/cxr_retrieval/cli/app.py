@@ -26,6 +26,7 @@ from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.listen import listen
 from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.manifest import manifest
+from cxr_retrieval.cli.pull import pull
 from cxr_retrieval.cli.query import query
 from cxr_retrieval.cli.reindex import reindex
 from cxr_retrieval.cli.serve import serve
@@ -40,7 +41,24 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, serve, manifest, ingest, query, view, batch, listen, evaluate, calibrate, adapt, cluster, reindex, loadtest, info):
+for command in (
+    demo,
+    serve,
+    manifest,
+    ingest,
+    query,
+    view,
+    batch,
+    listen,
+    pull,
+    evaluate,
+    calibrate,
+    adapt,
+    cluster,
+    reindex,
+    loadtest,
+    info,
+):
     app.command()(command)
 
 app.add_typer(gallery_app, name="gallery")
