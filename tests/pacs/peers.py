@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,7 +22,7 @@ import pydicom
 import requests
 from pydicom.uid import generate_uid
 
-from certificates import Certificates
+from certificates import LOCAL, Certificates
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom
 from tests_support import free_ports
 
@@ -239,3 +241,78 @@ def _pass_on(source: socket.socket, to: socket.socket) -> None:
             to.sendall(data)
     with suppress(OSError):
         to.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Generator[tuple[str, list[dict[str, str]]]]:
+    """A server that answers every GET so; where it is, and the headers of all requests, with their path as `path`."""
+    asked: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append({**self.headers, "path": self.path})
+            try:
+                answer(self)
+            except OSError:  # the client has had enough
+                pass
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = ThreadingHTTPServer((LOCAL, 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://{LOCAL}:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def says(code: int, body: bytes = b"", **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer for `answering`."""
+
+    def answer(to: BaseHTTPRequestHandler) -> None:
+        to.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            to.send_header(name.replace("_", "-"), value)
+        to.end_headers()
+        to.wfile.write(body)
+
+    return answer
+
+
+@dataclass
+class Passing:
+    """A proxy before an HTTP server of this machine that knows what it was asked for: the paths of all GETs, in their order."""
+
+    url: str
+    asked: list[str]
+    delay_s: float = 0.0
+
+    def instances(self) -> list[str]:
+        """SOP Instance UIDs of those that were retrieved."""
+        return [path.rsplit("/", 1)[1] for path in list(self.asked) if re.search(r"/instances/[\d.]+$", path)]
+
+
+@contextmanager
+def passing(url: str) -> Generator[Passing]:
+    """See `Passing`; `url` is a DICOMweb root."""
+    through = Passing("", [])
+    parts = urlsplit(url)
+
+    def answer(to: BaseHTTPRequestHandler) -> None:
+        through.asked.append(to.path)
+        if "/instances/" in to.path:
+            time.sleep(through.delay_s)
+        try:
+            given = requests.get(f"http://{parts.netloc}{to.path}", headers={"Accept": to.headers.get("Accept", "*/*")}, timeout=60)
+        except requests.RequestException:
+            to.close_connection = True
+            return
+        says(given.status_code, given.content, Content_Type=given.headers.get("Content-Type", ""))(to)
+
+    with answering(answer) as (address, _):
+        through.url = address + parts.path
+        yield through

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from cxr_retrieval.errors import PeerDownError, PeerError, SetupError
 from cxr_retrieval.pacs import dicomweb
 from cxr_retrieval.pacs.dicomweb import Web, answered, objects, opened
 from cxr_retrieval.settings import Tls
-from pacs.peers import instances, orthanc, secured
+from pacs.peers import answering, instances, orthanc, says, secured
 from tests_support import free_ports
 
 USERS = {"reader": "planted-4b1d0c77"}
@@ -32,44 +31,6 @@ def locked(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory)
 def found(web: Web) -> int:
     with answered(web), opened(web) as client:
         return len(objects(web, client.search_for_studies()))
-
-
-@contextmanager
-def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Generator[tuple[str, list[dict[str, str]]]]:
-    """A server that answers every GET so; where it is, and the headers of all requests."""
-    asked: list[dict[str, str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(dict(self.headers))
-            try:
-                answer(self)
-            except OSError:  # the client has had enough
-                pass
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer((LOCAL, 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://{LOCAL}:{server.server_address[1]}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def says(code: int, body: bytes = b"", **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    def answer(to: BaseHTTPRequestHandler) -> None:
-        to.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            to.send_header(name.replace("_", "-"), value)
-        to.end_headers()
-        to.wfile.write(body)
-
-    return answer
 
 
 def test_searches_over_tls_with_a_password(locked: str, certificates: Certificates) -> None:

@@ -117,7 +117,7 @@ def pull(
         raise UsageError("where from", expected="one of --web and --peer", got="both" if web else "neither", next_step="give one")
     encrypted = Tls(ca, cert, key, server_name) if tls or ca or cert or key or server_name else None
     modalities = tuple(word.strip().upper() for word in modality.split(","))
-    wanted = Wanted(modalities, body_part, since and since.date(), until and until.date(), description, patient)
+    wanted = Wanted(modalities, body_part.upper(), since and since.date(), until and until.date(), description, patient)
     started = time.monotonic()
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())

@@ -117,6 +117,7 @@ def associated(
     *,
     negotiated: Sequence[Any] = (),
     handlers: Sequence[Any] = (),
+    serving: bool = False,
 ) -> Generator[Association]:
     """An association with a peer, in which it has accepted at least one of the contexts; it is released when the block ends, or aborted
     where that fails, and its threads have ended then.
@@ -125,6 +126,7 @@ def associated(
         calling: Our AE title.
         negotiated: Roles and other items of negotiation (PS3.7 D.3.3); of role selection for C-GET.
         handlers: pynetdicom's `evt_handlers`, for what the peer asks of us within it.
+        serving: Whether it may also ask between our own questions, as for storage commitment; within one, C-GET's always may.
 
     Raises:
         PeerError: It does not want us, or not for this; its certificate is not accepted, or ours is not.
@@ -141,13 +143,15 @@ def associated(
             ae_title=peer.aet.strip(),
             ext_neg=list(negotiated),
             tls_args=tls,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _at_once), *handlers],
+            evt_handlers=[*AT_ONCE, *handlers],
         )
     except OSError as error:  # a name that nobody knows
         raise _silent(peer, error.strerror or type(error).__name__) from error
     try:
         if not association.is_established:
             raise _refused(peer, association)
+        if not serving:
+            _answers_are_ours(association)
         yield association
     except BaseException:
         if association.is_established:
@@ -166,13 +170,34 @@ def lost(peer: Peer) -> PeerDownError:
     return PeerDownError(
         f"{peer.address}: the association ended before the answer",
         expected=f"an answer within {peer.timeout_s:g} s",
-        next_step="see the peer's log; --timeout gives it longer",
+        next_step="see the peer's log: it may not know our AE title; --timeout gives it longer",
     )
 
 
+def _answers_are_ours(association: Association) -> None:
+    """Keeps pynetdicom's own thread, which looks for questions of the peer, from taking answers to ours: it is paused while one is asked,
+    but may not have noticed yet that it goes on when the next one follows at once; answers that it takes are lost without an error.
+    """
+    take = association.dimse.get_msg
+
+    def take_if_waited_for(block: bool = False) -> Any:
+        return take(block) if block else (None, None)
+
+    association.dimse.get_msg = take_if_waited_for
+
+
 def _at_once(event: Any) -> None:
-    """Small messages are sent as they are (TCP_NODELAY); else each waits for the acknowledgement of the one before, some 40 ms."""
-    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    """What is sent goes out at once, and what comes is acknowledged at once; else one end waits some 40 ms for the other in every exchange,
+    of which a search has two for each study.
+    """
+    connection: socket.socket | None = event.assoc.dul.socket.socket
+    if connection is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # until the kernel thinks otherwise
+
+
+AT_ONCE: Final = tuple((moment, _at_once) for moment in (evt.EVT_CONN_OPEN, evt.EVT_DATA_SENT, evt.EVT_DATA_RECV))
+"""Handlers for every association, also those that a peer opens."""
 
 
 def _refused(peer: Peer, association: Association) -> PeerError:

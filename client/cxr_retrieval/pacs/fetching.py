@@ -23,7 +23,7 @@ from pynetdicom.presentation import AllStoragePresentationContexts, build_contex
 
 from cxr_retrieval.errors import PeerDownError, PeerError, SetupError
 from cxr_retrieval.pacs.dicomweb import MAX_BYTES, Web, answered, not_dicomweb
-from cxr_retrieval.pacs.dimse import Peer, associated, checked_title, lost
+from cxr_retrieval.pacs.dimse import AT_ONCE, Peer, associated, checked_title, lost
 from cxr_retrieval.pacs.pulled import Found
 from cxr_retrieval.radiograph.syntaxes import DECODERS
 from cxr_retrieval.settings import Tls
@@ -202,7 +202,7 @@ def move_fetcher(peer: Peer, calling: str, port: int) -> Generator[Connect]:
         entity.add_supported_context(context.abstract_syntax or "", list(DECODERS))
     context = None if peer.tls is None else _as_server(peer.tls)
     try:
-        entity.start_server(("", port), block=False, ssl_context=context, evt_handlers=list(inbox.handlers))
+        entity.start_server(("", port), block=False, ssl_context=context, evt_handlers=[*AT_ONCE, *inbox.handlers])
     except OSError as error:
         raise SetupError(
             f"port {port}: cannot be listened on", expected="a free port", got=error.strerror or "", next_step="correct --move-port"

@@ -40,7 +40,7 @@ class Wanted:
 
     Args:
         modalities: One of these (0008,0060).
-        body_part: (0018,0015), compared in upper case; an archive that does not say it is believed.
+        body_part: (0018,0015); an archive that does not say it is believed.
         since, until: Study Date (0008,0020), both included.
         description: Words that Study Description (0008,1030) holds one behind the other, in any case.
         patient, issuer: Patient ID (0010,0020), exactly; the issuer (0010,0021) only where the archive says it.
@@ -100,14 +100,15 @@ class Wanted:
     def is_met_by_series(self, answer: Answer) -> bool:
         """The same of a series."""
         part = answer.get("BodyPartExamined", "").upper()
-        return answer.get("Modality", "") in self.modalities and (not self.body_part or part in ("", self.body_part.upper()))
+        return answer.get("Modality", "") in self.modalities and (not self.body_part or part in ("", self.body_part))
 
     def study_keys(self, modality: str) -> dict[str, str]:
-        """Of a search for studies that hold this modality."""
+        """Of a search for studies that hold this modality. Letters beyond ASCII, which archives compare each in their own way, are left open."""
+        words = "".join(letter if letter.isascii() else "*" for letter in self.description)
         return {
             "ModalitiesInStudy": modality,
             "StudyDate": self.days,
-            "StudyDescription": f"*{self.description}*" if self.description else "",
+            "StudyDescription": f"*{words}*" if words else "",
             "PatientID": self.patient,
         }
 
@@ -115,7 +116,7 @@ class Wanted:
         """Of a search for series in a study; several modalities would be several searches, and are sorted out here."""
         return {
             "Modality": self.modalities[0] if len(self.modalities) == 1 else "",
-            "BodyPartExamined": self.body_part.upper(),
+            "BodyPartExamined": self.body_part,
         }
 
 
