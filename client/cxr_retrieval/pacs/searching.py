@@ -42,7 +42,7 @@ class Wanted:
         modalities: One of these (0008,0060).
         body_part: (0018,0015); an archive that does not say it is believed.
         since, until: Study Date (0008,0020), both included.
-        description: Words that Study Description (0008,1030) holds one behind the other, in any case.
+        description: Words that Study Description (0008,1030) holds one behind the other; most archives want them in the case written there.
         patient, issuer: Patient ID (0010,0020), exactly; the issuer (0010,0021) only where the archive says it.
 
     Raises:
@@ -103,7 +103,7 @@ class Wanted:
         return answer.get("Modality", "") in self.modalities and (not self.body_part or part in ("", self.body_part))
 
     def study_keys(self, modality: str) -> dict[str, str]:
-        """Of a search for studies that hold this modality. Letters beyond ASCII, which archives compare each in their own way, are left open."""
+        """Of a search for studies that hold this modality. Letters beyond ASCII, which archives compare in their ways, are left open."""
         words = "".join(letter if letter.isascii() else "*" for letter in self.description)
         return {
             "ModalitiesInStudy": modality,
