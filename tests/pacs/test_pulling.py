@@ -11,11 +11,12 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
@@ -38,7 +39,8 @@ from tests_support import ENVIRONMENT, at_a_terminal, cxr_command, free_ports, r
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed <(ssl.SSL|)[sS]ocket:ResourceWarning")
 """pynetdicom forgets the socket of a connection that failed."""
 USERS = {"reader": "planted-71c0e2"}
-KINDS = {
+UTF8: Mapping[str, Any] = {"SpecificCharacterSet": "ISO_IR 192"}
+KINDS: Mapping[str, Mapping[str, Any]] = {
     "dx": {"count": 12, "per_study": 2},
     "cr": {"count": 4, "Modality": "CR", "StudyDate": "20210505", "StudyDescription": "Röntgen Thorax p.a."},
     "hand": {"count": 3, "BodyPartExamined": "HAND"},
@@ -47,7 +49,7 @@ KINDS = {
 
 
 def made(folder: Path) -> dict[str, list[Path]]:
-    return {kind: instances(folder / kind, SpecificCharacterSet="ISO_IR 192", **options) for kind, options in KINDS.items()}  # pyright: ignore
+    return {kind: instances(folder / kind, **UTF8, **options) for kind, options in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +206,17 @@ def older(tmp_path: Path) -> Iterator[Orthanc]:
 
 def test_priors_of_a_film(older: Orthanc, tmp_path: Path, reader: FilmReader) -> None:
     days = ("20180203", "20190405", "20200607", "20210809")
-    whose = {day: instances(tmp_path / day, 1, PatientID="PRIOR-1", StudyDate=day, IssuerOfPatientID="HERE")[0] for day in days}
-    alike = instances(tmp_path / "alike", 1, PatientID="PRIOR-11", StudyDate="20180203")
+    whose = {day: instances(tmp_path / day, 1, PatientID="PRIOR 1/ä", StudyDate=day, IssuerOfPatientID="HERE", **UTF8)[0] for day in days}
+    alike = instances(tmp_path / "alike", 1, PatientID="PRIOR 11/ä", StudyDate="20180203", **UTF8)
     older.upload(*whose.values(), *alike)
     said = "".join(cxr("pull", "--web", older.web, "--out", tmp_path / "out", "--prior-to", whose["20200607"]))
     assert in_folder(tmp_path / "out") == uids([whose["20180203"], whose["20190405"]])
     wanted = prior_to(reader.header(whose["20190405"]).result(), Wanted())
-    assert (wanted.patient, wanted.issuer, wanted.until) == ("PRIOR-1", "HERE", date(2019, 4, 4))
+    assert (wanted.patient, wanted.issuer, wanted.until) == ("PRIOR 1/ä", "HERE", date(2019, 4, 4))
     get = by_dimse(f"{older.aet}@{LOCAL}:{older.port}", None, 20, "CXR", get=True)
     pulled(get, tmp_path / "get", reader, wanted)
     assert in_folder(tmp_path / "get") == uids([whose["20180203"]])
-    assert "PRIOR-1" not in json.dumps(wanted.of_journal()) + said
+    assert "PRIOR 1/ä" not in json.dumps(wanted.of_journal()) + said
     nobody = instances(tmp_path / "nobody", 1, PatientID="")[0]
     with pytest.raises(UsageError, match="does not say whose it is"):
         prior_to(reader.header(nobody).result(), Wanted())

@@ -118,9 +118,9 @@ class _Bounded(HTTPAdapter):
         super().init_poolmanager(*given, **options, **({"server_hostname": name, "assert_hostname": name} if name else {}))
 
     def send(self, request: Any, *given: Any, **options: Any) -> Any:
-        """Also where the caller gave no time-out. A wildcard goes as `*`, a space as `%20`: Orthanc takes `%2A` and `+` for letters."""
+        """Also where the caller gave no time-out. A wildcard goes as it is: Orthanc's plugin takes `%2A` for letters."""
         path, asks, query = request.url.partition("?")
-        request.url = path + asks + query.replace("%2A", "*").replace("+", "%20")
+        request.url = path + asks + query.replace("%2A", "*")
         if options.get("timeout") is None:
             options["timeout"] = self._web.timeout_s
         response = super().send(request, *given, **options)

@@ -6,6 +6,7 @@ An archive may ignore a key that it does not know; what it returns is held again
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +43,7 @@ class Wanted:
         modalities: One of these (0008,0060).
         body_part: (0018,0015); an archive that does not say it is believed.
         since, until: Study Date (0008,0020), both included.
-        description: Words that Study Description (0008,1030) holds one behind the other; most archives want them in the case written there.
+        description: Words that Study Description (0008,1030) holds one behind the other; some archives want them in the case written there.
         patient, issuer: Patient ID (0010,0020), exactly; the issuer (0010,0021) only where the archive says it.
 
     Raises:
@@ -103,13 +104,12 @@ class Wanted:
         return answer.get("Modality", "") in self.modalities and (not self.body_part or part in ("", self.body_part))
 
     def study_keys(self, modality: str) -> dict[str, str]:
-        """Of a search for studies that hold this modality. Letters beyond ASCII, which archives compare in their ways, are left open."""
-        words = "".join(letter if letter.isascii() else "*" for letter in self.description)
+        """Of a search for studies that hold this modality."""
         return {
             "ModalitiesInStudy": modality,
             "StudyDate": self.days,
-            "StudyDescription": f"*{words}*" if words else "",
-            "PatientID": self.patient,
+            "StudyDescription": _left_open(f" {self.description} ") if self.description else "",
+            "PatientID": _left_open(self.patient),
         }
 
     def series_keys(self) -> dict[str, str]:
@@ -228,8 +228,6 @@ class DimseSearch:
 
     def _find(self, level: str, keys: Mapping[str, str]) -> list[Answer]:
         identifier = Dataset()
-        if not "".join(keys.values()).isascii():
-            identifier.SpecificCharacterSet = "ISO_IR 192"
         identifier.QueryRetrieveLevel = level
         for keyword, value in keys.items():
             setattr(identifier, keyword, value)
@@ -264,6 +262,11 @@ def dimse_search(peer: Peer, calling: str) -> Generator[Search]:
     """
     with associated(peer, calling, [build_context(_FIND)]) as association:
         yield DimseSearch(peer, association)
+
+
+def _left_open(value: str) -> str:
+    """With a wildcard for what archives decode or compare each in their own way; what they return is held against the value itself."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "*", value)
 
 
 def _from_json(answer: Mapping[str, Any]) -> Answer:
