@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -27,12 +28,13 @@ from certificates import LOCAL, Certificates
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.cli.app import app
 from cxr_retrieval.errors import PeerDownError, PeerError, SetupError, UsageError
-from cxr_retrieval.pacs import dicomweb
+from cxr_retrieval.pacs import dicomweb, searching
 from cxr_retrieval.pacs.archives import by_dimse, on_the_web
 from cxr_retrieval.pacs.pulled import Found, Pulled
 from cxr_retrieval.pacs.pulling import Archive, pull
 from cxr_retrieval.pacs.searching import Wanted, prior_to
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.settings import Tls
 from pacs.peers import Orthanc, answering, dcmtk, instances, orthanc, passing, says, secured
 from tests_support import ENVIRONMENT, at_a_terminal, cxr_command, free_ports, run_cxr
 
@@ -141,9 +143,9 @@ def test_a_folder_of_films_that_names_nobody(archive: Orthanc, films: dict[str, 
         assert first.PixelData == pydicom.dcmread(again).PixelData
     told = done.stdout + done.stderr + (out / "pull.journal").read_bytes().decode("latin-1")
     assert not any(str(pydicom.dcmread(path).PatientID) in told for path in films["dx"])
-    assert cxr("pull", "--web", archive.web, "--out", out, "--body-part", "chest")[0].startswith(
-        "16 films found: 0 pulled, 16 already there, 0 failed; 0.0 MB"
-    )
+    again = cxr("pull", "--web", archive.web, "--out", out, "--body-part", "chest", "--log-format", "json")
+    assert all(json.loads(line) for line in again[1].splitlines())
+    assert again[0].startswith("16 films found: 0 pulled, 16 already there, 0 failed; 0.0 MB")
     other = cxr("pull", "--web", archive.web, "--out", out)[1]
     assert "was begun with other options; expected body_part 'CHEST'; got body_part ''" in other
 
@@ -163,8 +165,15 @@ def test_a_folder_of_films_that_names_nobody(archive: Orthanc, films: dict[str, 
     ],
 )
 def test_only_what_is_wanted(
-    archive: Orthanc, films: dict[str, list[Path]], tmp_path: Path, reader: FilmReader, wanted: Wanted, kinds: tuple[str, ...]
+    archive: Orthanc,
+    films: dict[str, list[Path]],
+    tmp_path: Path,
+    reader: FilmReader,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Wanted,
+    kinds: tuple[str, ...],
 ) -> None:
+    monkeypatch.setattr(searching, "_PAGE", 4)
     expected = uids([path for kind in kinds for path in films[kind]])
     assert pulled(web(archive.web), tmp_path / "web", reader, wanted)["there"] == len(expected)
     assert in_folder(tmp_path / "web") == expected
@@ -190,6 +199,34 @@ def test_from_dcmtk_by_get_and_by_move(films: dict[str, list[Path]], tmp_path: P
         ):
             assert pulled(opened, tmp_path / way, reader, wanted)["there"] == 12
             assert in_folder(tmp_path / way) == uids(films["dx"])
+
+
+def test_by_get_and_by_move_over_tls(certificates: Certificates, tmp_path: Path, reader: FilmReader) -> None:
+    """With C-MOVE, both sides are client once and server once."""
+    (port,) = free_ports(1)
+    ours = {"cxr": {"AET": "CXR", "Host": LOCAL, "Port": port, "UseDicomTls": True}}
+    path = certificates.path
+    shown = Tls(path("ours.pem"), path("server.pem"), path("server.key"))
+    with orthanc(tmp_path / "orthanc", tls=certificates, dicomweb=False, DicomModalities=ours) as running:
+        running.upload(*instances(tmp_path / "films", 3))
+        address = f"{running.aet}@{LOCAL}:{running.port}"
+        assert pulled(by_dimse(address, shown, 20, "CXR", get=True), tmp_path / "get", reader, Wanted())["there"] == 3
+        assert pulled(by_dimse(address, shown, 20, "CXR", move_port=port), tmp_path / "move", reader, Wanted())["there"] == 3
+        with pytest.raises(PeerError, match="certificate was not accepted"):
+            pulled(by_dimse(address, certificates.tls("client", "theirs"), 20, "CXR", get=True), tmp_path / "no", reader, Wanted())
+    with pytest.raises(SetupError, match="C-MOVE over TLS without a certificate of ours"):
+        by_dimse(address, certificates.tls(), 20, "CXR", move_port=port).__enter__()
+
+
+def test_what_was_not_asked_for_is_not_taken(films: dict[str, list[Path]]) -> None:
+    (port,) = free_ports(1)
+    with by_dimse(f"ARCHIVE@{LOCAL}:104", None, 20, "CXR", move_port=port):
+        for calling, called, said in (("ARCHIVE", "CXR", "0x124"), ("ELSEWHERE", "CXR", "Calling AE"), ("ARCHIVE", "OTHER", "Called AE")):
+            sent = dcmtk("storescu", "-v", "-aet", calling, "-aec", called, LOCAL, port, films["cr"][0])
+            assert sent.returncode != 0
+            assert said in sent.stdout + sent.stderr
+    with pytest.raises(SetupError, match=r"port \d+: cannot be listened on"), socket.create_server(("", port)):
+        by_dimse(f"ARCHIVE@{LOCAL}:104", None, 20, "CXR", move_port=port).__enter__()
 
 
 def test_an_archive_that_does_not_know_where_to_send_to(films: dict[str, list[Path]], tmp_path: Path, reader: FilmReader) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
@@ -89,9 +90,10 @@ class Wanted:
 
     def is_met_by_study(self, answer: Answer) -> bool:
         """Whether a study is one of these, by what an archive says of it."""
-        day = answer.get("StudyDate", "")
+        day, held = answer.get("StudyDate", ""), answer.get("ModalitiesInStudy", "")
         return (
-            (not self.patient or answer.get("PatientID", "") == self.patient)
+            (not held or bool(set(self.modalities) & set(held.split("\\"))))
+            and (not self.patient or answer.get("PatientID", "") == self.patient)
             and (not self.issuer or answer.get("IssuerOfPatientID", "") in ("", self.issuer))
             and (not self.since or (bool(day) and day >= f"{self.since:%Y%m%d}"))
             and (not self.until or (bool(day) and day <= f"{self.until:%Y%m%d}"))
@@ -103,14 +105,9 @@ class Wanted:
         part = answer.get("BodyPartExamined", "").upper()
         return answer.get("Modality", "") in self.modalities and (not self.body_part or part in ("", self.body_part))
 
-    def study_keys(self, modality: str) -> dict[str, str]:
-        """Of a search for studies that hold this modality."""
-        return {
-            "ModalitiesInStudy": modality,
-            "StudyDate": self.days,
-            "StudyDescription": _left_open(f" {self.description} ") if self.description else "",
-            "PatientID": _left_open(self.patient),
-        }
+    def study_keys(self) -> dict[str, str]:
+        """Of a search for studies, whatever they hold."""
+        return {"StudyDate": self.days, "PatientID": _left_open(self.patient)}
 
     def series_keys(self) -> dict[str, str]:
         """Of a search for series in a study; several modalities would be several searches, and are sorted out here."""
@@ -155,18 +152,19 @@ class Search(Protocol):
 
 
 class WebSearch:
-    """By QIDO-RS, page by page."""
+    """By QIDO-RS, page by page. Studies are asked for by date and patient alone: of what it must look into further, such as the modalities
+    of a study, Orthanc 1.10 returns the first page and no other; these are compared here.
+    """
 
     def __init__(self, web: Web, client: DICOMwebClient) -> None:
         self._web, self._client = web, client
 
     def studies(self, wanted: Wanted) -> Iterator[str]:
         """See `Search`."""
-        for modality in wanted.modalities:
-            fields = ["StudyDescription", "IssuerOfPatientID"]
-            for answer in self._pages(self._client.search_for_studies, wanted.study_keys(modality), fields, "StudyInstanceUID"):
-                if wanted.is_met_by_study(answer):
-                    yield answer["StudyInstanceUID"]
+        fields = ["StudyDescription", "IssuerOfPatientID", "ModalitiesInStudy"]
+        for answer in self._pages(self._client.search_for_studies, wanted.study_keys(), fields, "StudyInstanceUID"):
+            if wanted.is_met_by_study(answer):
+                yield answer["StudyInstanceUID"]
 
     def instances(self, study: str, wanted: Wanted) -> list[Found]:
         """See `Search`."""
@@ -208,7 +206,9 @@ class DimseSearch:
     def studies(self, wanted: Wanted) -> Iterator[str]:
         """See `Search`. All are known before the first is yielded: an association answers one question at a time."""
         for modality in wanted.modalities:
-            keys = {"StudyInstanceUID": "", "IssuerOfPatientID": "", **wanted.study_keys(modality)}
+            words = _left_open(f" {wanted.description} ") if wanted.description else ""
+            further = {"ModalitiesInStudy": modality, "StudyDescription": words, "IssuerOfPatientID": ""}
+            keys = {"StudyInstanceUID": "", **wanted.study_keys(), **further}
             yield from [
                 answer["StudyInstanceUID"]
                 for answer in self._find("STUDY", keys)
@@ -239,7 +239,7 @@ class DimseSearch:
             if code is None:
                 raise lost(self._peer)
             if code in _PENDING and answer is not None:
-                found.append({keyword: str(answer.get(keyword) or "") for keyword in keys})
+                found.append({keyword: _as_text(answer.get(keyword)) for keyword in keys})
             elif code not in (0, *_PENDING):
                 kind = PeerDownError if code in _NO_ROOM else PeerError
                 raise kind(f"{self._peer.address}: refuses a search", got=f"status 0x{code:04X}", next_step="see the peer's log")
@@ -270,13 +270,21 @@ def _left_open(value: str) -> str:
 
 
 def _from_json(answer: Mapping[str, Any]) -> Answer:
-    """Of DICOM JSON (PS3.18 F.2) the first value of what is compared here."""
+    """Of DICOM JSON (PS3.18 F.2) what is compared here."""
     read: dict[str, str] = {}
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", *_COMPARED):
-        values: Any = answer.get(f"{Tag(keyword):08X}", {}).get("Value") or [""]
-        if isinstance(values[0], str):
-            read[keyword] = values[0].strip()
+        values: Any = answer.get(f"{Tag(keyword):08X}", {}).get("Value")
+        read[keyword] = _as_text([value for value in values or () if isinstance(value, str)])
     return read
 
 
-_COMPARED: Final = ("StudyDate", "StudyDescription", "PatientID", "IssuerOfPatientID", "Modality", "BodyPartExamined")
+def _as_text(value: Any) -> str:
+    """Several values with a backslash between, as they stand in a file."""
+    several = value if isinstance(value, (list, MultiValue)) else [] if value is None else [value]
+    return "\\".join(str(one).strip() for one in several)
+
+
+_COMPARED: Final = (
+    *("StudyDate", "StudyDescription", "PatientID", "IssuerOfPatientID", "ModalitiesInStudy"),
+    *("Modality", "BodyPartExamined"),
+)
