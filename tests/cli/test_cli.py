@@ -29,6 +29,7 @@ COMMANDS = (
     "",
     "demo",
     "serve",
+    "listen",
     "pull",
     "manifest",
     "ingest",

@@ -36,6 +36,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from cxr_retrieval.errors import ImageError, SetupError
 from cxr_retrieval.pacs.arrivals import Arrivals, FullError, Outgoing
+from cxr_retrieval.pacs.dimse import AT_ONCE
 from cxr_retrieval.pacs.rules import Limits, Rules
 from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.header import FORMS
@@ -132,6 +133,7 @@ class Node:
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_N_ACTION, self._commit),
             (evt.EVT_REJECTED, self._count_rejection),
+            *AT_ONCE,
         ]
         try:
             self._server = _Server(
