@@ -28,6 +28,7 @@ import numpy as np
 from archive_rate import measure_archive
 from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
 from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
+from node_rate import measure_node
 from page import measure_page
 from rich.console import Console
 from rich.table import Table
@@ -68,13 +69,14 @@ console = Console(stderr=True)
 
 
 def main() -> None:
-    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, page."""
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, node, page."""
     parts: dict[str, Callable[[], Any]] = {
         "services": services,
         "peer": peer,
         "retrieval": retrieval,
         "arithmetic": arithmetic,
         "archive": archive,
+        "node": node,
         "page": measure_page,
     }
     chosen = sys.argv[1:] or list(parts)
@@ -328,6 +330,11 @@ def archive() -> list[dict[str, Any]]:
     return [measure_archive(networks.value, count) for networks, count in ((Networks.ensemble, 600), (Networks.student, 1200))]
 
 
+def node() -> list[dict[str, Any]]:
+    """`cxr listen` beside Orthanc: its own cost, and with the fastest networks that ship."""
+    return [measure_node(networks) for networks in ("instant", "student")]
+
+
 def show(report: dict[str, Any]) -> None:
     """Ratios as tables on stdout, and the plot."""
     out = Console()
@@ -378,6 +385,13 @@ def show(report: dict[str, Any]) -> None:
                 spent = row["cpu_ms_per_film"][name]  # of an earlier run maybe, in which workers were not told apart
                 costs = (f"{spent[part]:.1f}" if part in spent else "–" for part in ("client", "workers", "triton", "milvus"))
                 table.add_row(f"{row['networks']}, {name}", f"{row['images_per_second'][name]:.2f}", f"{share:.2f}", *costs)
+        out.print(table)
+    if found := report.get("node"):
+        table = Table("cxr listen", "films/s", "of storescu into Orthanc alone")
+        for row in found:
+            for name, rate in row["per_second"].items():
+                share = row["of_orthanc"].get(name)
+                table.add_row(f"{row['networks']}, {name}", f"{rate:.1f}", "" if share is None else f"{share:.2f}")
         out.print(table)
     if found := report.get("page"):
         table = Table("cxr view", "ms", "of the answer's own time")

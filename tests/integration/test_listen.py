@@ -20,6 +20,7 @@ import pydicom
 import pytest
 import requests
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 from pynetdicom import AE, evt
 
 from cxr_retrieval.archive.audit import verify
@@ -325,7 +326,7 @@ def test_films_are_taken_before_triton_is_there_and_answered_once_it_is(quick: E
     films = instances(tmp_path / "films", 2)
     hurt = tmp_path / "films" / "9999.dcm"
     dataset = pydicom.dcmread(films[0])
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4.5"
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.4.5")
     dataset.PixelData = dataset.PixelData[:100]
     dataset.save_as(hurt)
     arguments = ("--metrics", f"{metrics}")

@@ -35,14 +35,16 @@ def dcmtk(tool: str, *arguments: str | Path | int, timeout: float = 60) -> subpr
     return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def instances(folder: Path, count: int, *, per_study: int = 1, studies_per_patient: int = 1, **elements: object) -> list[Path]:
-    """So many DX instances of one small phantom, each with UIDs of its own, in studies (of one series) and patients of these sizes; `elements`
+def instances(
+    folder: Path, count: int, *, per_study: int = 1, studies_per_patient: int = 1, scaled: int = 4, **elements: object
+) -> list[Path]:
+    """So many DX instances of one phantom, every `scaled`th pixel of it, each with UIDs of its own, in studies (of one series) and patients of these sizes; `elements`
     replace those of all. Patients are P<digits> by themselves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     phantom = make_phantom(3, PHANTOM_LABELS[0])
     first = folder / "0000.dcm"
-    write_dicom(replace(phantom, pixels=phantom.pixels[::4, ::4].copy()), first)
+    write_dicom(replace(phantom, pixels=phantom.pixels[::scaled, ::scaled].copy()), first)
     dataset = pydicom.dcmread(first)
     written: list[Path] = []
     for number in range(count):

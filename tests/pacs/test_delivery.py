@@ -15,7 +15,7 @@ import pydicom
 import pytest
 import requests
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ComprehensiveSRStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
 from certificates import Certificates
@@ -76,7 +76,7 @@ class Archive:
 
     def __init__(self, port: int, statuses: list[int], contexts: tuple[str, ...] = ("1.2.840.10008.5.1.4.1.1.1.1",)) -> None:
         self.got: list[str] = []
-        self.reports: list[tuple[int, Dataset]] = []
+        self.reports: list[tuple[int | None, Dataset]] = []
         entity = AE("ARCHIVE")
         for context in contexts:
             entity.add_supported_context(context, ExplicitVRLittleEndian)
@@ -111,7 +111,7 @@ def test_a_real_archive_gets_everything_by_c_store_and_by_stow(tmp_path: Path) -
     films = instances(tmp_path / "films", 40)
     with orthanc(tmp_path / "orthanc") as archive:
         to = {"dimse": Peer(archive.aet, "127.0.0.1", archive.port), "web": Web(archive.web)}
-        with delivering(tmp_path, **to) as (arrivals, seen, told):
+        with delivering(tmp_path, 60, **to) as (arrivals, seen, told):
             posted(arrivals, "dimse", *films[:30])
             posted(arrivals, "web", *films[30:])
             until(lambda: empty(arrivals))
@@ -186,7 +186,7 @@ def test_a_class_that_is_not_accepted_holds_up_no_other(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     taken, other = instances(tmp_path / "films", 2)
     dataset = pydicom.dcmread(other)
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.33"
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = ComprehensiveSRStorage
     dataset.save_as(other)
     with Archive(port, []) as archive, delivering(tmp_path, 0.5, archive=peer(port)) as (arrivals, _, _):
         posted(arrivals, "archive", other, taken)

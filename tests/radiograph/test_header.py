@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
+from pydicom.config import disable_value_validation
 
 from cxr_retrieval.errors import ImageError
 from cxr_retrieval.radiograph.decoding import FilmReader
@@ -24,7 +25,7 @@ def film(tmp_path: Path) -> Path:
 def changed(film: Path, **elements: str) -> Path:
     """With these elements, written as they are: files come from others."""
     dataset = pydicom.dcmread(film)
-    with pydicom.config.disable_value_validation():
+    with disable_value_validation():
         for keyword, value in elements.items():
             setattr(dataset, keyword, value)
         dataset.save_as(film)
