@@ -260,7 +260,7 @@ def test_priors_of_a_film(older: Orthanc, tmp_path: Path, reader: FilmReader) ->
 
 
 def test_killed_again_and_again_nothing_is_lost_or_asked_for_twice(tmp_path: Path) -> None:
-    out, kills = tmp_path / "out", 3
+    out, kills = tmp_path / "out", 2
     with orthanc(tmp_path / "orthanc") as running, passing(running.web) as proxy:
         films = instances(tmp_path / "films", 60, per_study=3)
         running.upload(*films)

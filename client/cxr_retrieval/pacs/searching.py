@@ -27,6 +27,8 @@ from cxr_retrieval.pacs.pulled import Found
 from cxr_retrieval.radiograph.header import FORMS, Header
 
 _PAGE: Final = 100
+_FEW: Final = 10
+"""A page of less is the last one: no archive cuts its pages as short as that."""
 _FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
 """Study Root Query/Retrieve Information Model - FIND."""
 _PENDING: Final = (0xFF00, 0xFF01)
@@ -192,7 +194,7 @@ class WebSearch:
                 answers = [_from_json(one) for one in objects(self._web, page or [])]
             new = [answer for answer in answers if FORMS[uid].fullmatch(answer.get(uid, "")) and answer[uid] not in before]
             yield from new
-            if not new:
+            if not new or len(answers) < min(_FEW, _PAGE):
                 return
             offset, before = offset + len(answers), frozenset(answer[uid] for answer in new)
 
