@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -135,6 +136,17 @@ to = ["sender", "second"]
             archive.upload(*films)
             assert archive.store("cxr", *(one["ID"] for one in archive.find()))["FailedInstancesCount"] == 0
             until(lambda: archive.statistics()["CountInstances"] == 12 and second.statistics()["CountInstances"] == 8)
+            study = pydicom.dcmread(films[0]).StudyInstanceUID
+            keys = ("-k", "QueryRetrieveLevel=SERIES", "-k", f"StudyInstanceUID={study}", "-k", "Modality", "-k", "SeriesDescription")
+            asked = dcmtk("findscu", "-v", "-S", "-aet", "CXR", *keys, "-aec", archive.aet, "127.0.0.1", archive.port)
+            assert asked.returncode == 0
+            found = re.findall(r"\(0008,0060\) CS \[(\w+) *\]", asked.stderr + asked.stdout)
+            assert sorted(found) == ["DX", "OT", "OT", "SR", "SR"]
+            film = pydicom.dcmread(films[0])
+            uids = {"StudyInstanceUID": study, "SeriesInstanceUID": film.SeriesInstanceUID, "SOPInstanceUID": film.SOPInstanceUID}
+            one = [part for key in ("QueryRetrieveLevel=IMAGE", *(f"{name}={uid}" for name, uid in uids.items())) for part in ("-k", key)]
+            moved = dcmtk("movescu", "-S", "-aet", "CXR", "-aec", archive.aet, "-aem", "CXR", *one, "127.0.0.1", archive.port)
+            assert moved.returncode == 0, "Orthanc sends it once more, and the node takes that as no news"
             source = {str(dataset.SOPInstanceUID): dataset for _, dataset in files(archive, DX)}
             assert len(running.lines) == 4
             assert {line["input"] for line in running.lines} == set(source)
@@ -165,6 +177,7 @@ to = ["sender", "second"]
             counted = requests.get(f"http://{address}/metrics", timeout=10).text
             assert 'cxr_dicom_instances_total{outcome="received"} 4.0' in counted
             assert 'cxr_dicom_parcels_total{destination="second",outcome="sent"} 8.0' in counted
+            assert 'cxr_dicom_instances_total{outcome="again"} 1.0' in counted
             assert "cxr_dicom_waiting 0.0" in counted
             health = requests.get(f"http://{address}/health", timeout=10).json()
             assert (health["status"], health["waiting"], health["to_send"]) == ("ok", 0, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import socket
 import ssl
 import struct
@@ -16,7 +18,7 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 from pynetdicom import AE, _config
 
 from certificates import Certificates
@@ -38,6 +40,7 @@ from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.radiograph.syntaxes import DECODERS
 from pacs.arriving import answered, listening, waiting
 from pacs.peers import dcmtk, instances
+from radiograph.test_syntaxes import CASES, picture
 
 DX = "1.2.840.10008.5.1.4.1.1.1.1"
 
@@ -177,6 +180,50 @@ def test_an_instance_under_another_name_is_refused(tmp_path: Path, reader: FilmR
         assert association.send_c_store(film).Status == MISMATCH
         association.release()
         assert told == ["rejected mismatch"]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda syntax: UID(syntax).name)
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_a_film_of_every_syntax_is_taken_as_it_came_and_read(
+    tmp_path: Path, reader: FilmReader, syntax: UID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[syntax][0]
+    kind = "u8" if case.kinds == ("u8",) else "u12" if "u12" in case.kinds else "u16"
+    film, before = tmp_path / "film.dcm", case.write(picture(kind), int(kind[1:]), syntax, "MONOCHROME2")
+    dataset = pydicom.dcmread(io.BytesIO(before))
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+    dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    pydicom.dcmwrite(film, dataset, enforce_file_format=True)
+    monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", True)  # as it is: pydicom would write it anew
+    with listening(tmp_path, reader) as (node, arrivals, _):
+        entity = AE("CR1")
+        entity.add_requested_context(DX, syntax)
+        association = entity.associate("127.0.0.1", node.port, ae_title="CXR")
+        assert association.send_c_store(film).Status == 0
+        association.release()
+        (one,) = waiting(arrivals)
+        assert pydicom.dcmread(one.path, stop_before_pixels=True).file_meta.TransferSyntaxUID == syntax
+        assert one.path.read_bytes().endswith(film.read_bytes()[-200:])
+        assert (reader.read(one.path).square == reader.read(film).square).all()
+
+
+def test_of_several_syntaxes_the_node_takes_explicit_little_endian(tmp_path: Path, reader: FilmReader) -> None:
+    with listening(tmp_path, reader) as (node, _, _):
+        entity = AE("CR1")
+        entity.add_requested_context(DX, [ImplicitVRLittleEndian, JPEGBaseline8Bit, ExplicitVRLittleEndian])
+        association = entity.associate("127.0.0.1", node.port, ae_title="CXR")
+        assert [context.transfer_syntax for context in association.accepted_contexts] == [[ExplicitVRLittleEndian]]
+        association.release()
+
+
+def test_the_page_tells_which_syntaxes_are_accepted() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hospital.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (1\.2\.840\.10008\.1\.2[.0-9]*) \| yes \| no \|", page, re.MULTILINE)
+    assert rows == [str(syntax) for syntax in SYNTAXES]
+    for status in (NO_ROOM, MISMATCH, CANNOT_UNDERSTAND, NOT_AUTHORISED):
+        assert f"| {status:04X}H |" in page
+    for kind in (*STORED, VERIFICATION, STORAGE_COMMITMENT):
+        assert f"| {kind} |" in page
 
 
 def test_contexts_are_those_that_are_read_here() -> None:
