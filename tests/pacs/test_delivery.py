@@ -193,6 +193,21 @@ def test_a_class_that_is_not_accepted_holds_up_no_other(tmp_path: Path) -> None:
         until(lambda: bool(archive.got) and arrivals.standing().given_up == {"archive": 1})
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_a_file_that_somebody_took_away_holds_up_no_other(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    films = instances(tmp_path / "films", 2)
+    with delivering(tmp_path, 0.5, archive=peer(port)) as (arrivals, seen, _):
+        posted(arrivals, "archive", films[0])
+        (gone,) = (tmp_path / "spool" / "outgoing").iterdir()
+        gone.unlink()
+        posted(arrivals, "archive", films[1])
+        with Archive(port, []) as archive:
+            until(lambda: bool(archive.got) and arrivals.standing().given_up == {"archive": 1})
+            assert seen.count(("archive", "sent")) == 1
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # pynetdicom forgets a socket that did not connect
 def test_over_tls_with_our_certificate(tmp_path: Path, certificates: Certificates) -> None:
     (film,) = instances(tmp_path / "films", 1)
     with orthanc(tmp_path / "orthanc", tls=certificates) as archive:

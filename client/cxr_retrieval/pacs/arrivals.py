@@ -19,6 +19,7 @@ import shutil
 import sqlite3
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -390,14 +391,14 @@ class Arrivals:
 
     def post(self, outgoing: Outgoing) -> None:
         """A parcel that belongs to no arrival; on disk when it returns."""
-        name = f"{hashlib.sha256(outgoing.data).hexdigest()[:32]}-{outgoing.kind}"
+        name = f"{uuid.uuid4().hex}-{outgoing.kind}"
         now = time.time()
         with _on_disk(self.folder):
             _write(self._outgoing / name, outgoing.data)
             _sync_folder(self._outgoing)
         with self._table.writing() as base:
             base.execute(
-                "INSERT INTO parcel (destination, kind, file, due, made, state) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (file) DO NOTHING",
+                "INSERT INTO parcel (destination, kind, file, due, made, state) VALUES (?, ?, ?, ?, ?, ?)",
                 (outgoing.destination, outgoing.kind, name, now, now, WAITING),
             )
         with self._changed:

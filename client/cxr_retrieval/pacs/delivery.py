@@ -38,6 +38,7 @@ _LONGEST_S: Final = 900.0
 """Between two tries."""
 _COMMITMENT_INSTANCE: Final = "1.2.840.10008.1.20.1.1"
 _NO_SUCH_INSTANCE: Final = 0x0112
+_GONE: Final = "its file is gone"
 _WARNINGS: Final = frozenset({0xB000, 0xB006, 0xB007})
 """C-STORE statuses that say: stored, but (PS3.4 B.2.3)."""
 
@@ -92,9 +93,9 @@ class Delivery:
                     while left and not self._stop.is_set():
                         self._settle(left[0], send(left[0]))
                         left.pop(0)
-            except CxrError as error:
+            except Exception as error:  # of a peer or a library: the others of this destination still want to be sent
                 if not away:
-                    self._tell(f"{name} does not take what it is sent: {error}")
+                    self._tell(f"{name} does not take what it is sent: {error if isinstance(error, CxrError) else type(error).__name__}")
                 away = True
                 for parcel in left:
                     self._settle(parcel, type(error).__name__)
@@ -139,7 +140,7 @@ def _contexts(parcels: Sequence[Parcel]) -> list[PresentationContext]:
     """One for each SOP class and transfer syntax among them (PS3.8 9.3.2.2)."""
     pairs: set[tuple[str, str]] = set()
     for parcel in parcels:
-        if parcel.kind != "commitment":
+        if parcel.kind != "commitment" and parcel.path.exists():
             meta = read_file_meta_info(parcel.path)
             pairs.add((str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)))
     found = [build_context(kind, syntax) for kind, syntax in sorted(pairs)]
@@ -149,6 +150,8 @@ def _contexts(parcels: Sequence[Parcel]) -> list[PresentationContext]:
 def _sent(association: Association, peer: Peer, parcel: Parcel) -> str | None:
     if not association.is_established:
         raise lost(peer)
+    if not parcel.path.exists():
+        return _GONE
     try:
         if parcel.kind == "commitment":
             answer = _promised(association, parcel.path)
@@ -189,6 +192,8 @@ def _reference(sop_class: str, instance: str) -> Dataset:
 def _stowed(client: Any, web: Web, parcel: Parcel) -> str | None:
     if parcel.kind == "commitment":
         return "no storage commitment over DICOMweb"
+    if not parcel.path.exists():
+        return _GONE
     dataset = pydicom.dcmread(io.BytesIO(parcel.path.read_bytes()))
     with answered(web):
         answer = client.store_instances([dataset])
