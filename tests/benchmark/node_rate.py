@@ -17,11 +17,10 @@ import psutil
 from chaos.instant import instant_repository
 from chaos.soak import counted
 from chaos.world import Client, make_archive, milvus_service, triton_service, write_manifest
-from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom, write_dicom
 from pacs.peers import dcmtk, instances, orthanc
 from tests_support import free_ports
 
-FILMS: Final = 100
+FILMS: Final = 60
 ROUNDS: Final = 3
 AT_ONCE: Final = 4
 """Modalities that send, each its share."""
@@ -66,7 +65,7 @@ def measure_node(networks: str) -> dict[str, Any]:
                 listening = ["listen", "--out", work / "results.jsonl", "--spool", work / "spool", "--port", f"{port}"]
                 client = Client.start(work / "client", "", *listening, "--rules", work / "rules.toml", *servers)
                 try:
-                    _first_answer(port, folder / f"first-{turn}-{name}.dcm", work / "results.jsonl")
+                    _first_answer(port, instances(work / "first", 1)[0], work / "results.jsonl")
                     began = time.monotonic()
                     seconds[f"{name}: confirmed"].append(_sent("CXR", port, films))
                     done = counted(work / "results.jsonl")
@@ -104,7 +103,6 @@ def _sent(aet: str, port: int, films: list[Path]) -> float:
 
 def _first_answer(port: int, film: Path, results: Path) -> None:
     """Waits until the node answers."""
-    write_dicom(make_phantom(len(film.name), PHANTOM_LABELS[0]), film)
     while dcmtk("echoscu", "-aec", "CXR", "127.0.0.1", port).returncode:
         time.sleep(0.1)
     assert dcmtk("storescu", "-aec", "CXR", "127.0.0.1", port, film).returncode == 0
