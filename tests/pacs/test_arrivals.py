@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,42 @@ def test_a_disk_that_is_full_when_answers_are_written_loses_none(spool: Path, ou
         assert [found.id for found in waiting(arrivals)] == [one.id]
         arrivals.record([answered(one)])
     assert len(list(lines(out))) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("a disk can be mounted by root alone, where the kernel lets it")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    """Nothing is confirmed that is not there, answers wait until there is room, and nothing lies in the way then."""
+    confirmed = 0
+    with Arrivals(small_disk / "spool", small_disk / "out.jsonl", free_bytes=0) as arrivals:
+        try:
+            while confirmed < 999:
+                admitted(arrivals, header(), bytes(20_000))
+                confirmed += 1
+        except (FullError, SetupError):
+            pass
+        assert 9 < confirmed < 60
+        found = waiting(arrivals)
+        assert len(found) == confirmed
+        with pytest.raises(SetupError, match="nothing that was confirmed is lost"):
+            arrivals.record([answered(one, outgoing=[Outgoing("a", "report", bytes(20_000))], kept=bytes(20_000)) for one in found])
+        assert not [*(small_disk / "spool" / "outgoing").iterdir(), *(small_disk / "spool" / "kept").iterdir()]
+        assert len(waiting(arrivals)) == confirmed
+        (small_disk / "spool" / "incoming" / found[0].path.name).write_bytes(b"")  # room for what SQLite must write
+        for one in found:
+            arrivals.record([answered(one)])
+        assert waiting(arrivals) == []
+    with Arrivals(small_disk / "spool", small_disk / "out.jsonl", free_bytes=0):
+        assert len(list(lines(small_disk / "out.jsonl"))) == confirmed
 
 
 def _full(descriptor: int) -> None:

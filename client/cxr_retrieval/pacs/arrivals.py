@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -173,31 +173,32 @@ class _Results:
         self._open(end)
 
     def _open(self, end: int) -> None:
-        self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
-        self._file.truncate(min(end, os.fstat(self._file.fileno()).st_size))
-        self.known = self._file.seek(0, os.SEEK_END)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.known = min(end, os.fstat(self._file).st_size)
+        os.ftruncate(self._file, self.known)
 
     def append(self, lines: bytes) -> int:
         """Puts them on disk; how long the file is then."""
         if self._is_there():
-            self._file.truncate(self.known)  # what a full disk has left of an earlier try
-            self._file.seek(self.known)
+            os.ftruncate(self._file, self.known)  # what a full disk has left of an earlier try
         else:
-            self._file.close()
+            self.close()
             self._open(0)
-        self._file.write(lines)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self.known + len(lines)
+        at = self.known
+        while lines:
+            count = os.pwrite(self._file, lines, at)
+            lines, at = lines[count:], at + count
+        os.fsync(self._file)
+        return at
 
     def _is_there(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 class Arrivals:
@@ -355,18 +356,21 @@ class Arrivals:
         Raises:
             SetupError: The disk is full or broken; everything waits on.
         """
-        with _on_disk(self.folder):
-            parcels: list[tuple[str, str, str, float, float, str]] = []
-            now = time.time()
+        now = time.time()
+        written: list[Path] = []
+        parcels: list[tuple[str, str, str, float, float, str]] = []
+        with _on_disk(self.folder), _undone(written):
             for outcome in outcomes:
                 for number, outgoing in enumerate(outcome.outgoing):
                     name = f"{outcome.arrival.id}-{number}-{outgoing.kind}.dcm"
-                    _write(self._outgoing / name, outgoing.data)
+                    written.append(self._outgoing / name)
+                    _write(written[-1], outgoing.data)
                     parcels.append((outgoing.destination, outgoing.kind, name, now, now, WAITING))
+                copy = self._kept / outcome.arrival.path.name
                 if outcome.kept is not None:
-                    _write(self._kept / outcome.arrival.path.name, outcome.kept)
+                    written.append(copy)
+                    _write(copy, outcome.kept)
                 elif outcome.keep:
-                    copy = self._kept / outcome.arrival.path.name
                     copy.unlink(missing_ok=True)
                     copy.hardlink_to(outcome.arrival.path)
             for changed in (self._outgoing, self._kept):
@@ -381,6 +385,7 @@ class Arrivals:
                 _count(base, Counter(one.state for one in outcomes))
                 _note(base, "end", str(end))
             self._results.known = end
+        with _on_disk(self.folder):
             for outcome in outcomes:
                 outcome.arrival.path.unlink(missing_ok=True)
         with self._changed:
@@ -548,6 +553,18 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _undone(written: Sequence[Path]) -> Generator[None]:
+    """Takes these files away again where the block fails: on a full disk they would be in the way of the next try."""
+    try:
+        yield
+    except BaseException:
+        for path in written:
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 @contextmanager
