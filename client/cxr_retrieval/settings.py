@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 from cxr_retrieval.errors import SetupError
 
 DEFAULT_TRITON: Final = "127.0.0.1:8001"
+DNS: Final = "dns:///"
+"""Before an address whose name stands for several servers, as gRPC has it."""
 DEFAULT_MILVUS: Final = "http://127.0.0.1:19530"
 DEFAULT_STORE: Final = Path("~/.local/share/cxr-retrieval/gallery.db")
 """Where `cxr serve` keeps the gallery."""
@@ -93,7 +95,7 @@ class TritonSettings:
     """How to reach Triton.
 
     Args:
-        url: host:port of the gRPC endpoint.
+        url: host:port of the gRPC endpoint; of several, with commas between; `dns:///name:port`: of every address that the name has.
         timeout_s: Deadline of one call.
         tls: None where the connection is not encrypted.
         token: For a proxy before it, sent as `authorization: Bearer …`.
@@ -107,10 +109,10 @@ class TritonSettings:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s@]+):\d{1,5}", self.url):
+        if not all(re.fullmatch(r"(dns:///)?(\[[0-9a-fA-F:]+\]|[^/:\s@,]+):\d{1,5}", address) for address in self.addresses):
             raise SetupError(
                 "the Triton address is malformed",
-                expected="host:port, such as 127.0.0.1:8001",
+                expected="host:port, such as 127.0.0.1:8001; several with commas between",
                 got=_without_credentials(self.url),
                 next_step="correct --triton",
             )
@@ -126,14 +128,23 @@ class TritonSettings:
                     expected="a name in lower case, and a value of printable ASCII",
                     next_step="correct --triton-token-file or --triton-header-file",
                 )
-        if self.metadata and self.tls is None and not is_loopback(self.host_and_port[0]):
+        if self.metadata and self.tls is None and not all(is_loopback(_parted(address)[0]) for address in self.addresses):
             raise _in_the_open("Triton", self.url, "give --triton-ca or --triton-tls")
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """The endpoints in `url`."""
+        return tuple(address.strip() for address in self.url.split(","))
+
+    @property
+    def several(self) -> bool:
+        """Whether there is, or may be, more than one server."""
+        return len(self.addresses) > 1 or self.url.startswith(DNS)
+
+    @property
     def host_and_port(self) -> tuple[str, int]:
-        """`url` in its parts."""
-        host, _, port = self.url.rpartition(":")
-        return host.strip("[]"), int(port)
+        """The first address in its parts."""
+        return _parted(self.addresses[0])
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -210,6 +221,11 @@ class MilvusSettings:
     def without_secrets(self, text: str) -> str:
         """What a server said, should it have repeated a secret."""
         return _masked(text, self.token, self.password)
+
+
+def _parted(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix(DNS).rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from cxr_retrieval.cli import options
 from cxr_retrieval.cli.console import print_json
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS
 from cxr_retrieval.serving.choices import Precision, cpu_flags, supported
-from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from cxr_retrieval.settings import DNS, MilvusSettings, TritonSettings
 
 _PACKAGES = ("cxr-retrieval", "nvidia-pytriton", "tritonclient", "openvino", "pymilvus", "milvus-lite", "pydicom", "torch")
 
@@ -33,7 +33,7 @@ def info(
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "models": _models(repository),
-        "servers": {"triton": {"url": triton.url, "answers": _answers(triton.url)}, "milvus": _milvus(milvus)},
+        "servers": {"triton": {"url": triton.url, "answers": any(map(_answers, triton.addresses))}, "milvus": _milvus(milvus)},
         "devices": _devices(),
     }
     if collections:
@@ -82,7 +82,7 @@ def _milvus(settings: MilvusSettings) -> dict[str, Any]:
 
 
 def _answers(address: str) -> bool:
-    host, _, port = address.rstrip("/").rpartition(":")
+    host, _, port = address.removeprefix(DNS).rstrip("/").rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=0.3):
             return True

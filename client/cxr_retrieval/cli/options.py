@@ -110,7 +110,13 @@ _Timeout = Annotated[float, typer.Option("--timeout", envvar="CXR_TIMEOUT", help
 
 def _triton(
     triton: Annotated[
-        str, typer.Option("--triton", envvar="CXR_TRITON", help="Triton's gRPC endpoint, host:port.", rich_help_panel=_SERVER)
+        str,
+        typer.Option(
+            "--triton",
+            envvar="CXR_TRITON",
+            help="Triton's gRPC endpoint, host:port; several with commas, or dns:///name:port.",
+            rich_help_panel=_SERVER,
+        ),
     ] = DEFAULT_TRITON,
     timeout: _Timeout = 60.0,
     triton_tls: Annotated[

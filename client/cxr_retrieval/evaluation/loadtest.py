@@ -107,6 +107,8 @@ def run_loads(
             expected="a Triton that asks for no token or header, which it takes on its command line, where the process list shows them",
             next_step="measure from behind the proxy, or with a client certificate",
         )
+    if triton.several:
+        raise UsageError("perf_analyzer loads one server", expected="one host:port", got=triton.url, next_step="correct --triton")
     if triton.tls is not None and triton.tls.server_name:
         raise UsageError(
             "perf_analyzer cannot check another name than the address's",

@@ -32,6 +32,7 @@ from cxr_retrieval.errors import (
     UnusableOutputError,
 )
 from cxr_retrieval.handshake import refusal
+from cxr_retrieval.inference.balancing import Balanced
 from cxr_retrieval.inference.trace import Trace
 from cxr_retrieval.settings import Tls, TritonSettings
 
@@ -89,7 +90,7 @@ class TritonClient:
 
     def __init__(self, settings: TritonSettings) -> None:
         self._settings = settings
-        self._client = open_channel(settings)
+        self._client: Any = Balanced(settings, open_channel) if settings.several else open_channel(settings)
         self._further: dict[str, str] = {}
         self._retried = Retrying(
             retry=retry_if_exception_type(OverloadedError),
