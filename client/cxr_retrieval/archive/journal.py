@@ -48,6 +48,8 @@ CREATE INDEX state ON input (state, id);
 CREATE INDEX pixels ON input (pixels) WHERE pixels IS NOT NULL;
 """
 
+_COPY: Final = "+"
+"""Behind the digest of a picture that another input had before."""
 PENDING: Final = "pending"
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
@@ -177,7 +179,7 @@ class Journal:
             with self._transaction():
                 self._base.executemany(
                     "UPDATE input SET state = ?, error = ?, pixels = ? WHERE id = ?",
-                    [(answer.state, answer.error, answer.pixels, answer.asked.id) for answer in answers],
+                    [(answer.state, answer.error, _marked(answer, first), answer.asked.id) for answer in answers],
                 )
                 self._note("end", str(self._end() + len(lines)))
 
@@ -217,7 +219,7 @@ class Journal:
     def copies(self) -> int:
         """How many inputs show the picture of another one."""
         with _on_disk(self.path):
-            return int(self._base.execute("SELECT count(pixels) - count(DISTINCT pixels) FROM input").fetchone()[0])
+            return int(self._base.execute("SELECT count(*) FROM input WHERE substr(pixels, -1) = ?", (_COPY,)).fetchone()[0])
 
     @property
     def id(self) -> str:
@@ -269,7 +271,7 @@ class Journal:
         return len(page)
 
     def _first_with_pixels(self, answers: Sequence[Answer]) -> dict[str, str]:
-        """Digest → the name of the first input that has this picture."""
+        """Digest → the name of the input that was the first to be answered with this picture."""
         first: dict[str, str] = {}
         for answer in answers:
             if answer.pixels is not None and answer.pixels not in first:
@@ -293,6 +295,12 @@ class Journal:
                 self._base.execute("ROLLBACK")
                 raise
             self._base.execute("COMMIT")
+
+
+def _marked(answer: Answer, first: Mapping[str, str]) -> str | None:
+    """The digest by which an input is found; of a copy one by which it is not, for it may have been found before its original was."""
+    pixels = answer.pixels
+    return pixels if pixels is None or first[pixels] == answer.asked.name else pixels + _COPY
 
 
 def _as_line(answer: Answer, first: Mapping[str, str]) -> dict[str, Any]:

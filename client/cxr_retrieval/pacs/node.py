@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import socket
 import ssl
 import threading
@@ -115,8 +114,6 @@ class Node:
     ) -> None:
         self._rules, self._arrivals, self._reader, self._told = rules, arrivals, reader, told
         self._limits = rules.node
-        for name in ("pynetdicom", "pydicom"):  # what they log, names and all, is nobody's business
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         entity = AE(settings.aet)
         entity.require_called_aet = True
         entity.require_calling_aet = list(self._limits.callers)
