@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
 from pathlib import Path
@@ -78,6 +79,14 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def until(met: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits until it is so."""
+    ends = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < ends, "it never came to that"
+        time.sleep(0.02)
 
 
 _LIKE_A_TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"

@@ -84,6 +84,37 @@ class Tls:
                 raise _unusable(self.certificate, f"a PEM certificate whose private key, not encrypted, is {self.key}", error) from error
         return context
 
+    def server_context(self) -> ssl.SSLContext:
+        """For a server of ours, of TLS 1.2 or 1.3 (BCP 195): who connects must show a certificate of `ca`, if there is one.
+
+        Raises:
+            SetupError: There is no certificate to serve with.
+        """
+        if self.certificate is None or self.key is None:
+            raise SetupError("no certificate to serve with", expected="a certificate and its private key", next_step="give both")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.certificate, self.key)
+        if self.ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def secret_in(file: Path) -> str:
+    """What a file holds, without space around it.
+
+    Raises:
+        SetupError: It cannot be read, or there is nothing in it.
+    """
+    try:
+        found = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "bytes that are no text"
+        raise SetupError(f"{file}: cannot be read", expected="a secret", got=said or "", next_step="correct that file") from None
+    if not found:
+        raise SetupError(f"{file}: empty", expected="a secret", next_step="correct that file")
+    return found
+
 
 def _unusable(path: Path, expected: str, error: Exception) -> SetupError:
     said = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else str(error)

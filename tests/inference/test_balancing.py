@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ from cxr_retrieval.evaluation.loadtest import run_loads
 from cxr_retrieval.inference.balancing import Balanced
 from cxr_retrieval.inference.triton import TritonClient, open_channel
 from cxr_retrieval.settings import TritonSettings
-from tests_support import free_ports
+from tests_support import free_ports, until
 
 FILM = np.random.default_rng(3).integers(0, 256, (2, 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
@@ -58,13 +58,6 @@ def answered(port: int) -> int:
             return int(statistics.model_stats[0].inference_count)
     except InferenceServerException:
         return 0
-
-
-def until(met: Callable[[], bool], seconds: float = 30) -> None:
-    ends = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.05)
 
 
 @contextmanager

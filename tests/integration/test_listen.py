@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ from cxr_retrieval.pacs.node import STORAGE_COMMITMENT
 from cxr_retrieval.retrieval.picture import DISCLAIMER
 from cxr_retrieval.serving.server import Endpoints, embedded_milvus
 from pacs.peers import Orthanc, dcmtk, instances, orthanc
-from tests_support import ENVIRONMENT, cxr_command, free_ports, run_cxr
+from tests_support import ENVIRONMENT, cxr_command, free_ports, run_cxr, until
 
 SR, SC, DX = "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.1.1"
 
@@ -95,13 +95,6 @@ def node(folder: Path, port: int, quick: Endpoints, milvus: str, rules: str, *op
     finally:
         if running.process.poll() is None:
             running.kill()
-
-
-def until(met: Callable[[], bool], seconds: float = 60) -> None:
-    ends = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.05)
 
 
 def files(archive: Orthanc, sop_class: str) -> list[tuple[str, Dataset]]:

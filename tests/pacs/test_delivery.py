@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,7 @@ from cxr_retrieval.pacs.dicomweb import Web
 from cxr_retrieval.pacs.dimse import Peer
 from cxr_retrieval.pacs.node import STORAGE_COMMITMENT
 from pacs.peers import instances, orthanc
-from tests_support import free_ports
-
-
-def until(met: Callable[[], bool], seconds: float = 20) -> None:
-    ends = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.02)
+from tests_support import free_ports, until
 
 
 @contextmanager
@@ -78,6 +70,7 @@ class Archive:
         self.got: list[str] = []
         self.reports: list[tuple[int | None, Dataset]] = []
         entity = AE("ARCHIVE")
+        entity.acse_timeout = 2  # of a connection that says nothing: we look so whether a peer refuses us
         for context in contexts:
             entity.add_supported_context(context, ExplicitVRLittleEndian)
         entity.add_supported_context(STORAGE_COMMITMENT, scu_role=True, scp_role=True)
@@ -99,8 +92,13 @@ class Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Leaves no thread behind, which other tests would count."""
         assert self.server is not None
+        left = self.server.active_associations
         self.server.shutdown()
+        for association in left:
+            association.abort()
+            association.join(10)
 
 
 def peer(port: int, timeout_s: float = 5) -> Peer:

@@ -37,6 +37,7 @@ from cxr_retrieval.pacs.node import (
 )
 from cxr_retrieval.pacs.rules import Rules
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.file_meta import IMPLEMENTATION
 from cxr_retrieval.radiograph.syntaxes import DECODERS
 from pacs.arriving import answered, listening, waiting
 from pacs.peers import dcmtk, instances
@@ -224,6 +225,7 @@ def test_the_page_tells_which_syntaxes_are_accepted() -> None:
         assert f"| {status:04X}H |" in page
     for kind in (*STORED, VERIFICATION, STORAGE_COMMITMENT):
         assert f"| {kind} |" in page
+    assert f"`{IMPLEMENTATION}`" in page
 
 
 def test_contexts_are_those_that_are_read_here() -> None:

@@ -72,7 +72,7 @@ class AuditLog:
             is_new = not path.exists()
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if is_new:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
 
     def __enter__(self) -> AuditLog:
         return self
@@ -329,7 +329,7 @@ def _account(uid: int) -> str:
         return f"uid {uid}"
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A new file is there after a power cut only once its folder is on disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:

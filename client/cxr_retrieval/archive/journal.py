@@ -249,15 +249,7 @@ class Journal:
         about = dict(self._base.execute("SELECT name, value FROM about").fetchall())
         if about.get("layout") != str(_LAYOUT):
             raise UsageError(f"{self.path}: a journal of another version of this system", next_step="give another --out")
-        if about["options"] != options:
-            before, now = json.loads(about["options"]), json.loads(options)
-            differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-            raise UsageError(
-                f"{self.out}: was begun with other options",
-                expected=", ".join(f"{name} {before.get(name)!r}" for name in differ),
-                got=", ".join(f"{name} {now.get(name)!r}" for name in differ),
-                next_step="go on with the same ones, or give another --out",
-            )
+        refuse_other_options(self.out, about["options"], options)
 
     def _add(self, page: Sequence[tuple[Any, ...]]) -> int:
         with _on_disk(self.path), self._transaction():
@@ -295,6 +287,24 @@ class Journal:
                 self._base.execute("ROLLBACK")
                 raise
             self._base.execute("COMMIT")
+
+
+def refuse_other_options(out: Path, began: str, options: str) -> None:
+    """Both in JSON, with sorted names.
+
+    Raises:
+        UsageError: They differ, so that what is in `out` would not go on as it began.
+    """
+    if began == options:
+        return
+    before, now = json.loads(began), json.loads(options)
+    differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    raise UsageError(
+        f"{out}: was begun with other options",
+        expected=", ".join(f"{name} {before.get(name)!r}" for name in differ),
+        got=", ".join(f"{name} {now.get(name)!r}" for name in differ),
+        next_step="go on with the same ones, or give another --out",
+    )
 
 
 def _marked(answer: Answer, first: Mapping[str, str]) -> str | None:

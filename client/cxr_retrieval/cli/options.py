@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final
 import typer
 
 from cxr_retrieval.cli.watched import Watched, watched
-from cxr_retrieval.errors import SetupError
 from cxr_retrieval.settings import (
     DEFAULT_AUDIT,
     DEFAULT_MAPS,
@@ -27,6 +26,7 @@ from cxr_retrieval.settings import (
     TelemetrySettings,
     Tls,
     TritonSettings,
+    secret_in,
 )
 
 _SERVER: Final = "Servers"
@@ -219,16 +219,7 @@ def secret(file: Path | None, variable: str) -> str:
         SetupError: The file cannot be read, or there is nothing in it.
     """
     found = os.environ.pop(variable, "").strip()
-    if file is None:
-        return found
-    try:
-        found = file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "bytes that are no text"
-        raise SetupError(f"{file}: cannot be read", expected="a secret", got=said or "", next_step="correct that file") from None
-    if not found:
-        raise SetupError(f"{file}: empty", expected="a secret", next_step="correct that file")
-    return found
+    return found if file is None else secret_in(file)
 
 
 def _pseudonyms(

@@ -62,6 +62,12 @@ class _Server:
     why: str = "not tried yet"
     looking: threading.Lock = field(default_factory=threading.Lock)
 
+    def put_off(self, why: str) -> None:
+        """It is tried again later, each time twice as late, and not at the same moment by everybody."""
+        self.why = why
+        self.pause_s = min(_LONGEST_S, 2 * self.pause_s or _FIRST_S)
+        self.due = time.monotonic() + self.pause_s * random.uniform(0.5, 1.5)  # noqa: S311
+
 
 class Balanced:
     """As `tritonclient.grpc.InferenceServerClient`, of which it has what `TritonClient` asks for; safe for threads.
@@ -189,9 +195,8 @@ class Balanced:
         with self._lock:
             if server.client is not client:
                 return
-            server.client, server.faults, server.why = None, 0, why
-            server.pause_s = min(_LONGEST_S, 2 * server.pause_s or _FIRST_S)
-            server.due = time.monotonic() + server.pause_s * random.uniform(0.5, 1.5)  # noqa: S311
+            server.client, server.faults = None, 0
+            server.put_off(why)
         client.close()
 
     def why(self) -> str:
@@ -244,9 +249,7 @@ class Balanced:
             with contextlib.suppress(Exception):
                 client.close()
             with self._lock:
-                server.why = why
-                server.pause_s = min(_LONGEST_S, 2 * server.pause_s or _FIRST_S)
-                server.due = time.monotonic() + server.pause_s * random.uniform(0.5, 1.5)  # noqa: S311
+                server.put_off(why)
 
     def _resolve(self) -> None:
         """The addresses of today; servers that are no longer among them get no more requests."""

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from cxr_retrieval.archive.audit import sync_folder
 from cxr_retrieval.cases.tables import Layout, PrivateTable
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.radiograph.header import Header
@@ -297,7 +298,7 @@ class Arrivals:
             if self.known(header.instance) is not None:
                 return False
             partial.rename(path)
-            _sync_folder(self._incoming)
+            sync_folder(self._incoming)
             with self._table.writing() as base:
                 base.execute(
                     "INSERT INTO arrival (instance, file, digest, caller, rule, received, state, header) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -374,7 +375,7 @@ class Arrivals:
                     copy.unlink(missing_ok=True)
                     copy.hardlink_to(outcome.arrival.path)
             for changed in (self._outgoing, self._kept):
-                _sync_folder(changed)
+                sync_folder(changed)
             end = self._results.append(b"".join(json.dumps(one.line, ensure_ascii=False).encode() + b"\n" for one in outcomes))
             with self._table.writing() as base:
                 base.executemany(
@@ -400,7 +401,7 @@ class Arrivals:
         now = time.time()
         with _on_disk(self.folder):
             _write(self._outgoing / name, outgoing.data)
-            _sync_folder(self._outgoing)
+            sync_folder(self._outgoing)
         with self._table.writing() as base:
             base.execute(
                 "INSERT INTO parcel (destination, kind, file, due, made, state) VALUES (?, ?, ?, ?, ?, ?)",
@@ -545,14 +546,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from cxr_retrieval.pacs.arrivals import Arrivals, Parcel
 from cxr_retrieval.pacs.dicomweb import Web, answered, opened
 from cxr_retrieval.pacs.dimse import Peer, associated, lost
 from cxr_retrieval.pacs.node import STORAGE_COMMITMENT
+from cxr_retrieval.radiograph.elements import referenced
 
 _AT_ONCE: Final = 32
 """Parcels for one association."""
@@ -143,8 +144,8 @@ def _contexts(parcels: Sequence[Parcel]) -> list[PresentationContext]:
         if parcel.kind != "commitment" and parcel.path.exists():
             meta = read_file_meta_info(parcel.path)
             pairs.add((str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)))
-    found = [build_context(kind, syntax) for kind, syntax in sorted(pairs)]
-    return found if len(pairs) and all(parcel.kind != "commitment" for parcel in parcels) else [*found, build_context(STORAGE_COMMITMENT)]
+    promises = [build_context(STORAGE_COMMITMENT)] if any(parcel.kind == "commitment" for parcel in parcels) or not pairs else []
+    return [*(build_context(kind, syntax) for kind, syntax in sorted(pairs)), *promises]
 
 
 def _sent(association: Association, peer: Peer, parcel: Parcel) -> str | None:
@@ -172,21 +173,14 @@ def _promised(association: Association, path: Path) -> Dataset:
     said = json.loads(path.read_text())
     report = Dataset()
     report.TransactionUID = said["transaction"]
-    report.ReferencedSOPSequence = [_reference(*pair) for pair in said["held"]]
+    if said["held"]:
+        report.ReferencedSOPSequence = [referenced(*pair) for pair in said["held"]]
     if said["missing"]:
-        report.FailedSOPSequence = [_reference(*pair) for pair in said["missing"]]
+        report.FailedSOPSequence = [referenced(*pair) for pair in said["missing"]]
         for item in report.FailedSOPSequence:
             item.FailureReason = _NO_SUCH_INSTANCE
-    if not said["held"]:
-        del report.ReferencedSOPSequence
     status, _ = association.send_n_event_report(report, 2 if said["missing"] else 1, STORAGE_COMMITMENT, _COMMITMENT_INSTANCE)
     return status
-
-
-def _reference(sop_class: str, instance: str) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
-    return item
 
 
 def _stowed(client: Any, web: Web, parcel: Parcel) -> str | None:

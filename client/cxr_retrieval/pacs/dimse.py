@@ -21,6 +21,10 @@ from cxr_retrieval.handshake import refusal
 from cxr_retrieval.settings import Tls
 
 _AE: Final = re.compile(r"(?=.*[^ ])[ -\[\]-~]{1,16}")
+PENDING: Final = (0xFF00, 0xFF01)
+"""Statuses that say: more to come."""
+NO_ROOM: Final = range(0xA700, 0xA800)
+"""Those that say: not now."""
 _ENDS_WITHIN_S: Final = 10.0
 _SAYS_NO_WITHIN_S: Final = 2.0
 _REJECTED: Final = {
@@ -163,6 +167,8 @@ def associated(
         for thread in (association, association.dul):
             if thread.is_alive():
                 thread.join(_ENDS_WITHIN_S)
+        if association.dul.socket is not None and association.dul.socket.socket is not None:
+            association.dul.socket.socket.close()  # pynetdicom leaves it open where the peer has left
 
 
 def lost(peer: Peer) -> PeerDownError:

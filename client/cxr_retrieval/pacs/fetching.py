@@ -23,7 +23,7 @@ from pynetdicom.presentation import AllStoragePresentationContexts, build_contex
 
 from cxr_retrieval.errors import PeerDownError, PeerError, SetupError
 from cxr_retrieval.pacs.dicomweb import MAX_BYTES, Web, answered, not_dicomweb
-from cxr_retrieval.pacs.dimse import AT_ONCE, Peer, associated, checked_title, lost
+from cxr_retrieval.pacs.dimse import AT_ONCE, NO_ROOM, PENDING, Peer, associated, checked_title, lost
 from cxr_retrieval.pacs.pulled import Found
 from cxr_retrieval.radiograph.syntaxes import DECODERS
 from cxr_retrieval.settings import Tls
@@ -38,8 +38,6 @@ _FILMS: Final = {
     "1.2.840.10008.5.1.4.1.1.7": "Secondary Capture",
 }
 """What may come by C-GET: an association has room for 128 contexts, and each syntax takes one of its own."""
-_PENDING: Final = (0xFF00, 0xFF01)
-_NO_ROOM: Final = range(0xA700, 0xA800)
 _UNKNOWN_DESTINATION: Final = 0xA801
 _NOT_ASKED_FOR: Final = 0x0124
 _CANNOT_STORE: Final = 0xA700
@@ -237,7 +235,7 @@ def _await(peer: Peer, association: Association, responses: Iterable[tuple[Datas
     """Until the peer has sent what it was asked for, or says that it cannot."""
     status = Dataset()
     for status, _ in responses:
-        if status.get("Status") not in (None, *_PENDING):
+        if status.get("Status") not in (None, *PENDING):
             break
     code = status.get("Status")
     if slot.error is not None:
@@ -252,7 +250,7 @@ def _await(peer: Peer, association: Association, responses: Iterable[tuple[Datas
             got=f"status 0x{code:04X}",
             next_step="have our AE title entered in its configuration, with this machine and --move-port; or try --get",
         )
-    kind = PeerDownError if code in _NO_ROOM else PeerError
+    kind = PeerDownError if code in NO_ROOM else PeerError
     raise kind(
         f"{peer.address}: did not send it",
         got=f"status 0x{code:04X}, {status.get('NumberOfFailedSuboperations') or 0} failed",
@@ -268,7 +266,4 @@ def _as_server(tls: Tls) -> ssl.SSLContext:
             expected="--ca, --cert and --key, which the peer sees when it sends",
             next_step="give them, or --get",
         )
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tls.ca)
-    context.load_cert_chain(tls.certificate, tls.key)
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    return tls.server_context()

@@ -120,10 +120,11 @@ class Answers:
     def keep(self, seen: Sequence[Seen[Arrival]]) -> list[_Made]:
         """Asks the galleries, and makes what goes out."""
         made: list[_Made] = []
-        for name in dict.fromkeys(self._rule(one.work).name for one in seen):
-            rule, some = self._rules.named(name), [one for one in seen if self._rule(one.work).name == name]
-            assert rule is not None
-            gallery = self._galleries[name]
+        by_rule: dict[Rule, list[Seen[Arrival]]] = {}
+        for one in seen:
+            by_rule.setdefault(self._rule(one.work), []).append(one)
+        for rule, some in by_rule.items():
+            gallery = self._galleries[rule.name]
             asked = [query.Asked(None, one.film, one.outputs, None, {"infer": 1000 * one.seconds}) for one in some]
             results = query.answer(
                 asked,

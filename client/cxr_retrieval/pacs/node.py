@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from socketserver import BaseServer
 from typing import Any, Final, cast
 
@@ -84,19 +85,6 @@ class NodeSettings:
     port: int
     tls: Tls | None = None
 
-    def context(self) -> ssl.SSLContext | None:
-        """TLS 1.2 or 1.3 as BCP 195 has it (PS3.15 B.12)."""
-        if self.tls is None:
-            return None
-        assert self.tls.certificate is not None  # `serving.access.Access` has checked
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self.tls.certificate, self.tls.key)
-        if self.tls.ca is not None:
-            context.load_verify_locations(self.tls.ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
 
 class Node:
     """Listens from the moment it is made until it is closed. Use as a context manager.
@@ -132,10 +120,9 @@ class Node:
             (evt.EVT_REJECTED, self._count_rejection),
             *AT_ONCE,
         ]
+        tls = settings.tls.server_context() if settings.tls else None
         try:
-            self._server = _Server(
-                entity, (settings.host, settings.port), settings.aet, settings.context(), handlers, self._limits, self._refuse
-            )
+            self._server = _Server(entity, (settings.host, settings.port), settings.aet, tls, handlers, self._limits, self._refuse)
         except OSError as error:
             raise SetupError(
                 f"no node can listen at {settings.host}, port {settings.port}",
@@ -197,13 +184,13 @@ class Node:
         address = str(association.requestor.address)
         if self._limits.addresses.get(caller, address) != address:
             return self._refused(NOT_AUTHORISED, "address", "this AE title comes from another address")
-        body = event.encoded_dataset(include_meta=False)
-        self._arrivals.refuse_if_full(len(body))
-        digest = hashlib.sha256(body).hexdigest()
+        data = event.encoded_dataset()
+        self._arrivals.refuse_if_full(len(data))
+        digest = hashlib.sha256(cast(BytesIO, request.DataSet).getbuffer()).hexdigest()
         instance = str(request.AffectedSOPInstanceUID)
         if (known := self._arrivals.known(instance)) is not None:
             return self._again(same=known == digest)
-        with self._arrivals.partial(event.encoded_dataset()) as partial:
+        with self._arrivals.partial(data) as partial:
             header = self._reader.header(partial, "the instance").result()
             if (header.instance, header.sop_class) != (instance, str(request.AffectedSOPClassUID)):
                 return self._refused(MISMATCH, "mismatch", "the data set is another instance than announced")

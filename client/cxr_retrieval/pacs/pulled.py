@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from cxr_retrieval.archive.journal import refuse_other_options
 from cxr_retrieval.cases.tables import Layout, PrivateTable
 from cxr_retrieval.errors import SetupError, UsageError
 
@@ -188,16 +189,11 @@ class Pulled:
         with self._journal.writing() as base:
             base.execute("INSERT INTO about VALUES ('options', ?) ON CONFLICT DO NOTHING", (options,))
             (began,) = base.execute("SELECT value FROM about WHERE name = 'options'").fetchone()
-        if began != options:
-            before, now = json.loads(began), json.loads(options)
-            differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        try:
+            refuse_other_options(self.out, began, options)
+        except UsageError:
             self._journal.close()
-            raise UsageError(
-                f"{self.out}: was begun with other options",
-                expected=", ".join(f"{name} {before.get(name)!r}" for name in differ),
-                got=", ".join(f"{name} {now.get(name)!r}" for name in differ),
-                next_step="go on with the same ones, or give another --out",
-            )
+            raise
 
 
 def _unusable(out: Path, error: OSError) -> SetupError:

@@ -18,19 +18,17 @@ from typing import Final
 from pydicom import DataElement, Dataset, dcmwrite
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
-from pydicom.dataset import FileMetaDataset
-from pydicom.sr.coding import Code
-from pydicom.uid import UID, ComprehensiveSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import ComprehensiveSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from cxr_retrieval.pacs.concepts import declared
 from cxr_retrieval.pacs.drawn import drawn
 from cxr_retrieval.pacs.tree import DEVICE, tree
+from cxr_retrieval.radiograph.elements import coded, referenced
+from cxr_retrieval.radiograph.file_meta import give_file_meta
 from cxr_retrieval.radiograph.header import Header, keyed_uid
 from cxr_retrieval.retrieval.picture import DISCLAIMER
 from cxr_retrieval.retrieval.query import QueryResult
 
-IMPLEMENTATION: Final = UID("2.25.110179767068383370314035230955754348858")
-"""Implementation Class UID (0002,0012) of all that this project writes."""
 REPORT_SERIES: Final = 9901
 PICTURE_SERIES: Final = 9902
 """Series Number (0020,0011): behind whatever a modality numbers."""
@@ -49,7 +47,7 @@ _REPEATED: Final = (
 """Elements of patient and study, of type 1 or 2 in both (PS3.3 C.7.1.1, C.7.2.1): empty where the film has none."""
 _REPEATED_IF_THERE: Final = ("IssuerOfPatientID", "StudyDescription")
 """The same of type 3."""
-_SOURCE_OF_PICTURE: Final = Code("121322", "DCM", "Source image for image processing operation")
+_SOURCE_OF_PICTURE: Final = ("121322", "DCM", "Source image for image processing operation")
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ class Reporter:
         made.PatientOrientation = ""
         made.ImageComments = DISCLAIMER
         made.DerivationDescription = "scaled to 256x256, lungs outlined, attention in colour, enlarged; the answer in words below"
-        source = _reference(header)
-        source.PurposeOfReferenceCodeSequence = [_coded(_SOURCE_OF_PICTURE)]
+        source = referenced(header.sop_class, header.instance)
+        source.PurposeOfReferenceCodeSequence = [coded(*_SOURCE_OF_PICTURE)]
         made.SourceImageSequence = [source]
         pixels = drawn(result, self.version)
         made.SamplesPerPixel, made.PhotometricInterpretation, made.PlanarConfiguration = 3, "RGB", 0
@@ -145,33 +143,17 @@ class Reporter:
         return keyed_uid(self.secret, "\n".join((header.instance, result.model_version, kind)))
 
 
-def _reference(header: Header) -> Dataset:
-    """To the film, as an item of a sequence of references."""
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.sop_class, header.instance
-    return item
-
-
 def _evidence(header: Header) -> Dataset:
     """The same as an item of Current Requested Procedure Evidence Sequence (0040,A375)."""
     series = Dataset()
-    series.SeriesInstanceUID, series.ReferencedSOPSequence = header.series, [_reference(header)]
+    series.SeriesInstanceUID, series.ReferencedSOPSequence = header.series, [referenced(header.sop_class, header.instance)]
     study = Dataset()
     study.StudyInstanceUID, study.ReferencedSeriesSequence = header.study, [series]
     return study
 
 
-def _coded(code: Code) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
-    return item
-
-
 def _file(made: Dataset) -> bytes:
-    made.file_meta = FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    made.file_meta.ImplementationClassUID = IMPLEMENTATION
-    made.file_meta.ImplementationVersionName = "CXR_RETRIEVAL"
+    give_file_meta(made, ExplicitVRLittleEndian)
     buffer = io.BytesIO()
     dcmwrite(buffer, made, enforce_file_format=True)
     return buffer.getvalue()

@@ -34,7 +34,7 @@ from cxr_retrieval.pacs.dimse import Peer, checked_title
 from cxr_retrieval.radiograph.header import Header
 from cxr_retrieval.radiograph.retained import Deidentification, Retain
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
-from cxr_retrieval.settings import Tls
+from cxr_retrieval.settings import Tls, secret_in
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -257,13 +257,4 @@ def _told(error: ValidationError | SetupError | UsageError) -> str:
 
 
 def _secret(file: Path | None) -> str:
-    if file is None:
-        return ""
-    try:
-        found = file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "bytes that are no text"
-        raise SetupError(f"{file}: cannot be read", expected="a secret", got=said or "", next_step="correct the rules") from None
-    if not found:
-        raise SetupError(f"{file}: empty", expected="a secret", next_step="correct that file")
-    return found
+    return secret_in(file) if file is not None else ""

@@ -22,7 +22,7 @@ from pynetdicom.presentation import build_context
 
 from cxr_retrieval.errors import PeerDownError, PeerError, UsageError
 from cxr_retrieval.pacs.dicomweb import Web, answered, objects, opened
-from cxr_retrieval.pacs.dimse import Peer, associated, lost
+from cxr_retrieval.pacs.dimse import NO_ROOM, PENDING, Peer, associated, lost
 from cxr_retrieval.pacs.pulled import Found
 from cxr_retrieval.radiograph.header import FORMS, Header
 
@@ -31,8 +31,6 @@ _FEW: Final = 10
 """A page of less is the last one: no archive cuts its pages as short as that."""
 _FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
 """Study Root Query/Retrieve Information Model - FIND."""
-_PENDING: Final = (0xFF00, 0xFF01)
-_NO_ROOM: Final = range(0xA700, 0xA800)
 
 Answer = Mapping[str, str]
 """Keyword → value as text; absent or empty: unknown."""
@@ -240,10 +238,10 @@ class DimseSearch:
             code = status.get("Status")
             if code is None:
                 raise lost(self._peer)
-            if code in _PENDING and answer is not None:
+            if code in PENDING and answer is not None:
                 found.append({keyword: _as_text(answer.get(keyword)) for keyword in keys})
-            elif code not in (0, *_PENDING):
-                kind = PeerDownError if code in _NO_ROOM else PeerError
+            elif code not in (0, *PENDING):
+                kind = PeerDownError if code in NO_ROOM else PeerError
                 raise kind(f"{self._peer.address}: refuses a search", got=f"status 0x{code:04X}", next_step="see the peer's log")
         return found
 

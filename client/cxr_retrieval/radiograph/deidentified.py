@@ -17,25 +17,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
-from importlib.metadata import version
 from typing import Final
 
 import pydicom
 from pydicom import uid
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
-from pydicom.dataset import FileMetaDataset
 from pydicom.tag import BaseTag, Tag
 
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.dicom import without_values
-from cxr_retrieval.radiograph.elements import named, text, texts
+from cxr_retrieval.radiograph.elements import coded, named, text, texts
+from cxr_retrieval.radiograph.file_meta import give_file_meta
 from cxr_retrieval.radiograph.header import keyed_uid
 from cxr_retrieval.radiograph.retained import KEPT, METHODS, NO_DATES, NO_UIDS, WORDS, Deidentification, Retain
 from cxr_retrieval.radiograph.syntaxes import inflated, transfer_syntax
 from cxr_retrieval.radiograph.terms import PROJECTION_CLASSES
 
-IMPLEMENTATION_CLASS: Final = "2.25.314312803386236289188244343477543243728"
-"""Who wrote a file (PS3.7 D.3.3.2): ours, whatever the version."""
 MOST_DAYS: Final = 3650
 """Dates are moved back by 1 to so many days."""
 _TABLE: Final = "dicomfields_2026c"
@@ -100,7 +97,7 @@ def deidentified(data: bytes, name: str, rules: Deidentification) -> bytes:
             syntax = transfer_syntax(dataset, name) if plain is data else uid.DeflatedExplicitVRLittleEndian
             _Cleaner(actions, rules, _patient(dataset)).clean(dataset)
             file = io.BytesIO()
-            _give_file_meta(dataset, syntax)
+            give_file_meta(dataset, syntax)
             pydicom.dcmwrite(file, dataset, enforce_file_format=True)
     except CxrError:
         raise
@@ -167,17 +164,6 @@ def _patient(dataset: pydicom.Dataset) -> str:
     return ""
 
 
-def _give_file_meta(dataset: pydicom.FileDataset, syntax: str) -> None:
-    """PS3.10 7.1, with nothing of what was there: neither preamble, nor the titles of who sent or wrote it."""
-    dataset.preamble = bytes(128)
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.file_meta.TransferSyntaxUID = uid.UID(syntax)
-    dataset.file_meta.ImplementationClassUID = uid.UID(IMPLEMENTATION_CLASS)
-    dataset.file_meta.ImplementationVersionName = f"CXR {version('cxr-retrieval')}"[:16]
-
-
 @dataclass(frozen=True)
 class _Cleaner:
     """The profile, as it applies to the films of one patient."""
@@ -198,7 +184,9 @@ class _Cleaner:
         dataset.PatientID = dataset.PatientName = self._keyed("patient").hex()[:32]
         dataset.PatientIdentityRemoved = "YES"
         dataset.DeidentificationMethod = "DICOM PS3.15 2026c Annex E"
-        dataset.DeidentificationMethodCodeSequence = [_coded(*METHODS[option]) for option in METHODS if option is None or option in retain]
+        dataset.DeidentificationMethodCodeSequence = [
+            coded(value, "DCM", meaning) for option, (value, meaning) in METHODS.items() if option is None or option in retain
+        ]
         dataset.LongitudinalTemporalInformationModified = dates
 
     def _clean(self, dataset: pydicom.Dataset, *, within: bool = False) -> None:
@@ -279,10 +267,3 @@ def _earlier(value: str, days: int, vr: str) -> str | None:
     except (ValueError, OverflowError):
         return None
     return f"{day.year:04}{day.month:02}{day.day:02}{rest}"
-
-
-def _coded(value: str, meaning: str) -> pydicom.Dataset:
-    """An item of a code sequence (PS3.3 8.8)."""
-    item = pydicom.Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
-    return item

@@ -54,6 +54,20 @@ def text(dataset: pydicom.Dataset, element: str) -> str:
     return next(iter(texts(dataset, element)), "")
 
 
+def coded(value: str, scheme: str, meaning: str) -> pydicom.Dataset:
+    """An item of a code sequence (PS3.3 8.8)."""
+    item = pydicom.Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+def referenced(sop_class: str, instance: str) -> pydicom.Dataset:
+    """An item of a sequence of references to instances (PS3.3 10.8)."""
+    item = pydicom.Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
+    return item
+
+
 def words(phrase: str) -> set[str]:
     """Whole words in capitals; "p.a.", "P-A" and "A/P" are words, too."""
     joined = re.sub(r"\b([APDV])[./-] ?([APDV])\b", r"\1\2", phrase.upper())

@@ -14,6 +14,8 @@ from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from cxr_retrieval.archive.watching import (
     Answered,
@@ -149,14 +151,7 @@ class Metrics:
 
     def _watch_queue(self, look: Callable[[], Queue]) -> None:
         self._queue = look
-        for name, about, value in (
-            ("cxr_dicom_associations", "Associations that are open.", lambda queue: queue.associations),
-            ("cxr_dicom_waiting", "Instances without an answer.", lambda queue: queue.waiting),
-            ("cxr_dicom_oldest_seconds", "How long the oldest of them has waited.", lambda queue: queue.oldest_s),
-            ("cxr_dicom_to_send", "Answers that other archives have not got yet.", lambda queue: queue.to_send),
-            ("cxr_dicom_oldest_parcel_seconds", "How long the oldest of them has waited.", lambda queue: queue.oldest_parcel_s),
-        ):
-            Gauge(name, about, registry=self.registry).set_function(lambda value=value: value(look()))
+        self.registry.register(_QueueNow(look))
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether all goes on as it should, and what is waited for; with the queue, where there is one."""
@@ -168,6 +163,24 @@ class Metrics:
         with self._lock:
             since = self._since.get(service)
         return 0.0 if since is None else time.monotonic() - since
+
+
+class _QueueNow(Collector):
+    """A node's queue, looked at once each time that somebody asks."""
+
+    def __init__(self, look: Callable[[], Queue]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterable[Metric]:
+        queue = self._look()
+        for name, about, value in (
+            ("cxr_dicom_associations", "Associations that are open.", queue.associations),
+            ("cxr_dicom_waiting", "Instances without an answer.", queue.waiting),
+            ("cxr_dicom_oldest_seconds", "How long the oldest of them has waited.", queue.oldest_s),
+            ("cxr_dicom_to_send", "Answers that other archives have not got yet.", queue.to_send),
+            ("cxr_dicom_oldest_parcel_seconds", "How long the oldest of them has waited.", queue.oldest_parcel_s),
+        ):
+            yield GaugeMetricFamily(name, about, value)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
