@@ -42,6 +42,7 @@ _UNKNOWN_DESTINATION: Final = 0xA801
 _NOT_ASKED_FOR: Final = 0x0124
 _CANNOT_STORE: Final = 0xA700
 _PIECE: Final = 1 << 18
+_END_S: Final = 5.0
 
 Fetch = Callable[[Found, Path], None]
 """Writes an instance into an empty file. Raises PeerError (PeerDownError: the same may succeed later), OSError where there is no room."""
@@ -221,6 +222,9 @@ def move_fetcher(peer: Peer, calling: str, port: int) -> Generator[Connect]:
     try:
         yield connected
     finally:
+        for association in entity.active_associations:
+            if not association.is_established:  # refused, it ends by itself; pynetdicom's threads break where it is aborted, too
+                association.join(_END_S)
         entity.shutdown()
 
 
