@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from cxr_retrieval.errors import SetupError
+from cxr_retrieval.errors import SetupError, UsageError
 
 DEFAULT_TRITON: Final = "127.0.0.1:8001"
 DNS: Final = "dns:///"
@@ -308,6 +308,63 @@ class PseudonymSettings:
                 expected=f"at least {MIN_KEY_CHARACTERS} random characters in CXR_PSEUDONYM_KEY",
                 got=f"{len(self.key)}",
                 next_step="make one with `openssl rand -hex 32`",
+            )
+
+
+class EngineName(str, Enum):
+    """What takes films in bulk through: this process, or a Ray cluster."""
+
+    local = "local"
+    ray = "ray"
+
+
+class InferenceName(str, Enum):
+    """What the workers of a cluster ask: Triton servers, or networks that they hold themselves."""
+
+    triton = "triton"
+    openvino = "openvino"
+    tensorrt = "tensorrt"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Where films in bulk are worked on.
+
+    Args:
+        address: Of the cluster, as Ray has it; empty: one is started on this machine, for as long as the command runs.
+        inference: What its workers ask.
+        student: Networks of its workers: the small one finds the lungs.
+    """
+
+    name: EngineName = EngineName.local
+    address: str = ""
+    inference: InferenceName = InferenceName.triton
+    student: bool = False
+
+    @property
+    def asks_triton(self) -> bool:
+        """Whether a Triton server says what networks say."""
+        return self.inference is InferenceName.triton
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether each worker's networks need a GPU."""
+        return self.inference is InferenceName.tensorrt
+
+    def __post_init__(self) -> None:
+        if self.name is EngineName.local and (self.address or not self.asks_triton):
+            raise UsageError(
+                "--address and --inference are of a cluster",
+                expected="--engine ray beside them",
+                got="--engine local",
+                next_step="give --engine ray, or leave them out",
+            )
+        if self.student and self.asks_triton:
+            raise UsageError(
+                "--segmentation is of networks in the workers",
+                expected="--inference openvino or tensorrt",
+                got="--inference triton, whose server has chosen",
+                next_step="leave it out, or start the server with it",
             )
 
 

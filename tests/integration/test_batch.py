@@ -28,6 +28,7 @@ from cxr_retrieval.archive.batch import BatchOptions, run_batch
 from cxr_retrieval.archive.embedding import ingest
 from cxr_retrieval.archive.inputs import Input, Unusable, find_inputs
 from cxr_retrieval.archive.journal import Journal
+from cxr_retrieval.archive.pipeline import here
 from cxr_retrieval.archive.watching import Answered
 from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
@@ -329,8 +330,8 @@ def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmRea
     with TritonClient(TritonSettings(quick.grpc)) as triton, Journal(tmp_path / "results.jsonl", {}) as journal:
         complete = run_batch(
             journal,
-            reader,
-            triton,
+            here(reader, triton),
+            triton.model_version,
             options,
             stop=threading.Event(),
             advance=lambda _: answered.set(),
@@ -352,7 +353,16 @@ def test_first_answers_do_not_wait_for_the_search(archive: Path, reader: FilmRea
         Journal(tmp_path / "broken.jsonl", {}) as journal,
         pytest.raises(UsageError, match="stdin holds no list"),
     ):
-        run_batch(journal, reader, triton, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, inputs=broken())
+        run_batch(
+            journal,
+            here(reader, triton),
+            triton.model_version,
+            options,
+            stop=threading.Event(),
+            advance=lambda _: None,
+            tell=lambda _: None,
+            inputs=broken(),
+        )
 
 
 def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(archive: Path, quick: Endpoints, quick_gallery: str, tmp_path: Path) -> None:
@@ -413,8 +423,8 @@ def test_a_triton_that_goes_away_is_waited_for(
             running = pool.submit(
                 run_batch,
                 journal,
-                reader,
-                client,
+                here(reader, client),
+                client.model_version,
                 BatchOptions(store, 10, None, include_own=False, attention=None, gate=False),
                 stop=threading.Event(),
                 advance=lambda _: None,
@@ -500,7 +510,16 @@ def test_patience_ends(archive: Path, instant: Path, tmp_path: Path) -> None:
         end(server.process, signal.SIGKILL)
         options = BatchOptions(None, 10, None, include_own=False, attention=None, gate=False)
         with pytest.raises(ServerDownError, match="no Triton server answers"):
-            run_batch(journal, reader, client, options, stop=threading.Event(), advance=lambda _: None, tell=lambda _: None, patience_s=2)
+            run_batch(
+                journal,
+                here(reader, client),
+                client.model_version,
+                options,
+                stop=threading.Event(),
+                advance=lambda _: None,
+                tell=lambda _: None,
+                patience_s=2,
+            )
         assert journal.counts()["failed"] == 0
 
 

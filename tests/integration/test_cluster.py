@@ -1,238 +1,265 @@
-"""`cxr cluster` and `cxr query --method cluster` on a real Milvus Lite gallery of made-up vectors, with a real Triton."""
+"""Bulk work on a real Ray cluster of several nodes: the same results as without one, whatever is killed meanwhile."""
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+import json
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from chaos.instant import VERSION
-from clusters import fill
-from cxr_retrieval.archive import clustering as module
-from cxr_retrieval.archive.audit import entries
-from cxr_retrieval.archive.clustering import Found, add_new, find_clusters, keep_clusters
-from cxr_retrieval.archive.patience import Patience
+from cxr_retrieval.archive.pipeline import KEPT_AT_ONCE
+from cxr_retrieval.cases.manifest import read_manifest
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
-from cxr_retrieval.errors import UsageError
-from cxr_retrieval.evaluation.recalibration import recalibrate
-from cxr_retrieval.gallery.backup import export_gallery, import_gallery, read_backup
-from cxr_retrieval.gallery.store import CALIBRATION, CLUSTERS, SITES, Case, Store
+from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.radiograph.decoding import FilmReader
-from cxr_retrieval.radiograph.phantoms import make_phantom, write_dicom
-from cxr_retrieval.retrieval.clusters import CONFINED, read_clustering
-from cxr_retrieval.retrieval.query import query
-from cxr_retrieval.retrieval.site import Site, sites_as_text
-from cxr_retrieval.serving.server import Endpoints
-from cxr_retrieval.settings import Method, MilvusSettings
-from tests_support import run_cxr
+from cxr_retrieval.radiograph.phantoms import Phantom
+from cxr_retrieval.serving.server import Endpoints, embedded_milvus
+from cxr_retrieval.settings import MilvusSettings, TritonSettings
+from ray_nodes import RayCluster, ray_cluster
+from tests_support import ENVIRONMENT, cxr_command, run_cxr, until
 
-CASES = 240
-
-
-def patience(stop: threading.Event | None = None) -> Patience:
-    return Patience(stop or threading.Event(), 0)
+COPIES = 90
+NAME = "planted-7f3a"
+"""In every file's name, as a patient's might be."""
+OF_THE_RUN = {"trace_id", "timings_ms"}
 
 
-def found_in(store: Store, **options: Any) -> Found:
-    found = find_clusters(store, patience(), **options)
-    assert found is not None
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, pseudonyms: Pseudonyms) -> Iterator[RayCluster]:
+    """`pseudonyms`: every node has the key of these."""
+    with ray_cluster(tmp_path_factory.mktemp("ray"), 2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def archive(phantoms: list[Phantom], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """810 films, each a little different, a copy of one, and a page that is none."""
+    folder = tmp_path_factory.mktemp("archive")
+    for number, phantom in enumerate(phantoms):
+        for copy in range(COPIES):
+            pixels = phantom.pixels[::2, ::2].copy()
+            pixels[:4, : copy + 4] = 255
+            Image.fromarray(pixels).save(folder / f"{NAME}-{number}-{copy:02}.png", compress_level=1)
+    shutil.copy(folder / f"{NAME}-3-00.png", folder / f"{NAME}-same.png")
+    (folder / f"{NAME}-page.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gallery(quick: Endpoints, phantom_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with embedded_milvus(tmp_path_factory.mktemp("milvus") / "gallery.db", "127.0.0.1", 0) as uri:
+        done = run_cxr("ingest", "--no-gate", "--manifest", phantom_manifest, "--triton", quick.grpc, "--milvus", uri)
+        assert done.returncode == 0, done.stderr
+        yield uri
+
+
+def lines(out: Path) -> dict[str, dict[str, Any]]:
+    """Input → its result, without what is another each time; an input that has two fails."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in out.read_text("utf-8").splitlines():
+        line = json.loads(text)
+        assert line["input"] not in found
+        found[line["input"]] = {name: value for name, value in line.items() if name not in OF_THE_RUN}
     return found
 
 
-@pytest.fixture
-def store(tmp_path: Path, pseudonyms: Pseudonyms) -> Iterator[Store]:
-    """Of three clusters, two films of each patient."""
-    with Store(MilvusSettings(str(tmp_path / "gallery.db")), VERSION, pseudonyms, create=True) as opened:
-        fill(opened, CASES)
-        yield opened
+def written(out: Path) -> int:
+    return out.read_bytes().count(b"\n") if out.exists() else 0
 
 
-@pytest.fixture
-def film(tmp_path: Path) -> Path:
-    write_dicom(make_phantom(5, "covid19"), tmp_path / "film.dcm")
-    return tmp_path / "film.dcm"
+def batch(archive: Path, out: Path, *options: str | Path) -> list[str]:
+    return cxr_command("batch", archive, "--no-gate", "--out", out, "--timeout", "20", *options)
 
 
-def facts(store: Store) -> dict[str, dict[str, Any]]:
-    """All that is stored but for clusters."""
-    rows = {str(row["key"]): row for row in store.rows(["*"])}
-    return {key: {name: value for name, value in row.items() if name not in ("cluster", "strength")} for key, row in rows.items()}
+def on(cluster: RayCluster) -> Sequence[str]:
+    return ("--engine", "ray", "--address", cluster.address)
 
 
-def test_a_gallery_is_clustered_asked_and_forgotten(tmp_path: Path, film: Path, quick: Endpoints, pseudonyms: Pseudonyms) -> None:
-    settings = MilvusSettings(str(tmp_path / "gallery.db"))
-    with Store(settings, VERSION, pseudonyms, create=True) as store:
-        fill(store, CASES)
-    reach = ("--milvus", settings.uri, "--audit", tmp_path / "audit.jsonl")
-    ask = ("query", film, "--no-gate", "--triton", quick.grpc, *reach)
-
-    unclustered = run_cxr(*ask, "--method", "cluster")
-    assert unclustered.returncode == 2
-    assert "this gallery has no clusters" in unclustered.stderr
-    assert "Next: give `cxr cluster`" in unclustered.stderr
-
-    done = run_cxr("cluster", *reach)
-    assert done.returncode == 0, done.stderr
-    assert "240 cases in 3 clusters; `cxr query --method cluster` looks in them from now on" in done.stdout
-    assert "adjusted Rand index between seeds: 1.000 in the mean, 1.000 at least" in done.stdout
-
-    said = run_cxr(*ask, "--method", "cluster")
-    assert re.search(r"0\.\d{4} +covid19 +\d: 7\d of \d\d covid19", said.stdout), said.stdout
-    assert CONFINED in " ".join(said.stdout.split())
-    stored = run_cxr("ingest", film, "--label", "control", "--no-gate", "--triton", quick.grpc, *reach)
-    assert "1 of the cases are in no cluster. Next: `cxr cluster --new`" in stored.stderr
-    assert "1 new cases put into 1 of 3 clusters" in run_cxr("cluster", "--new", *reach).stdout
-    assert "has forgotten its clusters" in run_cxr("cluster", "--undo", *reach).stdout
-    log = [line for line in entries(tmp_path / "audit.jsonl") if line["action"] == "cluster"]
-    assert len(log) >= 4, "begun and ended"
+@pytest.fixture(scope="module")
+def expected(archive: Path, quick: Endpoints, gallery: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process answers."""
+    out = tmp_path_factory.mktemp("local") / "results.jsonl"
+    done = subprocess.run(
+        batch(archive, out, "--triton", quick.grpc, "--milvus", gallery), capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert done.returncode == 1, done.stderr
+    return lines(out)
 
 
-def test_what_an_answer_says_and_does_not_say(
-    store: Store, film: Path, reader: FilmReader, quick_client: TritonClient, pseudonyms: Pseudonyms
+def environment(cluster: RayCluster | None = None) -> dict[str, str]:
+    return dict(cluster.environment if cluster else ENVIRONMENT)
+
+
+def same_but_for_copies(some: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> None:
+    """Which of two equal films is called the copy depends on which was answered first."""
+    assert some.keys() == others.keys()
+    for name, line in some.items():
+        other = others[name]
+        assert {**line, "same_as": None} == {**other, "same_as": None}
+    assert Counter("same_as" in line for line in some.values()) == Counter("same_as" in line for line in others.values())
+
+
+def test_answers_are_those_of_one_process(
+    cluster: RayCluster, archive: Path, quick: Endpoints, gallery: str, expected: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    found = found_in(store)
-    assert keep_clusters(store, found, patience())
-    clustering = found.clustering
-    site = Site("north", VERSION, CASES, 60, {"control": 0.5, "covid19": 0.5}, {"control": 0.0, "covid19": 0.0}, 0.1, {})
-    store.keep({CALIBRATION: recalibrate(store, top_k=10).calibration.as_text(), SITES: sites_as_text({"north": site})})
-
-    def ask(**options: Any) -> Any:
-        return query(film, reader, quick_client, store, gate=False, **options)
-
-    nearest, result = ask(), ask(method=Method.cluster)
-    assert nearest.trust.calibrated is not None
-    assert result.clustering == clustering
-    assert (result.trust.calibrated, result.trust.labels) == (None, None)
-    assert len(result.neighbours) == 10
-    assert CONFINED in result.sentence
-    before, after = nearest.as_json(), result.as_json()
-    assert {*before, "method"} == {*after}
-    assert {*before["neighbours"][0], "cluster"} == {*after["neighbours"][0]}
-    beside = after["neighbours"][0]["cluster"]
-    assert beside.keys() == {"number", "cases", "labels"}
-    assert sum(beside["labels"].values()) == beside["cases"]
-    assert len({hit["cluster"]["number"] for hit in after["neighbours"]}) == 1
-
-    patient = "patient-3"
-    key = pseudonyms.patient(patient)
-    asked: list[tuple[int, dict[str, Any], Callable[[Case], bool]]] = [
-        (10, {"where": 'sex == "F"'}, lambda case: case.metadata["sex"] == "F"),
-        (60, {"where": 'label == "covid19"'}, lambda case: case.label == "covid19"),
-        (200, {"patient": patient}, lambda case: case.patient_id != key),
-    ]
-    for count, options, meant in asked:
-        hits = ask(method=Method.cluster, top_k=count, **options).neighbours
-        assert len(hits) == count
-        assert all(meant(hit.case) for hit in hits)
-    assert any(hit.case.patient_id == key for hit in ask(method=Method.cluster, patient=patient, top_k=CASES, include_own=True).neighbours)
-    everything = ask(method=Method.cluster, top_k=CASES)
-    assert sorted(hit.case.key for hit in everything.neighbours) == sorted(found.of), "one cluster after the other"
-    order = [clustering.number(hit.case.cluster) for hit in everything.neighbours]
-    assert sum(one != after for one, after in pairwise(order)) == len(clustering.clusters) - 1
-    told = " ".join(ask(method=Method.cluster, source="north").warnings)
-    assert f"the profile of north did not vote: {CONFINED}" in told
-    assert ask(source="north").site == site
-    with pytest.raises(UsageError, match="another balance"):
-        ask(method=Method.cluster, balance=0.5)
-    with pytest.raises(UsageError, match="no case to compare with"):
-        ask(method=Method.cluster, where="age > 200")
+    out = tmp_path / "results.jsonl"
+    done = subprocess.run(
+        batch(archive, out, "--triton", quick.grpc, "--milvus", gallery, *on(cluster), "--json"),
+        capture_output=True,
+        text=True,
+        env=environment(cluster),
+        timeout=200,
+    )
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["answered"], summary["failed"], summary["copies"]) == (811, 1, 1)
+    same_but_for_copies(lines(out), expected)
+    again = subprocess.run(
+        batch(archive, out, "--triton", quick.grpc, "--milvus", gallery), capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert "812 inputs: 811 answered, 1 failed" in again.stdout, "the journal is that of any engine: nothing is left to do"
+    assert NAME not in everything_that_ray_wrote(cluster)
 
 
-def test_new_cases_are_put_beside_those_they_are_like(store: Store, film: Path, reader: FilmReader, quick_client: TritonClient) -> None:
-    found = found_in(store)
-    keep_clusters(store, found, patience())
-    clusters = fill(store, 60, start=CASES)
-    asked = query(film, reader, quick_client, store, gate=False, method=Method.cluster, top_k=30)
-    assert "of the 32 nearest cases are in no cluster, and not found so: `cxr cluster --new`" in " ".join(asked.warnings)
-    before = facts(store)
-    tried = add_new(store, patience(), dry_run=True)
-    assert (sum(tried.cases.values()), tried.whole) == (60, True)
-    assert read_clustering(store.clusters) == found.clustering
-
-    added = add_new(store, patience())
-    assert added == tried
-    assert facts(store) == before, "no case changes but for its cluster"
-    kept = read_clustering(store.clusters)
-    assert (kept.run, kept.cases, kept.k) == (found.clustering.run, CASES + 60, found.clustering.k)
-    of = dict(store.assigned())
-    numbers = {key: kept.number(label) for key, label in of.items()}
-    assert None not in numbers.values()
-    for part in range(3):
-        assert len({numbers[key] for key, one in zip(clusters.keys, clusters.of, strict=True) if one == part}) == 1
-    assert add_new(store, patience()).cases == {}
-    stopped = threading.Event()
-    stopped.set()
-    fill(store, 10, start=CASES + 60)
-    assert not add_new(store, patience(stopped)).whole
+def everything_that_ray_wrote(cluster: RayCluster) -> str:
+    """Logs of every process of the cluster."""
+    files = [path for path in cluster.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any("worker" in path.name for path in files)
+    return "".join(path.read_text("utf-8", "replace") for path in files)
 
 
-def test_clusters_are_in_force_wholly_or_not_at_all(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = facts(store)
-    first = found_in(store, k=5)
-    keep_clusters(store, first, patience())
-    assert facts(store) == before
-    monkeypatch.setattr(module, "_WRITTEN", 50)
-    second, stop = found_in(store, k=12), threading.Event()
-    assert second.clustering.run != first.clustering.run
-    assert not keep_clusters(store, second, patience(stop), lambda _: stop.set())
-    assert store.clusters == "", "neither the former nor the new one"
-    with Store(MilvusSettings(str(tmp_path / "gallery.db")), VERSION, store.pseudonyms, beside=store) as again:
-        assert again.clusters == ""
-        assert sum(label == second.of[key][0] for key, label in again.assigned()) == 50
-    assert keep_clusters(store, second, patience())
-    assert read_clustering(store.clusters) == second.clustering
-    assert dict(store.assigned()) == {key: label for key, (label, _) in second.of.items()}
-    assert find_clusters(store, patience(stop)) is None, "stopped before anything is written"
-    assert read_clustering(store.clusters) == second.clustering
+def test_nothing_is_lost_and_nothing_comes_twice(
+    cluster: RayCluster, archive: Path, quick: Endpoints, gallery: str, expected: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Workers are killed, then a node, then who gave the command; a node comes back."""
+    out = tmp_path / "results.jsonl"
+    command = batch(archive, out, "--triton", quick.grpc, "--milvus", gallery, *on(cluster))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(cluster)) as driver:
+        until(lambda: written(out) >= KEPT_AT_ONCE or driver.poll() is not None, 120)
+        for stage in ("Decode", "Embed"):
+            for process in cluster.processes(stage)[:1]:
+                process.kill()
+        before = written(out)
+        until(lambda: written(out) > before or driver.poll() is not None, 120)
+        cluster.kill_worker(0)
+        before = written(out)
+        until(lambda: written(out) > before or driver.poll() is not None, 120)
+        killed_early = driver.poll() is None
+        driver.kill()
+        told = driver.communicate()[1]
+    assert killed_early or written(out) == 812, told
+    assert len(lines(out)) == written(out)
+    cluster.add_worker()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(cluster), timeout=200)
+    assert done.returncode == 1, done.stderr
+    same_but_for_copies(lines(out), expected)
 
 
-def test_what_came_or_went_meanwhile_is_left_alone(store: Store) -> None:
-    found = found_in(store)
-    keys = sorted(found.of)
-    store.remove(keys[:1])
-    other = np.roll(found.vectors[keys[1]], 1)
-    store.put([{**store.rows_of(keys[1:2])[keys[1]], "embedding": other.tolist()}])
-    keep_clusters(store, found, patience())
-    held = dict(store.assigned())
-    assert keys[0] not in held
-    assert held[keys[1]] is None, "another film by now"
-    assert add_new(store, patience()).cases.keys() <= set(range(len(found.clustering.clusters)))
-    assert None not in dict(store.assigned()).values()
+def test_networks_of_the_workers_and_a_cluster_of_this_machine(
+    cluster: RayCluster, archive: Path, student_server: Endpoints, tmp_path: Path
+) -> None:
+    """The same embeddings as Triton's; Ctrl-C ends it, and what is done stays."""
+    some = tmp_path / "films"
+    some.mkdir()
+    for film in sorted(archive.glob("*-0*.png")):
+        shutil.copy(film, some)
+    served, held = tmp_path / "served.jsonl", tmp_path / "held.jsonl"
+    done = subprocess.run(
+        batch(some, served, "--embed-only", "--triton", student_server.grpc), capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    own = ("--engine", "ray", "--inference", "openvino", "--segmentation", "student")
+    done = subprocess.run(batch(some, held, "--embed-only", *own), capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "Ray" not in done.stderr, "what Ray says of itself is nothing for who asks"
+    same, other = lines(served), lines(held)
+    assert same.keys() == other.keys()
+    for name, line in same.items():
+        for part in ("embedding", "appearance"):
+            np.testing.assert_allclose(line.pop(part), other[name].pop(part), atol=2e-4)
+        assert line == other[name]
 
 
-def test_clusters_outlive_a_backup(store: Store, tmp_path: Path, pseudonyms: Pseudonyms) -> None:
-    keep_clusters(store, found_in(store), patience())
-    export_gallery(store, tmp_path / "gallery.parquet")
-    settings = MilvusSettings(str(tmp_path / "other.db"))
-    taken = import_gallery(settings, pseudonyms, tmp_path / "gallery.parquet", read_backup(tmp_path / "gallery.parquet"))
-    assert CLUSTERS in taken
-    with Store(settings, VERSION, pseudonyms) as other:
-        assert other.clusters == store.clusters
-        assert dict(other.assigned()) == dict(store.assigned())
-        assert {row["key"]: row["strength"] for row in other.rows(["key", "strength"])} == {
-            row["key"]: row["strength"] for row in store.rows(["key", "strength"])
-        }
+def test_a_gallery_filled_on_a_cluster(
+    cluster: RayCluster, quick: Endpoints, phantom_manifest: Path, gallery: str, pseudonyms: Pseudonyms, tmp_path: Path
+) -> None:
+    with embedded_milvus(tmp_path / "gallery.db", "127.0.0.1", 0) as uri:
+        command = cxr_command("ingest", "--no-gate", "--manifest", phantom_manifest, "--triton", quick.grpc, "--milvus", uri, *on(cluster))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(cluster), timeout=200)
+        assert done.returncode == 0, done.stderr
+        rows = len(read_manifest(phantom_manifest).rows)
+        assert f"{rows} stored, 0 unchanged, 0 failed" in done.stdout
+        again = subprocess.run(command, capture_output=True, text=True, env=environment(cluster), timeout=200)
+        assert f"0 stored, {rows} unchanged" in again.stdout
+        filled = [contents(address, quick, pseudonyms) for address in (gallery, uri)]
+        assert filled[0] == filled[1]
 
 
-def test_galleries_that_cannot_be_clustered(tmp_path: Path, pseudonyms: Pseudonyms) -> None:
-    settings = MilvusSettings(str(tmp_path / "few.db"))
-    with Store(settings, VERSION, pseudonyms, create=True) as store:
-        store.publish()
-        with pytest.raises(UsageError, match=r"no case to cluster; expected more than 10.*ingest more\."):
-            find_clusters(store, patience())
-        fill(store, 4)
-        with pytest.raises(UsageError, match=r"too few cases to cluster; expected more than 10.*got 4.*fewer --neighbours"):
-            find_clusters(store, patience())
-        assert found_in(store, k=3).clustering.cases == 4
-        with pytest.raises(UsageError, match="no clusters"):
-            add_new(store, patience())
-    away = run_cxr("cluster", "--milvus", "http://127.0.0.1:1", "--patience", "0", "--timeout", "2")
-    assert away.returncode == 2
-    assert "no Milvus answers" in away.stderr
+def contents(uri: str, quick: Endpoints, pseudonyms: Pseudonyms) -> dict[str, tuple[object, ...]]:
+    with TritonClient(TritonSettings(quick.grpc)) as client, Store(MilvusSettings(uri), client.model_version, pseudonyms) as store:
+        cases, vectors = store.vectors()
+    return {case.image_id: (case.label, case.file, *np.round(vector, 5)) for case, vector in zip(cases, vectors, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--address", "127.0.0.1:1"), "expected --engine ray beside them"),
+        (("--inference", "openvino"), "expected --engine ray beside them"),
+        (("--engine", "ray", "--segmentation", "student"), "--segmentation is of networks in the workers"),
+        (("--engine", "ray", "--address", "ray://127.0.0.1:10001"), "a Ray client cannot conduct bulk work"),
+        (("--engine", "ray", "--inference", "tensorrt"), "the Ray cluster has no GPUs"),
+    ],
+)
+def test_what_cannot_be(options: Sequence[str], said: str, archive: Path, quick: Endpoints, tmp_path: Path) -> None:
+    film = sorted(archive.glob("*.png"))[0]
+    done = run_cxr("batch", film, "--embed-only", "--out", tmp_path / "out.jsonl", "--triton", quick.grpc, *options)
+    assert done.returncode == 2
+    assert said in done.stderr.replace("\n", " ")
+
+
+def test_no_cluster_there(archive: Path, quick: Endpoints, tmp_path: Path) -> None:
+    film = sorted(archive.glob("*.png"))[0]
+    asked = ("batch", film, "--out", tmp_path / "out.jsonl", "--triton", quick.grpc, "--engine", "ray")
+    done = run_cxr(*asked, "--embed-only", "--address", "127.0.0.1:1")
+    assert done.returncode == 2
+    assert "no Ray cluster at 127.0.0.1:1" in done.stderr
+    done = run_cxr(*asked, "--milvus", tmp_path / "gallery.db")
+    assert done.returncode == 2
+    assert "a gallery of Milvus Lite cannot be asked by several workers" in done.stderr
+
+
+def test_a_node_with_another_key(cluster: RayCluster, archive: Path, quick: Endpoints, tmp_path: Path) -> None:
+    """Nothing is opened by it, and so nothing read."""
+    film = sorted(archive.glob("*.png"))[0]
+    theirs = {**environment(cluster), "CXR_PSEUDONYM_KEY": "0123456789abcdef" * 4}
+    theirs.pop("CXR_PSEUDONYM_KEY_FILE")
+    done = subprocess.run(
+        batch(film, tmp_path / "out.jsonl", "--embed-only", "--triton", quick.grpc, *on(cluster)),
+        capture_output=True,
+        text=True,
+        env=theirs,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert "no pseudonym key" in done.stderr or "has another pseudonym key" in done.stderr
+
+
+def test_interrupted(cluster: RayCluster, archive: Path, quick: Endpoints, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    command = batch(archive, out, "--embed-only", "--triton", quick.grpc, *on(cluster))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(cluster)) as driver:
+        until(lambda: written(out) >= 1 or driver.poll() is not None, 120)
+        driver.send_signal(signal.SIGINT)
+        _, told = driver.communicate(timeout=60)
+    assert driver.returncode == 130 or written(out) == 812, told
+    assert "Traceback" not in told
+    assert len(lines(out)) == written(out)

@@ -6,9 +6,10 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.audit import Noted
 from cxr_retrieval.archive.inputs import Input, Unusable
 from cxr_retrieval.archive.journal import ANSWERED, FAILED, PENDING, REFUSED, Answer, Asked, Journal
-from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.pipeline import Engine, Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
+from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, LUNG_AGREEMENT, LUNG_MASK, TensorSpec
 from cxr_retrieval.errors import CxrError, UsageError
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE, PARTS
 from cxr_retrieval.gallery.store import Clause, Store
-from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.radiograph.decoding import FilmReader
 from cxr_retrieval.retrieval import query
 from cxr_retrieval.retrieval.calibration import DEFAULT_ERROR_RATE
 from cxr_retrieval.retrieval.picture import overlay, write_png
 from cxr_retrieval.retrieval.query import QueryResult
+from cxr_retrieval.settings import MilvusSettings
 
 _FAILURES_AT_ONCE = 256
 _SEARCH_SLICE_S = 0.2
@@ -52,8 +53,8 @@ class BatchOptions:
 
 def run_batch(
     journal: Journal,
-    reader: FilmReader,
-    triton: TritonClient,
+    engine: Engine,
+    model_version: str,
     options: BatchOptions,
     *,
     stop: threading.Event,
@@ -68,6 +69,7 @@ def run_batch(
     """Answers what the journal holds as pending, and what is added to it meanwhile. Ends early, with nothing lost, once `stop` is set.
 
     Args:
+        engine: Takes films through to their answers; one on a cluster makes these there, by an `Answering` of the same options.
         stop: Set by this, too, when it fails, so that the search for inputs ends.
         inputs: Added to the journal in a thread of their own; the first are answered while others are still looked for.
         found: Told, in that thread, how many inputs have been looked at so far, and whether these are all.
@@ -81,7 +83,7 @@ def run_batch(
     Raises:
         ServiceError: As `pipeline.run`, and where the results cannot be written.
     """
-    sink = _Answers(journal, triton.model_version, options, advance, watch, noted)
+    sink = _Answers(journal, model_version, options, advance, watch, noted)
     settled = sum(journal.counts().values()) - journal.counts()[PENDING]
 
     def told(looked_at: int, all_found: bool) -> None:
@@ -89,12 +91,11 @@ def run_batch(
         found(looked_at, all_found)
         watch(Expected(sum(journal.counts().values()) - settled))
 
-    probe = options.store.probe if options.store else lambda: None
     with ThreadPoolExecutor(1, "cxr-search") as pool:
         search = pool.submit(_add, journal, _watched(inputs, watch), told, stop)
         try:
             works = _asked(journal, search, stop)
-            pipeline.run(works, reader, triton, sink, probe_store=probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
+            engine(works, sink, probe_store=sink.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
         except BaseException:
             stop.set()
             raise
@@ -137,20 +138,21 @@ def _asked(journal: Journal, search: Future[bool], stop: threading.Event) -> Ite
         wait([search], timeout=_SEARCH_SLICE_S)
 
 
-class _Answers:
-    """The sink: searches for many films at once, and records their answers."""
+class Answering:
+    """Searches for many films at once; what becomes of the answers is another's."""
 
-    def __init__(
-        self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch, noted: Noted
-    ) -> None:
+    def __init__(self, model_version: str, options: BatchOptions, watch: Watch) -> None:
         wanted = query.WANTED if options.store else (*PARTS, LUNG_MASK, LUNG_AGREEMENT)
         self.outputs: Sequence[TensorSpec] = tuple(output for output in wanted if options.attention or output is not ATTENTION_MAP)
-        self._journal, self._model_version, self._options = journal, model_version, options
-        self._advance, self._watch, self._noted = advance, watch, noted
-        self._failures: list[Answer] = []
-        self._flushed = time.monotonic()
+        self._model_version, self._options, self._watch = model_version, options, watch
+
+    def probe(self) -> None:
+        """Raises StoreDownError while Milvus is away."""
+        if self._options.store is not None:
+            self._options.store.probe()
 
     def keep(self, seen: Sequence[Seen[Asked]]) -> list[Answer]:
+        """One search for all of them."""
         if self._options.store is None:
             return [self._embedded(one) for one in seen]
         asked = [query.Asked(one.work.image_id, one.film, one.outputs, one.work.patient_id, {"infer": 1000 * one.seconds}) for one in seen]
@@ -168,26 +170,6 @@ class _Answers:
             source=options.source,
         )
         return [self._answer(one, result) for one, result in zip(seen, results, strict=True)]
-
-    def kept(self, result: list[Answer]) -> None:
-        answers = [*result, *self._failures]
-        self._noted({answer.film or f"input-{answer.asked.id}": answer.state for answer in answers})
-        self._journal.record(answers)
-        self._advance(len(answers))
-        self._watch(Settled(Counter(answer.state for answer in answers)))
-        self._failures = []
-        self._flushed = time.monotonic()
-
-    def failed(self, work: Asked, error: CxrError) -> None:
-        self._watch(Failed(error, work.id))
-        self._failures.append(Answer(work, FAILED, error=str(error)))
-        if len(self._failures) >= _FAILURES_AT_ONCE or time.monotonic() > self._flushed + 1:
-            self.flush()
-
-    def flush(self) -> None:
-        """Records what has failed and could not be recorded beside answers."""
-        if self._failures:
-            self.kept([])
 
     def _answer(self, seen: Seen[Asked], result: QueryResult | UsageError) -> Answer:
         if isinstance(result, UsageError):
@@ -219,3 +201,48 @@ class _Answers:
         box = shown.box
         write_png(picture[box.top : box.top + box.height, box.left : box.left + box.width], path)
         return path
+
+
+@contextmanager
+def asker(
+    milvus: MilvusSettings, model_version: str, where: str, text: str, options: BatchOptions, keys: Pseudonyms, watch: Watch
+) -> Generator[Answering]:
+    """The same on a worker of a cluster, with a connection of its own; `options` without a store, and so without a clause.
+
+    Raises:
+        StoreError: As `Store`.
+    """
+    with Store(milvus, model_version, keys) as store:
+        yield Answering(model_version, replace(options, store=store, where=store.clause(where, text)), watch)
+
+
+class _Answers(Answering):
+    """The sink: records answers."""
+
+    def __init__(
+        self, journal: Journal, model_version: str, options: BatchOptions, advance: Callable[[int], None], watch: Watch, noted: Noted
+    ) -> None:
+        super().__init__(model_version, options, watch)
+        self._journal, self._advance, self._noted = journal, advance, noted
+        self._failures: list[Answer] = []
+        self._flushed = time.monotonic()
+
+    def kept(self, result: list[Answer]) -> None:
+        answers = [*result, *self._failures]
+        self._noted({answer.film or f"input-{answer.asked.id}": answer.state for answer in answers})
+        self._journal.record(answers)
+        self._advance(len(answers))
+        self._watch(Settled(Counter(answer.state for answer in answers)))
+        self._failures = []
+        self._flushed = time.monotonic()
+
+    def failed(self, work: Asked, error: CxrError) -> None:
+        self._watch(Failed(error, work.id))
+        self._failures.append(Answer(work, FAILED, error=str(error)))
+        if len(self._failures) >= _FAILURES_AT_ONCE or time.monotonic() > self._flushed + 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Records what has failed and could not be recorded beside answers."""
+        if self._failures:
+            self.kept([])

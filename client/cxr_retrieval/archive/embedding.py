@@ -20,7 +20,7 @@ from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.audit import Noted
 from cxr_retrieval.archive.inputs import Unlisted, Unusable
 from cxr_retrieval.archive.patience import Patience
-from cxr_retrieval.archive.pipeline import Seen
+from cxr_retrieval.archive.pipeline import Engine, Seen
 from cxr_retrieval.archive.watching import Expected, Failed, Settled, Watch, unwatched
 from cxr_retrieval.cases.features import heading, standard_name
 from cxr_retrieval.cases.fhir import Chart, film_day
@@ -133,7 +133,7 @@ class _Measured:
 def ingest(
     rows: Iterable[ManifestRow | Unlisted | Unusable],
     reader: FilmReader,
-    triton: TritonClient,
+    triton: TritonClient | None,
     store: Store,
     advance: Advance,
     *,
@@ -146,6 +146,7 @@ def ingest(
     gate: bool = True,
     chart: Chart | None = None,
     reports: ReportReader | None = None,
+    engine: Engine | None = None,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -166,9 +167,10 @@ def ingest(
         gate: Store nothing that is no upright frontal chest film; such a row is a problem.
         chart: Tells clinical facts of the rows' patients, where a row does not tell them itself.
         reports: Makes vectors of the rows' clinical notes, for a gallery of the space `reports`.
+        engine: Embeds elsewhere, asking networks for `outputs_of` the gallery; None: this process does, by `reader` and `triton`.
     """
     stop = stop or threading.Event()
-    describe = None if reports is None else partial(reports.vectors, triton)
+    describe = None if reports is None or triton is None else partial(reports.vectors, triton)
     sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, describe, gate=gate)
     patience = Patience(stop, patience_s, tell, watch)
     if isinstance(rows, Sized):
@@ -179,7 +181,10 @@ def ingest(
 
     with ThreadPoolExecutor() as hashing:
         new = sink.new_cases(rows, hashing, patiently)
-        pipeline.run(new, reader, triton, sink, probe_store=store.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
+        through = engine if engine is not None or triton is None else pipeline.here(reader, triton)
+        if through is None:
+            raise TypeError("neither Triton nor an engine to embed with")
+        through(new, sink, probe_store=store.probe, stop=stop, tell=tell, watch=watch, patience_s=patience_s)
     done = sink.stored + sink.corrected + sink.unchanged
     if done:
         patiently(store.publish)
@@ -196,6 +201,11 @@ def ingest(
         sink.misnamed(),
         sink.charted,
     )
+
+
+def outputs_of(space: Space, thumbnails: ThumbnailKind, *, gate: bool) -> Sequence[TensorSpec]:
+    """What an ingest must know of a film."""
+    return (*space.outputs, LUNG_MASK, LUNG_AGREEMENT) if gate or thumbnails is ThumbnailKind.lungs else space.outputs
 
 
 class _Gallery:
@@ -217,9 +227,7 @@ class _Gallery:
         self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
         self._watch, self._noted, self._chart, self._describe = watch, noted, chart, describe
         self._stored_now: set[str] = set()
-        self.outputs: Sequence[TensorSpec] = store.space.outputs
-        if gate or thumbnails is ThumbnailKind.lungs:
-            self.outputs = (*self.outputs, LUNG_MASK, LUNG_AGREEMENT)
+        self.outputs = outputs_of(store.space, thumbnails, gate=gate)
         self._columns: set[str] = set()
         self._unlisted: set[int] = set()
         self.stored = self.corrected = self.unchanged = self.drawn = self.doubted = self.charted = 0

@@ -56,7 +56,7 @@ from cxr_retrieval.errors import (
 )
 from cxr_retrieval.inference.in_flight import InFlight
 from cxr_retrieval.inference.trace import Trace
-from cxr_retrieval.inference.triton import BATCH_SIZE, TritonClient
+from cxr_retrieval.inference.triton import BATCH_SIZE
 from cxr_retrieval.radiograph.decoding import Film
 from cxr_retrieval.radiograph.letterbox import letterbox
 from cxr_retrieval.radiograph.phantoms import PHANTOM_LABELS, make_phantom
@@ -70,7 +70,7 @@ _HELD: Final = 512
 _FED: Final = 32
 _ATTEMPTS: Final = 3
 """Of a request that failed while its server lived, before its films are sent singly, and of a single film before it has failed."""
-_KEEPING_ATTEMPTS: Final = 6
+KEEPING_ATTEMPTS: Final = 6
 """Of films that Milvus refuses without saying that this may pass; it says the same of a collection that is still being loaded."""
 _DOUBTS: Final = 4
 """Requests that fail with none answered in between, before nothing more is sent."""
@@ -97,6 +97,26 @@ class Reader(Protocol):
 
     def submit(self, path: Path, member: str | None = None) -> Future[Film]:
         """As `FilmReader.submit`."""
+        ...
+
+
+class Inference(Protocol):
+    """What says something of films: a TritonClient, or networks in this process. `model_version`: of its weights."""
+
+    model_version: str
+
+    def infer(
+        self,
+        images: NDArray[np.uint8],
+        outputs: Sequence[TensorSpec],
+        on_overload: Callable[[], None] = lambda: None,
+        trace: Trace | None = None,
+    ) -> dict[str, NDArray[np.generic]]:
+        """As `TritonClient.infer`."""
+        ...
+
+    def probe(self) -> None:
+        """As `TritonClient.probe`."""
         ...
 
 
@@ -137,6 +157,33 @@ class Sink(Protocol[W, R]):
         ...
 
 
+class Engine(Protocol):
+    """What takes works through to a sink: this process (`here`), or a cluster (`cluster.py`)."""
+
+    def __call__(
+        self,
+        works: Iterable[W | None],
+        sink: Sink[W, R],
+        *,
+        probe_store: Callable[[], None],
+        stop: threading.Event,
+        tell: Callable[[str], None],
+        watch: Watch,
+        patience_s: float,
+    ) -> None:
+        """As `run`."""
+        ...
+
+
+def here(reader: Reader, inference: Inference) -> Engine:
+    """The engine that is this process."""
+
+    def through(works: Iterable[W | None], sink: Sink[W, R], **told: Any) -> None:
+        run(works, reader, inference, sink, **told)
+
+    return through
+
+
 @dataclass(frozen=True)
 class _Batch(Generic[W]):
     """Films for one request; `read`: when their files were."""
@@ -173,7 +220,7 @@ class _Fed(Generic[W]):
 def run(
     works: Iterable[W | None],
     reader: Reader,
-    triton: TritonClient,
+    triton: Inference,
     sink: Sink[W, R],
     *,
     probe_store: Callable[[], None] = lambda: None,
@@ -209,7 +256,7 @@ class _Conductor(Generic[W, R]):
         self,
         works: Iterable[W | None],
         reader: Reader,
-        triton: TritonClient,
+        triton: Inference,
         sink: Sink[W, R],
         probe_store: Callable[[], None],
         patience: Patience,
@@ -330,7 +377,7 @@ class _Conductor(Generic[W, R]):
             with timed() as took:
                 return self._sink.keep(some), took
 
-        return self._patience.until("milvus", keep, self._abandoned, probe=self._probe_store, attempts=_KEEPING_ATTEMPTS)
+        return self._patience.until("milvus", keep, self._abandoned, probe=self._probe_store, attempts=KEEPING_ATTEMPTS)
 
     def _take_in(self, ended: set[Future[Any]]) -> None:
         if self._feeding is not None and self._feeding.done():

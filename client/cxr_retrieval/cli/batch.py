@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from cxr_retrieval.cli.console import INTERRUPTED, print_json
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import InputError, UsageError
 from cxr_retrieval.interruption import until_interrupted
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
+from cxr_retrieval.settings import EngineName, EngineSettings, MilvusSettings, PseudonymSettings, TritonSettings
 
 
 @options.with_servers
@@ -24,6 +25,7 @@ def batch(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
+    engine: EngineSettings,
     seen: Watched,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=options.INPUTS)],
     out: Annotated[Path, typer.Option(help="Results; its journal, by which an interrupted run goes on, lies beside it.")],
@@ -53,33 +55,44 @@ def batch(
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
     from cxr_retrieval.radiograph.decoding import FilmReader
 
+    if engine.name is EngineName.ray and milvus.is_lite and not embed_only:
+        raise UsageError(
+            "a gallery of Milvus Lite cannot be asked by several workers",
+            expected="--milvus http://HOST:PORT",
+            got=milvus.uri,
+            next_step="serve it (`cxr serve`), or give a Milvus server",
+        )
     if embed_only and attention:
         raise UsageError("--embed-only with --attention", expected="one of them", next_step="leave one out")
     lines = out if form is Format.jsonl else out.with_suffix(".jsonl")  # from which the table is written at the end
     started = time.monotonic()
     with ExitStack() as opened, until_interrupted() as stop:
         reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
+        from cxr_retrieval.archive import pipeline
         from cxr_retrieval.archive.audit import audited
-        from cxr_retrieval.archive.batch import BatchOptions, run_batch
+        from cxr_retrieval.archive.batch import Answering, BatchOptions, asker, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
         from cxr_retrieval.archive.patience import Patience
+        from cxr_retrieval.archive.stages import Plan
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+        from cxr_retrieval.cli.on_cluster import networks_of_workers, on_cluster
         from cxr_retrieval.gallery.balance import checked
         from cxr_retrieval.gallery.store import Store
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.retrieval.site import read_sites
 
         wait = Patience(stop, patience, seen.tell, seen.watch)
-        client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
+        client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton))) if engine.asks_triton else None
+        networks, version = networks_of_workers(engine, triton, client)
         store = clause = profile = None
         if not embed_only:
             keys = opened.enter_context(open_pseudonyms(pseudonyms))
-            gallery = store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))
+            gallery = store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys)))
             clause = first_contact(wait, "milvus", lambda: gallery.clause(where, text))
             profile = read_sites(store.sites).get(source) if source else None
         decisive = {
-            "model_version": client.model_version,
+            "model_version": version,
             "gallery": None if embed_only else milvus.uri,
             "top_k": top_k,
             "where": clause.given if clause else "",
@@ -96,7 +109,16 @@ def batch(
         if retry_failed:
             journal.retry_failed()
         before = journal.counts()
-        about = {"model_version": client.model_version, "journal": journal.id}
+        about = {"model_version": version, "journal": journal.id}
+        asked = BatchOptions(store, top_k, clause, include_own, attention, not no_gate, error_rate, balance, source)
+        if client is not None and engine.name is EngineName.local:
+            through = pipeline.here(reader, client)
+        else:
+            there = replace(asked, store=None, where=None)
+            answers = None if embed_only else partial(asker, milvus, version, where, text, there)
+            outputs = Answering(version, asked, seen.watch).outputs
+            plan = Plan(networks, version, outputs, answers, gpu=engine.on_gpus, patience_s=patience)
+            through = opened.enter_context(on_cluster(engine, pseudonyms, plan))
         with audited(audit.expanduser(), "batch", about) as operation, seen.bar("answering") as bar:
 
             def found(looked_at: int, all_found: bool) -> None:
@@ -108,9 +130,9 @@ def batch(
 
             complete = run_batch(
                 journal,
-                reader,
-                client,
-                BatchOptions(store, top_k, clause, include_own, attention, not no_gate, error_rate, balance, source),
+                through,
+                version,
+                asked,
                 stop=stop,
                 advance=bar.advance,
                 tell=seen.tell,
@@ -128,7 +150,7 @@ def batch(
             if form is not Format.jsonl:
                 write_table(lines, out, form)
         summary: dict[str, Any] = {
-            "model_version": client.model_version,
+            "model_version": version,
             "inputs": sum(counts.values()),
             **counts,
             "copies": journal.copies(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from cxr_retrieval.cli.console import INTERRUPTED, print_doubts, print_json, pri
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.interruption import until_interrupted
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, ThumbnailKind, TritonSettings
+from cxr_retrieval.settings import EngineName, EngineSettings, MilvusSettings, PseudonymSettings, SpaceName, ThumbnailKind, TritonSettings
 
 if TYPE_CHECKING:
     from cxr_retrieval.cases.manifest import ManifestRow
@@ -25,6 +26,7 @@ def ingest(
     triton: TritonSettings,
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
+    engine: EngineSettings,
     seen: Watched,
     paths: Annotated[
         list[str] | None,
@@ -60,9 +62,11 @@ def ingest(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
     from cxr_retrieval.archive.patience import Patience
+    from cxr_retrieval.archive.stages import Plan
     from cxr_retrieval.cases.fhir import read_chart
     from cxr_retrieval.cases.manifest import read_manifest
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.cli.on_cluster import networks_of_workers, on_cluster
     from cxr_retrieval.gallery.spaces import REPORTS, SPACES
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
@@ -72,6 +76,13 @@ def ingest(
 
     paths = paths or []
     _refuse_what_does_not_go_together(paths, manifest, label, source, prune=prune)
+    if space is not SpaceName.film and not engine.asks_triton:
+        raise UsageError(
+            "--space with networks in the workers",
+            expected="--inference triton, of a server that has that further model",
+            got=f"--inference {engine.inference.value}",
+            next_step="leave one of them out",
+        )
     listed = read_manifest(manifest) if manifest else None
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
     chart = read_chart(fhir) if fhir else None
@@ -80,14 +91,20 @@ def ingest(
         with until_interrupted() as stop:
             reader = opened.enter_context(FilmReader())
             wait = Patience(stop, patience, seen.tell, seen.watch)
-            client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
+            client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton))) if engine.asks_triton else None
+            networks, weights = networks_of_workers(engine, triton, client)
             keys = opened.enter_context(open_pseudonyms(pseudonyms, create=True))
             compared = SPACES[space]
-            version = first_contact(wait, "triton", lambda: compared.version(client))
-            reports = first_contact(wait, "triton", lambda: ReportReader.served_by(client)) if compared is REPORTS else None
+            version = first_contact(wait, "triton", partial(compared.version, client)) if client else weights
+            reports = first_contact(wait, "triton", partial(ReportReader.served_by, client)) if client and compared is REPORTS else None
             store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys, create=True, space=compared)))
             about = {"model_version": version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
             found = find_inputs(paths, reader, split=split, stop=stop)
+            through = None
+            if engine.name is EngineName.ray:
+                outputs = embedding.outputs_of(compared, thumbnails, gate=not no_gate)
+                plan = Plan(networks, weights, outputs, gpu=engine.on_gpus, patience_s=patience)
+                through = opened.enter_context(on_cluster(engine, pseudonyms, plan))
             with (
                 audited(audit.expanduser(), "ingest", about) as operation,
                 seen.bar("ingesting", None if chosen is None else len(chosen)) as bar,
@@ -107,6 +124,7 @@ def ingest(
                     gate=not no_gate,
                     chart=chart,
                     reports=reports,
+                    engine=through,
                 )
                 counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
                 operation.outcome.update(counts, failed=len(report.problems))

@@ -13,12 +13,16 @@ from typing import Annotated, Any, Final
 import typer
 
 from cxr_retrieval.cli.watched import Watched, watched
+from cxr_retrieval.serving.choices import Segmentation
 from cxr_retrieval.settings import (
     DEFAULT_AUDIT,
     DEFAULT_MAPS,
     DEFAULT_MILVUS,
     DEFAULT_PSEUDONYM_KEY,
     DEFAULT_TRITON,
+    EngineName,
+    EngineSettings,
+    InferenceName,
     LogFormat,
     MilvusSettings,
     PseudonymSettings,
@@ -38,6 +42,7 @@ INPUTS: Final = (
 )
 """What a PATH may be, where films in bulk are asked for."""
 _SEEN: Final = "Seen from outside"
+_CLUSTER: Final = "On a cluster"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Repository = Annotated[
@@ -267,12 +272,45 @@ def _seen(
     return watched(TelemetrySettings(log_format, metrics, insecure))
 
 
-_MADE_BY: Final[dict[str, Callable[..., Any]]] = {"triton": _triton, "milvus": _milvus, "pseudonyms": _pseudonyms, "seen": _seen}
+def _engine(
+    engine: Annotated[
+        EngineName,
+        typer.Option("--engine", envvar="CXR_ENGINE", help="Who works on films: this machine, or a Ray cluster.", rich_help_panel=_CLUSTER),
+    ] = EngineName.local,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            help="The cluster's head, HOST:PORT or auto; or RAY_ADDRESS says it.",
+            show_default="one is started on this machine",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = "",
+    inference: Annotated[
+        InferenceName,
+        typer.Option("--inference", help="What its workers ask: --triton, or networks that they hold.", rich_help_panel=_CLUSTER),
+    ] = InferenceName.triton,
+    segmentation: Annotated[
+        Segmentation, typer.Option("--segmentation", help="Of networks that they hold, as of `cxr serve`.", rich_help_panel=_CLUSTER)
+    ] = Segmentation.ensemble,
+) -> EngineSettings:
+    given = address or (os.environ.get("RAY_ADDRESS", "") if engine is EngineName.ray else "")
+    return EngineSettings(engine, given, inference, segmentation is Segmentation.student)
+
+
+_MADE_BY: Final[dict[str, Callable[..., Any]]] = {
+    "triton": _triton,
+    "milvus": _milvus,
+    "pseudonyms": _pseudonyms,
+    "engine": _engine,
+    "seen": _seen,
+}
 
 
 def with_servers(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command, in the place of its parameters `triton: TritonSettings`, `milvus: MilvusSettings`,
-    `pseudonyms: PseudonymSettings` and `seen: Watched`, the options that make them; it is watched until it returns.
+    `pseudonyms: PseudonymSettings`, `engine: EngineSettings` and `seen: Watched`, the options that make them; it is watched until it
+    returns.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     makers = {name: inspect.signature(make, eval_str=True).parameters for name, make in _MADE_BY.items() if name in parameters}
