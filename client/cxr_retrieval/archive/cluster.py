@@ -197,9 +197,9 @@ def engine_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Engine:
     return through
 
 
-def windows(works: Iterable[W | None], stop: threading.Event) -> Iterator[list[W]]:
+def windows(works: Iterable[T | None], stop: threading.Event) -> Iterator[list[T]]:
     """Twice as many each time, for actors are made anew for each."""
-    size, window, began = _FIRST_WINDOW, list[W](), time.monotonic()
+    size, window, began = _FIRST_WINDOW, list[T](), time.monotonic()
     for work in works:
         if stop.is_set():
             return
