@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Literal
 
+from cxr_retrieval.cores import cores
 from cxr_retrieval.errors import CxrError, ImageError, SetupError
 from cxr_retrieval.radiograph.files import Contents, base_name
 from cxr_retrieval.radiograph.grey import Grey8
@@ -119,7 +120,7 @@ class FilmReader:
 
     def __init__(self, limits: DecodingLimits = DecodingLimits()) -> None:
         self.limits = limits
-        self._most = limits.workers or len(os.sched_getaffinity(0))
+        self._most = limits.workers or cores()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._seats: list[tuple[_Seat, threading.Thread]] = []

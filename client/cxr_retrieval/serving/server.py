@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_retrieval.contract import ENSEMBLE, LEAF_MODELS, MULTILABEL_MODEL, MULTIMODAL_IMAGE_MODEL, MULTIMODAL_TEXT_MODEL, OUTCOME_MODEL
+from cxr_retrieval.cores import cores
 from cxr_retrieval.errors import SetupError
 from cxr_retrieval.interruption import uninterrupted
 from cxr_retrieval.locations import cache_folder
@@ -160,7 +161,7 @@ def _started(options: ServerOptions, stack: ExitStack) -> Endpoints:
     work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"cxr-serve-{os.getpid()}-")))
     prefix = f"{work.name}-"
     stack.callback(_remove_shared_memory, prefix)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or cores()
     derive_embedded(options.repository, work / "models", options.chosen_precision, options.networks, threads)
     for name, folder in options.further.items():
         derive_further(name, folder, options.repository, work / "models", options.networks, threads)
