@@ -74,6 +74,7 @@ def test_the_readme_says_first_what_every_answer_says() -> None:
         ("TensorRT engines", "deserialize_cuda_engine"),
         ("TensorRT in the Triton container", "nvidia-smi"),
         ("`compose.yaml`", 'compose("up"'),
+        ("`deploy/kubernetes`", 'kubectl("apply"'),
     ],
 )
 def test_what_no_test_runs_is_said_to_be_not_run(part: str, only_by: str) -> None:

@@ -33,6 +33,9 @@ CHECKS = {
     "cxr loadtest comes as far as asking for Triton": (
         "cd /cases && cxr loadtest --triton 127.0.0.1:9 2>&1 | tee said | tail -n 3; grep -q 'could not be measured' said"
     ),
+    "OpenVINO in the image's own Python, as Triton's backend asks for it": (
+        "PYTHONPATH=/opt/cxr/site-packages python3 -c 'import numpy, openvino; print(numpy.__version__, openvino.get_version())'"
+    ),
     "triton-server, and what it may write to": "id && touch /engines/written /cases/written && ! touch /opt/cxr/written 2> /dev/null",
 }
 

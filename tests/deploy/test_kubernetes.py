@@ -351,6 +351,11 @@ def test_a_triton_on_cpus_has_as_many_threads_as_cores() -> None:
             assert quantity(threads) == quantity(triton["resources"]["limits"]["cpu"])
 
 
+def test_tritons_backend_finds_openvino_where_the_image_has_it() -> None:
+    (path,) = {one["value"] for pod in of_name("triton") for one in pod.spec["containers"][0]["env"] if one["name"] == "PYTHONPATH"}
+    assert f"ln -s /opt/cxr/lib/python3*/site-packages {path} " in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
 def test_triton_loads_the_contracts_models() -> None:
     for pod in of_name("triton"):
         loaded = [one.partition("=")[2] for one in pod.spec["containers"][0]["args"] if one.startswith("--load-model=")]
