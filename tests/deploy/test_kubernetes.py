@@ -232,6 +232,18 @@ def test_nothing_in_the_folder_is_left_out() -> None:
     assert {path.parent for path in KUBERNETES.rglob("kustomization.yaml")} <= used
 
 
+def test_both_variants_are_the_same_but_for_what_triton_computes_with() -> None:
+    one, other = ({(named(one), json.dumps(one)) for one in objects(f"overlays/{variant}")} for variant in ("gpu", "cpu"))
+    assert {told for told, _ in one ^ other} == {"Deployment triton"}
+    assert {told for told, _ in one} >= {
+        "ConfigMap dashboard",
+        "Milvus gallery",
+        "StatefulSet listen",
+        "Deployment view",
+        "NetworkPolicy nothing",
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------------ pods
 
 
@@ -287,12 +299,13 @@ def test_every_container_asks_for_what_it_needs_and_may_have_no_more_than_a_limi
 
 
 def test_reasons_stand_beside_resources() -> None:
-    """Whoever changes a number must know why it was that one."""
+    """Whoever changes a number must know why it was that one: on its line, or in lines of their own right above."""
     for path in KUBERNETES.rglob("*.yaml"):
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines):
+        above = ""
+        for number, line in enumerate(path.read_text().splitlines(), 1):
             if "requests:" in line:
-                assert any("#" in other for other in lines[max(0, number - 3) : number + 1]), f"{path.relative_to(KUBERNETES)}:{number + 1}"
+                assert "#" in line or above.lstrip().startswith("#"), f"{path.relative_to(KUBERNETES)}:{number}"
+            above = line
 
 
 def test_volumes_claims_accounts_and_settings_that_are_named_are_there() -> None:
