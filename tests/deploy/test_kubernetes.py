@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -435,7 +436,7 @@ def commands() -> list[Command]:
     ]
     for one in of_kind("RayJob"):
         head, *_ = pods([one])
-        line = shlex.split(one["spec"]["entrypoint"])
+        line = shlex.split(one["spec"]["entrypoint"].partition(" || ")[0])
         found.append(Command(head, head.spec["containers"][0], tuple(line), *parse(line)))
     return found
 
@@ -815,6 +816,8 @@ def test_the_dashboard_is_the_one_that_compose_shows() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ sizes, and the page
 
+HOSPITALS_RULES = '[[rules]]\nname = "of the hospital"\n'
+
 
 def requests_of(milvus: Object) -> tuple[Decimal, Decimal]:
     """Cores and bytes of a gallery and its etcd."""
@@ -886,25 +889,32 @@ def test_the_first_figure_of_the_page_is_what_the_overlay_asks_for() -> None:
     assert f"{gpus} GPUs, {cores.normalize():f} cores, {memory / 2**30:.0f} GiB of memory, {volumes / 2**30:.0f} GiB of volumes" in PAGE
 
 
-def test_the_pages_own_overlay_is_valid_and_leaves_no_placeholder(tmp_path: Path) -> None:
-    (overlay,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    folder = tmp_path / "hospital"
-    folder.mkdir()
-    (folder / "kustomization.yaml").write_text("\n".join(line[3:] for line in overlay.splitlines()))
-    (folder / "rules.toml").write_text('[[rules]]\nname = "of the hospital"\n')
-    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
-    text = (folder / "kustomization.yaml").read_text().replace("../deploy", os.path.relpath(ROOT / "deploy", folder))
-    (folder / "kustomization.yaml").write_text(text)
-    made = rendered(folder)
-    for one in made:
+@pytest.fixture
+def hospital(tmp_path: Path) -> tuple[tuple[Object, ...], tuple[Object, ...]]:
+    """What the page's two overlays, a hospital's and its release's, come to."""
+    texts = re.findall(r"```yaml\n(.*?)\n *```", PAGE, re.DOTALL)
+    made: list[tuple[Object, ...]] = []
+    for folder, text in zip((tmp_path / "hospital", tmp_path / "hospital" / "release"), texts, strict=True):
+        folder.mkdir()
+        here = re.sub(r"(\.\./)+deploy", os.path.relpath(ROOT / "deploy", folder), textwrap.dedent(text))
+        (folder / "kustomization.yaml").write_text(here)
+        (folder / "rules.toml").write_text(HOSPITALS_RULES)
+        made.append(rendered(folder))
+    return made[0], made[1]
+
+
+def test_the_pages_own_overlays_are_valid_and_leave_no_placeholder(hospital: tuple[tuple[Object, ...], tuple[Object, ...]]) -> None:
+    all_of_it, release = hospital
+    for one in (*all_of_it, *release):
         require_valid(one)
-    assert "192.0.2." not in yaml.safe_dump_all(made)
-    assert {container["image"] for pod in pods(made) for container in pod.containers} == {"registry.hospital.example/cxr-retrieval:0.1.0"}
-    (listen,) = [pod for pod in pods(made) if pod.labels.get("app.kubernetes.io/name") == "listen"]
+    assert "192.0.2." not in yaml.safe_dump_all(all_of_it)
+    images = [{container["image"] for pod in pods(part) for container in pod.containers} for part in hospital]
+    assert images == [{"registry.hospital.example/cxr-retrieval:0.1.0"}, {"registry.hospital.example/cxr-retrieval:0.2.0"}]
+    (listen,) = [pod for pod in pods(all_of_it) if pod.labels.get("app.kubernetes.io/name") == "listen"]
     (rules,) = [volume["configMap"]["name"] for volume in listen.spec["volumes"] if volume["name"] == "rules"]
-    assert [one["data"]["rules.toml"] for one in of_kind("ConfigMap", made) if one["metadata"]["name"] == rules] == [
-        '[[rules]]\nname = "of the hospital"\n'
-    ]
+    assert [one["data"]["rules.toml"] for one in of_kind("ConfigMap", all_of_it) if one["metadata"]["name"] == rules] == [HOSPITALS_RULES]
+    (job,) = [pod for pod in pods(release) if pod.of["kind"] == "Job"]
+    assert job.spec["containers"][0]["volumeMounts"][-1]["mountPath"] == "/films"
 
 
 def test_paths_on_the_page_are_there() -> None:
