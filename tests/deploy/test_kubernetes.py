@@ -1,5 +1,5 @@
 """What can be known of the manifests without a cluster: they render, every object is valid, and names, ports, commands, secrets and network policies
-fit each other and the programs. The CPU variant's own command lines are run here, in the Triton of the wheel."""
+fit each other and the programs. Containers' own command lines are run here: the CPU variant's in the Triton of the wheel, the node's and the page's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ from manifests import (
     selected,
 )
 from network_policies import Party, ours, passes, theirs
-from tests_support import ENVIRONMENT, free_ports, until
+from tests_support import ENVIRONMENT, cxr_command, free_ports, until
 
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text("utf-8")
 COMING = frozenset({"--engine", "--address", "--inference"})
@@ -781,3 +782,74 @@ def test_the_cpu_variants_own_command_lines_serve_who_shows_a_certificate(
         for region in Path("/dev/shm").glob(f"{prefix}*"):
             region.unlink(missing_ok=True)
     assert time.monotonic() - started < 30, "it ends on SIGTERM, within its --exit-timeout-secs"
+
+
+def started(pod: Pod, folder: Path, certificates: Certificates, *further: str, **other: str) -> subprocess.Popen[str]:
+    """The only container of a pod as its manifest starts it, with this machine's folders for its volumes and certificates for its Secrets."""
+    (container,) = pod.spec["containers"]
+    files = {"client-tls": ("client", "ours"), "listen-tls": ("server", "ours"), "view-tls": ("server", None)}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] != "/tmp"}
+    for name in mounts.values():
+        (folder / name).mkdir()
+        if name in files:
+            who, authority = files[name]
+            for file, source in {"tls.crt": f"{who}.pem", "tls.key": f"{who}.key", "ca.crt": f"{authority}.pem"}.items():
+                if authority or file != "ca.crt":
+                    shutil.copy(certificates.path(source), folder / name / file)
+    if "rules" in mounts.values():
+        shutil.copy(KUBERNETES / "clients" / "rules.toml", folder / "rules")
+    if "view-token" in mounts.values():
+        (folder / "view-token" / "token").write_text("0123456789abcdef" * 2)
+
+    def here(text: str) -> str:
+        return next(
+            (f"{folder / name}{text.removeprefix(at)}" for at, name in mounts.items() if text == at or text.startswith(f"{at}/")), text
+        )
+
+    told = {**pod.settings, **{one["name"]: one.get("value", "0123456789abcdef" * 4) for one in container["env"]}}
+    environment = {name: here(value) for name, value in told.items()} | {"HOME": str(folder)} | other
+    words = [here(re.sub(r"\$\((\w+)\)", lambda name: told[name[1]], word)) for word in container["command"]]
+    command = [*cxr_command(*words[1:]), *further]
+    bare = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("CXR_")}
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(command, env=bare | environment, stdout=subprocess.PIPE, stderr=said, text=True)
+
+
+def test_the_nodes_and_the_pages_own_command_lines_answer_their_probes_while_servers_are_away(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    """The node takes films meanwhile, so its health says 503 and its other probe 200; the page asks for its token."""
+    (port,) = free_ports(1)
+    (tmp_path / "node").mkdir()
+    (tmp_path / "page").mkdir()
+    (listen, *_), (view, *_) = of_name("listen"), of_name("view")
+    node = started(listen, tmp_path / "node", certificates, "--port", "0", CXR_METRICS=f"127.0.0.1:{port}")
+    page = started(view, tmp_path / "page", certificates, "--port", "0")
+
+    def status(url: str) -> int:
+        try:
+            return urllib.request.urlopen(url, timeout=10, context=certificates.tls().context() if url.startswith("https") else None).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    try:
+        assert node.stdout is not None
+        assert page.stdout is not None
+        assert node.stdout.readline().startswith("CXR@0.0.0.0:"), (tmp_path / "node" / "said").read_text()
+        url = page.stdout.readline().strip()
+        assert url.startswith("https://127.0.0.1:"), (tmp_path / "page" / "said").read_text()
+        probes = {name: one.spec["containers"][0] for name, one in {"node": listen, "page": view}.items()}
+        until(lambda: status(f"http://127.0.0.1:{port}{probes['node']['readinessProbe']['httpGet']['path']}") == 503)
+        assert status(f"http://127.0.0.1:{port}{probes['node']['livenessProbe']['httpGet']['path']}") == 200
+        for probe in ("readinessProbe", "livenessProbe"):
+            asked = probes["page"][probe]["httpGet"]
+            assert (asked["scheme"], status(url.rstrip("/") + asked["path"])) == ("HTTPS", 200)
+        assert status(f"{url}api/status") == 401
+        assert (tmp_path / "node" / "spool" / "waiting").is_dir()
+    finally:
+        for process in (node, page):
+            process.terminate()
+        ended = [process.wait(60) for process in (node, page)]
+        for process in (node, page):
+            process.communicate()
+    assert set(ended) <= {0, 130, 143}
