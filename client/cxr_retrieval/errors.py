@@ -20,6 +20,7 @@ CxrError
     │   └── StoreFullError         it takes nothing more now: disk, memory, quota: may pass
     ├── PeerError              an archive of images refuses us, or we refuse it: AE titles, contexts, certificates, passwords
     │   └── PeerDownError          nobody answers in time, or it cannot now: may pass
+    ├── StorageDownError       S3-compatible storage does not answer, or cannot now: may pass
     └── SetupError             missing extra, broken installation, server did not start
 """
 
@@ -177,6 +178,12 @@ class PeerError(ServiceError):
 
 class PeerDownError(PeerError):
     """No archive answers, it answers too late, or says itself that it cannot now; it may a minute later."""
+
+    may_pass = True
+
+
+class StorageDownError(ServiceError):
+    """S3-compatible storage does not answer, or says itself that it cannot now; it may a minute later."""
 
     may_pass = True
 

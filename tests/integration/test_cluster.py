@@ -144,7 +144,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(
     command = batch(archive, out, "--triton", quick.grpc, "--milvus", gallery, *on(cluster))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(cluster)) as driver:
         until(lambda: written(out) >= KEPT_AT_ONCE or driver.poll() is not None, 120)
-        for stage in ("Decode", "Embed"):
+        for stage in ("Read", "Embed"):
             for process in cluster.processes(stage)[:1]:
                 process.kill()
         before = written(out)

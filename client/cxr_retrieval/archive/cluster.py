@@ -28,7 +28,7 @@ from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import KEPT_AT_ONCE, Engine, Seen, Sink, Work
 from cxr_retrieval.archive.sealed import Sealed
-from cxr_retrieval.archive.stages import PURPOSE, Ask, Bundle, Decode, Embed, Notices, Numbered, Place, Plan, Stage, traces_of
+from cxr_retrieval.archive.stages import PURPOSE, Ask, Bundle, Embed, Notices, Numbered, Place, Plan, Read, Stage, traces_of
 from cxr_retrieval.archive.watching import Begun, Depths, Kept, Watch, timed
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.errors import CxrError, ServiceError, SetupError, StoreError
@@ -43,9 +43,9 @@ _POLL_S: Final = 0.5
 _ANSWER_S: Final = 10.0
 _SILENCE_S: Final = 120.0
 """After which it is said that nothing comes."""
-_CORES: Final[dict[type[Stage], int]] = {Decode: 2, Embed: 1, Ask: 4}
+_CORES: Final[dict[type[Stage], int]] = {Read: 2, Embed: 1, Ask: 4}
 """For which one actor is made: what an archive costs is mostly its networks."""
-_IN_FLIGHT: Final[dict[type[Stage], int]] = {Decode: 2, Embed: 4, Ask: 2}
+_IN_FLIGHT: Final[dict[type[Stage], int]] = {Read: 2, Embed: 4, Ask: 2}
 """Bundles that an actor has at a time; requests to a Triton that is far away need most."""
 _CLAIMED: Final = 0.5
 """Of the CPUs that there are."""
@@ -342,7 +342,7 @@ class _Conductor:
             for number, some in enumerate(_chunks(numbered, KEPT_AT_ONCE))
         ]
         data: Any = ray.data.from_arrow(bundles)
-        stages = [Decode, Embed] if self._plan.asker is None else [Decode, Embed, Ask]
+        stages = [Read, Embed] if self._plan.asker is None else [Read, Embed, Ask]
         cpus = int(max(1, self._room.cpus))
         arguments = (self._keys, self._sealed.seal(self._plan), self._notices)
         for stage in stages:

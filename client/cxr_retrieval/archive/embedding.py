@@ -34,6 +34,7 @@ from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import NOTES
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.files import is_object
 from cxr_retrieval.retrieval.query import assessed
 from cxr_retrieval.retrieval.reports import ReportReader
 from cxr_retrieval.settings import ThumbnailKind
@@ -295,7 +296,7 @@ class _Gallery:
             listed, charted = self._with_facts(row.row(identity), identity.study_date)
             return _NewCase(make_entry(listed, identity.file, self._store.pseudonyms), row.name, unlisted=True, charted=charted)
         listed, charted = self._with_facts(row, row.fields.get("date"))
-        return _NewCase(make_entry(listed, _digest(row), self._store.pseudonyms), row.image_id, charted=charted)
+        return _NewCase(make_entry(listed, _digest(row, self._reader), self._store.pseudonyms), row.image_id, charted=charted)
 
     def _with_facts(self, row: ManifestRow, day: str | None) -> tuple[ManifestRow, bool]:
         """The row with what the chart tells of its patient and the row does not; and whether that knows the patient."""
@@ -393,7 +394,7 @@ def embed_rows(
     sink = _Collected(advance, keyed, space)
     from_store = 0
     with ThreadPoolExecutor() as hashing:
-        measured, failed = _tried(rows, lambda row: _measured(row, keyed), hashing)
+        measured, failed = _tried(rows, lambda row: _measured(row, keyed, reader), hashing)
     sink.problems += failed
     advance(len(failed))
     if store is not None:
@@ -435,10 +436,10 @@ class _Collected:
         self._advance(1)
 
 
-def _measured(row: ManifestRow, keyed: Callable[[str], str]) -> _Measured:
+def _measured(row: ManifestRow, keyed: Callable[[str], str], reader: FilmReader) -> _Measured:
     """Refuses a clinical value that an ingest would refuse, so that an evaluation is of what a gallery can hold."""
     parse_clinical(row.fields)
-    return _Measured(row, keyed(_digest(row)))
+    return _Measured(row, keyed(_digest(row, reader)))
 
 
 def _tried(rows: Sequence[R], make: Callable[[R], T], pool: ThreadPoolExecutor) -> tuple[list[T], list[Problem]]:
@@ -478,8 +479,10 @@ def _refuse_no_film(seen: Seen[_NewCase]) -> None:
         )
 
 
-def _digest(row: ManifestRow) -> str:
+def _digest(row: ManifestRow, reader: FilmReader) -> str:
     """SHA-256 of a row's file."""
+    if is_object(row.path):
+        return reader.identity(row.path).result().file
     digest = hashlib.sha256()
     try:
         if not row.path.is_file():  # a pipe would wait for ever

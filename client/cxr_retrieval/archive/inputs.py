@@ -1,6 +1,7 @@
 """What a user points at → one input for each radiograph, one at a time, whatever their number.
 
-A PATH is a file, a folder, a pattern that the shell has left alone, a ZIP, a DICOMDIR, a manifest, or `-`: names on stdin. Named files are
+A PATH is a file, a folder, a pattern that the shell has left alone, a ZIP, a DICOMDIR, a manifest, an object or `s3://bucket/folder/` of
+S3-compatible storage, or `-`: names on stdin. Named files are
 taken as they are. A search (folder, pattern) takes what can be a radiograph: by its suffix, or because it begins as DICOM does, as PACS
 export it without one; and the ZIPs that it finds. It leaves out hidden files and what systems put between them, and DICOMDIRs, whose files
 it finds anyway: give a DICOMDIR itself to be told what it names and is not there. It never leaves its folder: links that lead outside are
@@ -21,10 +22,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from cxr_retrieval.archive.objects import ObjectReader
 from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
 from cxr_retrieval.errors import ImageError, InputError, ManifestError, UsageError
 from cxr_retrieval.radiograph.decoding import FilmReader, Identity
-from cxr_retrieval.radiograph.files import HEAD_BYTES, SUFFIXES, is_dicom, is_dicomdir, is_left_out, is_zip, opened, printable
+from cxr_retrieval.radiograph.files import (
+    HEAD_BYTES,
+    OBJECT_SCHEME,
+    SUFFIXES,
+    is_dicom,
+    is_dicomdir,
+    is_left_out,
+    is_object,
+    is_zip,
+    object_key,
+    opened,
+    printable,
+)
 
 STDIN: Final = "-"
 INSIDE: Final = "!/"
@@ -142,7 +156,9 @@ class _Search:
 
     def path(self, name: str) -> Iterator[Input | Unusable]:
         """What one argument stands for; a pattern only where nothing is called so."""
-        if not os.path.lexists(name) and _MAGIC.search(name):
+        if name.startswith(OBJECT_SCHEME):
+            yield from self._objects(name)
+        elif not os.path.lexists(name) and _MAGIC.search(name):
             yield from self._pattern(name)
         else:
             yield from self._named(name)
@@ -150,7 +166,7 @@ class _Search:
     def names_on(self, descriptor: int) -> Iterator[Input | Unusable]:
         """What stands in a list: a name on each line, or each ended by a NUL (`find -print0`) if there is any."""
         for name in self._listed(descriptor):
-            yield from self._named(name)
+            yield from self._objects(name) if name.startswith(OBJECT_SCHEME) else self._named(name)
 
     def _named(self, name: str) -> Iterator[Input | Unusable]:
         path, mode = Path(name), _mode(name)
@@ -172,6 +188,17 @@ class _Search:
             yield from self._dicomdir(name, path)
         else:
             yield Input(printable(name), path)
+
+    def _objects(self, uri: str) -> Iterator[Input | Unusable]:
+        """Of a storage, if the reader has one."""
+        if not isinstance(self._reader, ObjectReader):
+            error = UsageError(
+                f"{printable(uri)}: not read here", expected="a file or a folder", next_step="use `cxr batch` or `cxr ingest`"
+            )
+            yield Unusable(printable(uri), error)
+            return
+        for name, found in self._reader.storage.find(uri, self._stop):
+            yield Unusable(name, found) if isinstance(found, ImageError) else Input(name, found)
 
     # ------------------------------------------------------------------------------------------------ containers
 
@@ -211,7 +238,9 @@ class _Search:
             yield Unusable(printable(name), error)
             return
         for row in rows:
-            if "\0" in str(row.path):
+            if is_object(row.path):
+                yield Input(printable(OBJECT_SCHEME + object_key(row.path)), row.path, row=row)
+            elif "\0" in str(row.path):
                 error = ManifestError(f"{printable(row.image_id)}: a path that no file can have", next_step="correct that cell")
                 yield Unusable(printable(str(row.path)), error)
             else:

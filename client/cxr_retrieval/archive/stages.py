@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from cxr_retrieval.archive import pipeline
+from cxr_retrieval.archive.objects import ObjectReader
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import Inference, Seen, Work
 from cxr_retrieval.archive.sealed import Sealed
-from cxr_retrieval.archive.watching import Begun, Event, Read, Took, timed
+from cxr_retrieval.archive.watching import Begun, Event, Took, timed
+from cxr_retrieval.archive.watching import Read as WasRead
 from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
 from cxr_retrieval.contract import TensorSpec
 from cxr_retrieval.errors import CxrError, InputError, ServiceError, SetupError
-from cxr_retrieval.radiograph.decoding import DecodingLimits, Film, FilmReader
+from cxr_retrieval.radiograph.decoding import DecodingLimits, Film
 from cxr_retrieval.settings import PseudonymSettings
 
 R = TypeVar("R")
@@ -181,11 +183,11 @@ class Stage(ABC):
         """One bundle."""
 
 
-class Decode(Stage):
-    """Files → films, each in a process of its own with limits."""
+class Read(Stage):
+    """Files → films. One actor fetches and decodes them: a file of up to a GiB would cross the cluster to become 64 kB there."""
 
     def open(self, plan: Plan[Any], keys: Pseudonyms, held: ExitStack) -> None:  # noqa: D102 (as `Stage` says)
-        self._reader = held.enter_context(FilmReader(plan.limits))
+        self._reader = held.enter_context(ObjectReader(plan.limits, self._patience(plan, lambda _: None)))
 
     def through(self, bundle: Bundle, watch: pipeline.Watch) -> Bundle:  # noqa: D102
         reading = [(work, self._reader.submit(work.path, work.member)) for work in bundle.films]
@@ -195,7 +197,7 @@ class Decode(Stage):
             try:
                 films.append((work, future.result()))
             except InputError as error:
-                watch(Read(None, error))
+                watch(WasRead(None, error))
                 failed[work.number] = error
         return Bundle(films, failed)
 

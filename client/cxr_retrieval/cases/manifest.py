@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from cxr_retrieval.errors import ManifestError
+from cxr_retrieval.errors import ImageError, ManifestError
+from cxr_retrieval.radiograph.files import OBJECT_SCHEME, object_path
 
 REQUIRED_COLUMNS: Final = ("image_id", "path", "label")
 EXTRA_SPLIT: Final = "extra"
@@ -141,13 +143,21 @@ def _row(manifest: Path, line: int, record: Mapping[str | None, str | list[str] 
     return ManifestRow(
         folder=manifest.parent,
         image_id=cells["image_id"],
-        path=manifest.parent / cells["path"],
+        path=_path(manifest.parent, cells["path"]),
         label=cells["label"],
         patient_id=cells.get("patient_id") or None,
         source=cells.get("source") or None,
         split=cells.get("split") or None,
         fields=MappingProxyType({name: value for name, value in cells.items() if value and name not in named}),
     )
+
+
+def _path(folder: Path, cell: str) -> Path:
+    """A file, or an object of a storage; one that cannot be is the problem of its row, reported when it is read."""
+    with suppress(ImageError):
+        if cell.startswith(OBJECT_SCHEME):
+            return object_path(cell)
+    return folder / cell
 
 
 def _refuse_duplicates(path: Path, rows: Sequence[ManifestRow]) -> None:

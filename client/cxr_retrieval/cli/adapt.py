@@ -52,13 +52,14 @@ def adapt(
     from cxr_retrieval.archive.adapting import adapt as learn
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import find_inputs
+    from cxr_retrieval.archive.objects import ObjectReader
     from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.aliases import the_version
     from cxr_retrieval.gallery.spaces import FILM
     from cxr_retrieval.gallery.store import SITES, Store
     from cxr_retrieval.inference.triton import TritonClient
-    from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.radiograph.decoding import DecodingLimits
     from cxr_retrieval.retrieval.site import normalised, read_sites, sites_as_text
 
     if undo == bool(paths):
@@ -85,8 +86,8 @@ def adapt(
         return
     normalised(shares)  # refused before anything is looked at
     with ExitStack() as opened, until_interrupted() as stop:
-        reader = opened.enter_context(FilmReader())
         wait = Patience(stop, patience, seen.tell, seen.watch)
+        reader = opened.enter_context(ObjectReader(DecodingLimits(), wait))
         client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton)))
         keys = opened.enter_context(open_pseudonyms(pseudonyms))
         store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, client.model_version, keys)))

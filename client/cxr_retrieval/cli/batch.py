@@ -53,7 +53,9 @@ def batch(
     json: options.Json = False,
 ) -> None:
     """Answer a whole archive. Kill it, lose a server, fill the disk: the same command finishes the rest, and answers nothing twice."""
-    from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.archive.objects import ObjectReader
+    from cxr_retrieval.archive.patience import Patience
+    from cxr_retrieval.radiograph.decoding import DecodingLimits
 
     if engine.name is EngineName.ray and milvus.is_lite and not embed_only:
         raise UsageError(
@@ -67,13 +69,15 @@ def batch(
     lines = out if form is Format.jsonl else out.with_suffix(".jsonl")  # from which the table is written at the end
     started = time.monotonic()
     with ExitStack() as opened, until_interrupted() as stop:
-        reader = opened.enter_context(FilmReader())  # first: its workers start while the rest is loaded and connected
+        wait = Patience(stop, patience, seen.tell, seen.watch)
+        reader = opened.enter_context(
+            ObjectReader(DecodingLimits(), wait)
+        )  # first: its workers start while the rest is loaded and connected
         from cxr_retrieval.archive import pipeline
         from cxr_retrieval.archive.audit import audited
         from cxr_retrieval.archive.batch import Answering, BatchOptions, asker, run_batch
         from cxr_retrieval.archive.inputs import find_inputs
         from cxr_retrieval.archive.journal import Journal
-        from cxr_retrieval.archive.patience import Patience
         from cxr_retrieval.archive.stages import Plan
         from cxr_retrieval.cases.pseudonyms import open_pseudonyms
         from cxr_retrieval.cli.on_cluster import networks_of_workers, on_cluster
@@ -82,7 +86,6 @@ def batch(
         from cxr_retrieval.inference.triton import TritonClient
         from cxr_retrieval.retrieval.site import read_sites
 
-        wait = Patience(stop, patience, seen.tell, seen.watch)
         client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton))) if engine.asks_triton else None
         networks, version = networks_of_workers(engine, triton, client)
         store = clause = profile = None

@@ -61,6 +61,7 @@ def ingest(
     from cxr_retrieval.archive import embedding
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.archive.inputs import as_cases, find_inputs
+    from cxr_retrieval.archive.objects import ObjectReader
     from cxr_retrieval.archive.patience import Patience
     from cxr_retrieval.archive.stages import Plan
     from cxr_retrieval.cases.fhir import read_chart
@@ -70,7 +71,7 @@ def ingest(
     from cxr_retrieval.gallery.spaces import REPORTS, SPACES
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
-    from cxr_retrieval.radiograph.decoding import FilmReader
+    from cxr_retrieval.radiograph.decoding import DecodingLimits
     from cxr_retrieval.retrieval.reports import ReportReader
     from cxr_retrieval.retrieval.site import read_sites
 
@@ -89,8 +90,8 @@ def ingest(
     gone: Sequence[str] = ()
     with ExitStack() as opened:
         with until_interrupted() as stop:
-            reader = opened.enter_context(FilmReader())
             wait = Patience(stop, patience, seen.tell, seen.watch)
+            reader = opened.enter_context(ObjectReader(DecodingLimits(), wait))
             client = opened.enter_context(first_contact(wait, "triton", lambda: TritonClient(triton))) if engine.asks_triton else None
             networks, weights = networks_of_workers(engine, triton, client)
             keys = opened.enter_context(open_pseudonyms(pseudonyms, create=True))

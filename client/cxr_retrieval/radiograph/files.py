@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
+from urllib.parse import quote, unquote
 
 from cxr_retrieval.errors import ImageError
 
@@ -24,6 +25,8 @@ MAX_NAME: Final = 4096
 """Characters of a name; Linux' PATH_MAX."""
 HEAD_BYTES: Final = 512
 """Of a file, by which `is_zip`, `is_dicom` and `is_dicomdir` know it."""
+OBJECT_SCHEME: Final = "s3://"
+_OBJECTS: Final = Path("/s3:")
 _DIRECTORY_CLASS: Final = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
 """(0002,0002) Media Storage SOP Class UID as a DICOMDIR has it; the file meta group is always explicit VR little endian (PS3.10 7.1)."""
 _SYSTEM_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
@@ -45,6 +48,33 @@ class Contents:
     names: tuple[str, ...]
     problems: tuple[tuple[str, ImageError], ...]
     rest: int | None
+
+
+def object_path(uri: str) -> Path:
+    """An object of S3-compatible storage, `s3://bucket/key`, as a path that no file has; its key may be what no path of a file can be.
+
+    Raises:
+        ImageError: It names no object.
+    """
+    bucket, _, key = uri.removeprefix(OBJECT_SCHEME).partition("/")
+    parts = key.split("/")
+    if not bucket or not all(parts) or "\0" in uri:
+        raise ImageError(
+            f"{printable(uri)}: names no object that can be read",
+            expected="s3://BUCKET/KEY, with something between the strokes",
+            next_step="correct it, or copy the object to another key",
+        )
+    return _OBJECTS.joinpath(bucket, *("%2E" * len(part) if part in (".", "..") else quote(part, safe=" ") for part in parts))
+
+
+def is_object(path: Path) -> bool:
+    """Whether it is one of `object_path`."""
+    return path.parts[:2] == _OBJECTS.parts
+
+
+def object_key(path: Path) -> str:
+    """Bucket and key of an `object_path`, as the storage knows them."""
+    return "/".join(map(unquote, path.parts[2:]))
 
 
 def is_zip(head: bytes) -> bool:
