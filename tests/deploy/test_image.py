@@ -59,10 +59,10 @@ def test_the_extras_exist_and_bring_what_the_images_commands_need_but_no_pytorch
     extras = project["optional-dependencies"]
     (named,) = re.findall(r"'/opt/cxr-retrieval\[([a-z,]+)\]'", " ".join(of_kind("RUN")))
     wanted = named.split(",")
-    assert set(wanted) == {"engines", "loadtest", "dicom"}, "cxr build engines, cxr loadtest, cxr listen"
+    assert set(wanted) == {"engines", "loadtest", "dicom", "ray"}, "cxr build engines, cxr loadtest, cxr listen, cxr batch --engine ray"
     requirements = [*project["dependencies"], *(requirement for extra in wanted for requirement in extras[extra])]
     names = {re.split(r"[\s\[<>=!~;]", requirement)[0] for requirement in requirements}
-    assert {"onnx", "matplotlib", "pymilvus", "pynetdicom"} <= names
+    assert {"onnx", "matplotlib", "pymilvus", "pynetdicom", "ray"} <= names
     assert not {"torch", "torchvision", "cxr-retrieval"} & names
 
 

@@ -55,8 +55,6 @@ from network_policies import Party, ours, passes, theirs
 from tests_support import ENVIRONMENT, cxr_command, free_ports, until
 
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text("utf-8")
-COMING = frozenset({"--engine", "--address", "--inference"})
-"""Options of `cxr batch` that another change brings; without it they are left out before the rest is parsed."""
 READ_BESIDE = frozenset({"CXR_PSEUDONYM_KEY", "CXR_COMPILED"})
 """Variables that are no option's: the key itself, and where Triton's backend keeps compiled graphs."""
 BYTES_PER_CASE = 2900
@@ -270,11 +268,6 @@ def parse(words: list[str]) -> tuple[dict[str, Any], frozenset[str]]:
     rest = words[1:]
     while hasattr(command, "commands"):
         command = command.commands[rest.pop(0)]
-    known = {option for parameter in command.params for option in parameter.opts}
-    for option in COMING - known:
-        if option in rest:
-            at = rest.index(option)
-            del rest[at : at + 2]
     context = command.make_context(words[1], rest)
     variables = {
         variable
@@ -329,7 +322,7 @@ def test_commands_on_the_page_are_ours_too() -> None:
     found = [match[1] for line in lines if (match := re.search(r"(?:^|-- )(cxr (?:ingest|gallery|reindex|batch) .*)", line))]
     assert len(found) >= 5
     for line in found:
-        if "…" not in line and not line.startswith("cxr batch --engine"):
+        if "…" not in line:
             parse(shlex.split(line))
 
 
