@@ -30,8 +30,10 @@ from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
 from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
 from node_rate import measure_node
 from page import measure_page
+from queueing import measure_queueing
 from rich.console import Console
 from rich.table import Table
+from stage_costs import measure_stages
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.contract import ATTENTION_MAP, EMBEDDER, LUNG_SEGMENTATION
@@ -48,6 +50,8 @@ from cxr_retrieval.serving.server import ServerOptions, embedded_triton
 from cxr_retrieval.settings import MilvusSettings, PseudonymSettings, TritonSettings
 
 ROUNDS: Final = 3
+LOAD_S: Final = 60.0
+"""How long films come at random at one rate."""
 ROUND_S: Final = 3.5
 """About how long one measurement of throughput lasts."""
 CALLS: Final = 8
@@ -69,7 +73,9 @@ console = Console(stderr=True)
 
 
 def main() -> None:
-    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, node, page."""
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, node, page, stages,
+    queueing.
+    """
     parts: dict[str, Callable[[], Any]] = {
         "services": services,
         "peer": peer,
@@ -78,6 +84,8 @@ def main() -> None:
         "archive": archive,
         "node": node,
         "page": measure_page,
+        "stages": measure_stages,
+        "queueing": queueing,
     }
     chosen = sys.argv[1:] or list(parts)
     report_file = DOCS / "performance.json"
@@ -335,6 +343,15 @@ def node() -> list[dict[str, Any]]:
     return [measure_node(networks) for networks in ("instant", "student")]
 
 
+def queueing() -> dict[str, Any]:
+    """The simulated queue beside the student's server, on a machine that has nothing else to do."""
+    images = pictures()
+    with serving(Precision.fp32, Networks.student) as (client, process):
+        for size in (1, 8, 8):
+            client.infer(images[:size], (*PARTS, ATTENTION_MAP))
+        return measure_queueing(client, process, images, LOAD_S)
+
+
 def show(report: dict[str, Any]) -> None:
     """Ratios as tables on stdout, and the plot."""
     out = Console()
@@ -398,6 +415,28 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(f"answer over HTTP, {found['cases']:,} cases", f"{found['api_ms']:.0f}", "")
         table.add_row("neighbours drawn", f"{found['neighbours_ms']:.0f}", f"{found['neighbours_over_api']:.2f}")
         table.add_row("with their pictures", f"{found['pictures_ms']:.0f}", f"{found['pictures_over_api']:.2f}")
+        out.print(table)
+    if found := report.get("stages"):
+        table = Table("stage", "core ms", "bytes")
+        for form, row in found["reading"].items():
+            table.add_row(f"reading a film, {form}", f"{1000 * row['core_s']:.0f}", f"{row['bytes']:,}")
+        for row in found["milvus"]:
+            table.add_row(f"a search, Milvus 2.3.5, {row['cases']:,} cases", f"{1000 * row['search_core_s']:.2f}", "")
+            held = sum(size for part, size in row["disk_bytes"].items() if part.endswith("_log") or part == "index_files")
+            table.add_row(
+                f"an upsert, {row['cases']:,} cases; on disk", f"{1000 * row['upsert_core_s']:.3f}", f"{held / row['cases']:,.0f}"
+            )
+        for name, size in found["batch"].items():
+            table.add_row(name.removesuffix("_bytes"), "", f"{size:,.0f}")
+        out.print(table)
+    if found := report.get("queueing"):
+        table = Table("load", "films", "cores of others", *(f"{name} ms: measured / simulated = ratio" for name in ("mean", "p95", "p99")))
+        for row in found["loads"]:
+            cells = (
+                f"{row['measured_ms'][name]:.0f} / {row['simulated_ms'][name]:.0f} = {ratio:.2f}"
+                for name, ratio in row["measured_over_simulated"].items()
+            )
+            table.add_row(f"{row['share']:.0%}", str(row["films"]), f"{row['cores_of_others']:.2f}", *cells)
         out.print(table)
     if {"peer", "retrieval"} <= report.keys():
         plot(report, DOCS / "performance.png")

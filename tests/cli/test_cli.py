@@ -53,6 +53,7 @@ COMMANDS = (
     "audit show",
     "audit pairs",
     "loadtest",
+    "plan",
     "info",
     "train",
     "train segmentation",

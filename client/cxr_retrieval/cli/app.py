@@ -26,6 +26,7 @@ from cxr_retrieval.cli.ingest import ingest
 from cxr_retrieval.cli.listen import listen
 from cxr_retrieval.cli.loadtest import loadtest
 from cxr_retrieval.cli.manifest import manifest
+from cxr_retrieval.cli.plan import plan
 from cxr_retrieval.cli.pull import pull
 from cxr_retrieval.cli.query import query
 from cxr_retrieval.cli.reindex import reindex
@@ -57,6 +58,7 @@ for command in (
     cluster,
     reindex,
     loadtest,
+    plan,
     info,
 ):
     app.command()(command)
