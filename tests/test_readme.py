@@ -54,7 +54,16 @@ def test_every_make_target_named_exists() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CHANGELOG.md", "docs/results.md", "docs/performance.md", "docs/history.md", "docs/privacy.md", "docs/clusters.md"],
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "docs/results.md",
+        "docs/performance.md",
+        "docs/history.md",
+        "docs/privacy.md",
+        "docs/clusters.md",
+        "docs/scale.md",
+    ],
 )
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document

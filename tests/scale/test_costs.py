@@ -114,6 +114,7 @@ def test_own_costs_lie_over_those_that_ship(tmp_path: Path) -> None:
     ("old", "new", "said"),
     [
         ("value = 3e9", "value = -1", "costs.work.student.value"),
+        ("value = 3e9", "value = 0", "costs.work.student.value"),
         ("value = 3e9", "value = nan", "costs.work.student.value"),
         ("value = 3e9", "value = true", "costs.work.student.value"),
         ("FLOP/film", "GFLOP", "costs.work.student.unit"),

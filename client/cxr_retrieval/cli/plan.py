@@ -83,7 +83,13 @@ def _simulated(demand: Demand, known: Costs, wanted: list[int], seed: int, png: 
     with progress("simulating", len(wanted)) as advance:
         days = simulated_days(demand, known, wanted, seed, advance)
     if png:
-        plot(days, png)
+        try:
+            plot(days, png)
+        except (OSError, ValueError) as error:  # no such folder; no such kind of picture
+            got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UsageError(
+                f"{png}: cannot be written", expected="a .png in a folder that is there", got=got, next_step="correct --png"
+            ) from error
         talk().print(f"wrote {png}", soft_wrap=True)
     return days
 
@@ -101,7 +107,8 @@ def _print_plan(found: Plan) -> None:
         table.add_row(group, figure.what, value, figure.formula, " ".join(map(str, keys)))
     console = results()
     console.print(table)
-    console.print("~ rests on something that was neither measured on this system nor chosen\n", style="dim")
+    busy = next(cost.value for figure in found.figures.values() for cost in figure.costs if cost.name == "machine.busy")
+    console.print(f"~ rests on what was neither measured on this system nor chosen; / {busy:g}: as busy as is planned with\n", style="dim")
     used = {cost for figure in found.figures.values() for cost in figure.costs}
     for source in sources:
         measured = {cost.measured for cost in used if cost.source == source}
@@ -114,7 +121,15 @@ def _print_plan(found: Plan) -> None:
 
 def _print_days(days: tuple[Simulated, ...]) -> None:
     most = max(hour.films for hour in days[0].hours)
-    table = Table("hour", "films", "", *(f"p99, {day.replicas} replicas" for day in days), box=None, header_style="dim", pad_edge=False)
+    table = Table(
+        "hour",
+        "films",
+        "",
+        *(f"p99, {day.replicas} replica{'s' if day.replicas > 1 else ''}" for day in days),
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+    )
     for number, hour in enumerate(days[0].hours):
         bar = "█" * round(_BAR * hour.films / most) if most else ""
         table.add_row(f"{hour.hour:02d}", f"{hour.films:,}", bar, *(_seconds(day.hours[number].latency.p99_s) for day in days))

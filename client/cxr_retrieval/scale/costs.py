@@ -180,10 +180,12 @@ def _costs(path: Path, table: Mapping[str, Any], within: str, sources: Mapping[s
 def _cost(path: Path, name: str, said: Mapping[str, Any], sources: Mapping[str, Source]) -> Cost:
     value, unit, measured = said.get("value"), said.get("unit"), said.get("measured")
     source, how = sources.get(str(said.get("source"))), said.get("how", "")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise _meaningless(path, f"costs.{name}.value", "a number above 0", str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _meaningless(path, f"costs.{name}.value", "a number", str(value))
     if unit not in UNITS:
         raise _meaningless(path, f"costs.{name}.unit", f"one of {', '.join(sorted(UNITS))}", str(unit))
+    if value < 0 or (value == 0 and not str(unit).startswith("core s/")):
+        raise _meaningless(path, f"costs.{name}.value", "a number above 0; 0 core s for what costs none", str(value))
     if not isinstance(measured, bool):
         raise _meaningless(path, f"costs.{name}.measured", "true or false", str(measured))
     if source is None:

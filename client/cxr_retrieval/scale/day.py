@@ -84,13 +84,20 @@ def plot(days: Sequence[Simulated], path: Path) -> None:
     axes[0].patch.set_visible(False)
     for day in days:
         label = f"{day.replicas} replica{'s' if day.replicas > 1 else ''}{f', {day.failed} failed' if day.failed else ''}"
-        axes[0].plot([hour.hour + 0.5 for hour in day.hours], [hour.latency.p99_s for hour in day.hours], "-o", markersize=3, label=label)
-    axes[0].set(title="p99 by hour, s", xlabel="hour of the day; a roll-out and a failure in the busiest", yscale="log", xlim=(0, 24))
+        axes[0].plot(
+            [hour.hour + 0.5 for hour in day.hours], [1000 * hour.latency.p99_s for hour in day.hours], "-o", markersize=3, label=label
+        )
+    axes[0].set(title="p99 by hour, ms", xlabel="hour of the day; a roll-out and a failure in the busiest", yscale="log", xlim=(0, 24))
     axes[0].legend(fontsize=7)
     for name, style in (("p50_s", ":o"), ("p95_s", "--o"), ("p99_s", "-o")):
-        axes[1].plot([day.replicas for day in days], [getattr(day.latency, name) for day in days], style, color="#2a6f97", label=name[:3])
-    axes[1].set(title="whole day, s", xlabel="replicas", yscale="log", xticks=[day.replicas for day in days])
+        axes[1].plot(
+            [day.replicas for day in days], [1000 * getattr(day.latency, name) for day in days], style, color="#2a6f97", label=name[:3]
+        )
+    axes[1].set(title="whole day, ms", xlabel="replicas", yscale="log", xticks=[day.replicas for day in days])
     axes[1].legend(fontsize=7)
     for axis in axes:
         axis.grid(visible=True, which="both", alpha=0.25)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="both", labelsize=7)
     figure.savefig(path, dpi=130)

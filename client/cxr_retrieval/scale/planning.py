@@ -327,38 +327,34 @@ class _Planner:
         return self._note(
             "peak",
             Group.hours,
-            "films a second in the busiest hour of a busy day",
+            "films a second in the busiest hour",
             Traced(self._demand.per_day * share / 3600) * surge,
             "films/s",
-            f"{self._demand.per_day:,.0f} a day × {share:.3f} in the busiest hour × {surge.value:g} / 3,600 s",
+            f"{self._demand.per_day:,.0f} × {share:.3f} × {surge.value:g} / 3,600 s",
         )
 
     def _backlog(self) -> tuple[Traced, Traced]:
         """Machines that read, embed and take in all films in time; replicas of Triton among them."""
         demand, per_s, rate = self._demand, self._per_s, self._replica.rate
-        each, at_busy = f"{per_s.value:,.4g} films/s", f"/ {self._busy.value:g} busy"
+        each, at_busy = f"{per_s.value:,.4g} films/s", f"/ {self._busy.value:g}"
         self._note(
             "backlog_rate", Group.hours, "films a second for the backlog", per_s, "films/s", f"{demand.films:,.0f} / {demand.days:g} days"
         )
         hours = self._films / rate / Traced(3600)
         what = f"hours of one {self._triton.removesuffix('s') if demand.gpu else self._triton.replace('s', '', 1)} to embed all"
-        self._note("hours_one_replica", Group.hours, what, hours, "h", f"{demand.films:,.0f} films / {rate.value:,.1f} films/s")
+        self._note("hours_one_replica", Group.hours, what, hours, "h", f"{demand.films:,.0f} / {rate.value:,.1f} films/s")
         hours, core_s = self._films * self._ingested / Traced(3600), self._ingested.value
-        self._note(
-            "hours_one_core", Group.hours, "hours of one core to read all", hours, "h", f"{demand.films:,.0f} films × {core_s:.4g} core s"
-        )
+        self._note("hours_one_core", Group.hours, "hours of one core to read all", hours, "h", f"{demand.films:,.0f} × {core_s:.4g} core s")
 
-        what, reading = f"cores that read the backlog ({demand.read_as})", per_s * self._ingested / self._busy
+        what, reading = "cores that read the backlog", per_s * self._ingested / self._busy
         self._note("backlog_reading_cores", Group.machines, what, reading, "cores", f"{each} × {core_s:.4g} core s {at_busy}")
         what, embedding = f"{self._triton} that embed the backlog", (per_s / rate / self._busy).up()
         self._note("backlog_replicas", Group.machines, what, embedding, "replicas", f"{each} / {rate.value:,.1f} films/s {at_busy}")
         upsert, build = self._cost("gallery.upsert", "core s/case"), self._cost(f"index.{self._index}.build", "core s/case")
-        what, filling = f"cores with which Milvus takes it in ({self._index})", per_s * (upsert + build) / self._busy
+        what, filling = "cores with which Milvus takes it in", per_s * (upsert + build) / self._busy
         formula = f"{each} × ({upsert.value:g} + {build.value:g}) core s {at_busy}"
         self._note("backlog_gallery_cores", Group.machines, what, filling, "cores", formula)
-        machines = self._machines_for(
-            f"machines while the backlog is worked off, {demand.days:g} days", "backlog_machines", reading + filling, embedding
-        )
+        machines = self._machines_for(f"machines for the backlog, {demand.days:g} days", "backlog_machines", reading + filling, embedding)
         return machines, embedding
 
     def _day(self, peak: Traced) -> tuple[Traced, Traced]:
@@ -370,36 +366,34 @@ class _Planner:
         self._note(
             "replicas",
             Group.machines,
-            f"{self._triton} for a day's films, one of them spare",
+            f"{self._triton} for a day's films, one spare",
             replicas,
             "replicas",
-            f"{peak.value:,.4g} films/s × {1000 * service_s:,.1f} ms, p99 ≤ {demand.p99_s:g} s (Erlang C), {busy.value:g} busy; + {SPARE}",
+            f"{peak.value:,.4g} films/s × {1000 * service_s:,.1f} ms, p99 ≤ {demand.p99_s:g} s; + {SPARE}",
         )
         waiting = wait_s(count, peak.value, service_s, _ALL_BUT)
-        what, p99 = "p99 at Triton then, without the spare", Traced(alone_s + waiting, replicas.used)
-        self._note("p99", Group.hours, what, p99, "s", f"{alone_s:.3g} s alone + {waiting:.3g} s, which 1 % wait longer than (Erlang C)")
+        what, p99 = "p99 at Triton then, the spare away", Traced(alone_s + waiting, replicas.used)
+        self._note("p99", Group.hours, what, p99, "s", f"{1000 * alone_s:.3g} ms alone + {1000 * waiting:.3g} ms of waiting")
 
         answered = self._read + self._cost("client.answer", "core s/film")
-        what, answering, each = "cores that read and answer a day's films", peak * answered / busy, f"{peak.value:,.4g} a second"
-        self._note("client_cores", Group.machines, what, answering, "cores", f"{each} × {answered.value:.4g} core s / {busy.value:g} busy")
+        what, answering, each = "cores that read and answer a day's films", peak * answered / busy, f"{peak.value:,.4g} films/s"
+        self._note("client_cores", Group.machines, what, answering, "cores", f"{each} × {answered.value:.4g} core s / {busy.value:g}")
         search, one = (
             self._cost(f"index.{self._index}.search", "core s/search"),
             self._cost(f"index.{self._index}.search_segment", "core s/search"),
         )
         segments = self._films / self._cost(f"index.{self._index}.segment", "cases")
         searching = peak * (search + one * segments) / busy
-        formula = f"{each} × ({search.value:g} + {segments.value:,.4g} segments × {one.value:g}) core s / {busy.value:g} busy"
+        formula = f"{peak.value:,.4g}/s × ({search.value:g} + {segments.value:,.4g} × {one.value:g}) core s / {busy.value:g}"
         self._note("search_cores", Group.machines, "cores that search for a day's films", searching, "cores", formula)
-        return replicas, self._machines_for("machines for a day's films, but for memory", "day_machines", answering + searching, replicas)
+        return replicas, self._machines_for("machines for a day's films", "day_machines", answering + searching, replicas)
 
     def _machines_for(self, what: str, name: str, cores: Traced, replicas: Traced) -> Traced:
         """That have so many cores, and room for so many replicas."""
         if self._demand.gpu:
             fitting = self._cost("machine.gpus", "GPUs")
             machines = (cores / self._cores).up().most((replicas / fitting).up())
-            formula = (
-                f"{cores.value:,.1f} cores / {self._cores.value:g}, or {replicas.value:,.0f} GPUs / {fitting.value:g}, whichever is more"
-            )
+            formula = f"{cores.value:,.1f} cores / {self._cores.value:g}, {replicas.value:,.0f} GPUs / {fitting.value:g}: the more"
         else:
             own = replicas * self._cost("cpu.cores", "cores")
             machines = ((cores + own) / self._cores).up()
@@ -410,10 +404,10 @@ class _Planner:
         each, copies = self._cost(f"index.{self._index}.memory", "bytes/case"), self._cost("gallery.copies", "copies")
         water, machine = self._cost("gallery.high_water", "share"), self._cost("machine.memory", "bytes")
         memory = self._films * each * copies / water
-        formula = f"{self._films.value:,.0f} cases × {each.value:,.0f} bytes × {copies.value:g} copies / {water.value:g}"
+        formula = f"{self._films.value:,.0f} × {each.value:,.0f} bytes × {copies.value:g} copies / {water.value:g}"
         self._note("gallery_memory", Group.memory, f"memory of Milvus' query nodes ({self._index})", memory, "bytes", formula)
         holding = (memory / machine).up().most(copies)
-        formula = f"{memory.value / 1e9:,.4g} GB / {machine.value / 1e9:,.0f} GB, at least one for each copy"
+        formula = f"{memory.value / 1e9:,.4g} GB / {machine.value / 1e9:,.0f} GB, at least one a copy"
         self._note("gallery_machines", Group.memory, "machines that hold the gallery", holding, "machines", formula)
         if not self._demand.gpu:
             one = self._cost(f"cpu.{self._demand.segmentation.value}.memory", "bytes")
@@ -432,16 +426,16 @@ class _Planner:
     def _storage(self) -> None:
         demand, films = self._demand, self._films
         disk, redundancy = self._cost(f"index.{self._index}.disk", "bytes/case"), self._cost("storage.redundancy", "times")
-        formula = f"{films.value:,.0f} cases × {disk.value:,.0f} bytes × {redundancy.value:g}"
+        formula = f"{films.value:,.0f} × {disk.value:,.0f} bytes × {redundancy.value:g}"
         self._note("gallery_storage", Group.storage, "object storage of the gallery", films * disk * redundancy, "bytes", formula)
         row = self._cost("client.pseudonym", "bytes/case")
-        formula = f"{films.value:,.0f} cases × {row.value:g} bytes"
+        formula = f"{films.value:,.0f} × {row.value:g} bytes"
         self._note("pseudonym_storage", Group.storage, "local table of pseudonyms", films * row, "bytes", formula)
         line = self._cost("client.line", "bytes/film") + self._cost("client.journal", "bytes/film")
-        formula = f"365 × {demand.per_day:,.0f} films × {line.value:,.0f} bytes"
+        formula = f"365 × {demand.per_day:,.0f} × {line.value:,.0f} bytes"
         what, year = "results and journal of a year", Traced(365 * demand.per_day) * line
         self._note("results_storage", Group.storage, what, year, "bytes", formula)
-        formula = f"{films.value:,.0f} films × {self._file.value / 1e6:.3g} MB"
+        formula = f"{films.value:,.0f} × {self._file.value / 1e6:.3g} MB"
         self._note("archive_bytes", Group.storage, "the films, where they lie already", films * self._file, "bytes", formula)
 
     def _network(self, peak: Traced) -> None:
@@ -454,7 +448,7 @@ class _Planner:
         self._note("triton_network", Group.network, "to Triton and back, backlog", self._per_s * (film + back), "bytes/s", formula)
         formula = f"{each} × {sent.value:,.0f} bytes"
         self._note("gallery_network", Group.network, "to Milvus, backlog", self._per_s * sent, "bytes/s", formula)
-        formula = f"{peak.value:,.4g} films/s × ({self._file.value / 1e6:.3g} MB + {film.value:,.0f} + {answer.value:,.0f} bytes)"
+        formula = f"{peak.value:,.4g} films/s × ({' + '.join(f'{one.value / 1e6:.3g}' for one in (self._file, film, answer))}) MB"
         self._note(
             "day_network",
             Group.network,
