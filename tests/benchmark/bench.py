@@ -33,6 +33,7 @@ from page import measure_page
 from queueing import measure_queueing
 from rich.console import Console
 from rich.table import Table
+from sleeping import measure_batcher
 from stage_costs import measure_stages
 
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
@@ -344,12 +345,12 @@ def node() -> list[dict[str, Any]]:
 
 
 def queueing() -> dict[str, Any]:
-    """The simulated queue beside the student's server, on a machine that has nothing else to do."""
-    images = pictures()
+    """The simulated queue beside a Triton that sleeps, and beside the student's server, which wants a machine with nothing else to do."""
+    images, batchers = pictures(), measure_batcher()
     with serving(Precision.fp32, Networks.student) as (client, process):
         for size in (1, 8, 8):
             client.infer(images[:size], (*PARTS, ATTENTION_MAP))
-        return measure_queueing(client, process, images, LOAD_S)
+        return {"sleeping": batchers, "student": measure_queueing(client, process, images, LOAD_S)}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -430,8 +431,20 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(name.removesuffix("_bytes"), "", f"{size:,.0f}")
         out.print(table)
     if found := report.get("queueing"):
-        table = Table("load", "films", "cores of others", *(f"{name} ms: measured / simulated = ratio" for name in ("mean", "p95", "p99")))
-        for row in found["loads"]:
+        table = Table(
+            "Triton that sleeps", "films", *(f"{name}: measured / simulated = ratio" for name in ("mean ms", "p95 ms", "films a batch"))
+        )
+        for row in found["sleeping"]:
+            cells = (
+                f"{row['measured'][name]:.4g} / {row['simulated'][name]:.4g} = {ratio:.2f}"
+                for name, ratio in row["measured_over_simulated"].items()
+            )
+            table.add_row(row["what"], str(row["films"]), *cells)
+        out.print(table)
+        table = Table(
+            "student, load", "films", "cores of others", *(f"{name} ms: measured / simulated = ratio" for name in ("mean", "p95", "p99"))
+        )
+        for row in found.get("student", {"loads": []})["loads"]:
             cells = (
                 f"{row['measured_ms'][name]:.0f} / {row['simulated_ms'][name]:.0f} = {ratio:.2f}"
                 for name, ratio in row["measured_over_simulated"].items()
