@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from cxr_retrieval.cli import plan as plan_command
 from cxr_retrieval.cli.plan import value_shown
+from cxr_retrieval.errors import SetupError
 from cxr_retrieval.scale.costs import read_costs
 from cxr_retrieval.scale.planning import Demand, Figure, Group, plan
 from tests_support import run_cxr
@@ -63,6 +65,14 @@ def test_the_page_has_the_costs_that_ship() -> None:
         ), name
 
 
+def test_the_pages_own_costs_can_be_planned_with(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "ours.toml").write_text(block)
+    costs = read_costs(tmp_path / "ours.toml")
+    assert not plan(Demand(1e6, 1e3, gpu="l40s"), costs).figures["hours_one_replica"].assumed
+    assert costs.profile != read_costs().profile
+
+
 def test_json_has_the_keys_that_the_page_names() -> None:
     result = run_cxr(*ASKED, "--json", "--simulate", "--replicas", "1", "--replicas", "2", "--seed", "5")
     said = json.loads(result.stdout)
@@ -89,6 +99,12 @@ def test_a_picture_of_the_day(tmp_path: Path) -> None:
     result = run_cxr(*ASKED, "--simulate", "--replicas", "1", "--png", tmp_path / "day.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "day.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_simulation_without_its_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SetupError, match="lacks simpy and matplotlib; expected the extra 'plan'"):
+        plan_command.plan(1e5, 2e3, simulate=True, png=Path("day.png"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.scale.costs import read_costs
-from cxr_retrieval.scale.planning import SPARE, Demand, Group, Segmentation, Traced, erlang_c, gpu_rate, plan, servers_for, wait_s
+from cxr_retrieval.scale.planning import SPARE, Demand, Group, Segmentation, Traced, erlang_c, plan, replica_of, servers_for, wait_s
 
 COSTS = read_costs()
 films = st.floats(1, 1e10)
@@ -90,8 +90,8 @@ def test_a_plan_by_hand() -> None:
 
 def test_a_card_is_as_fast_as_what_grew_less() -> None:
     """L4: memory bandwidth; A100: arithmetic."""
-    assert gpu_rate(COSTS, "l4", "ensemble").value == pytest.approx(7.63e12 * 0.3 / 1.008 / 24.32e9)
-    assert gpu_rate(COSTS, "a100", "ensemble").value == pytest.approx(7.63e12 * 312 / 165 / 24.32e9)
+    assert replica_of(Demand(1, 1, gpu="l4"), COSTS).rate.value == pytest.approx(7.63e12 * 0.3 / 1.008 / 24.32e9)
+    assert replica_of(Demand(1, 1, gpu="a100"), COSTS).rate.value == pytest.approx(7.63e12 * 312 / 165 / 24.32e9)
 
 
 def test_the_index_follows_the_size() -> None:
@@ -191,8 +191,32 @@ def test_names_without_costs_are_refused(demand: Demand, said: str) -> None:
         plan(demand, COSTS)
 
 
+OWN_CARD = """
+[sources.ours]
+what = "cxr loadtest, batches of 64"
+machine = "one L40S"
+date = "2027-01-15"
+
+[costs.gpu.l40s.ensemble]
+rate = { value = 800, unit = "films/s", source = "ours", measured = true }
+singles = { value = 300, unit = "films/s", source = "ours", measured = true }
+alone = { value = 0.008, unit = "s", source = "ours", measured = true }
+"""
+
+
 def test_a_site_measures_its_own_card(tmp_path: Path) -> None:
-    """One measured GPU, as a file: its rate becomes a figure that is not assumed; another index by the same way."""
+    """It is taken as measured; a shipped one that it measures, too, instead of what was assumed of it."""
+    (tmp_path / "own.toml").write_text(OWN_CARD + OWN_CARD.split("\n\n")[1].replace("l40s", "h100"))
+    costs = read_costs(tmp_path / "own.toml")
+    for gpu in ("l40s", "h100"):
+        found = plan(Demand(1e8, 1e6, gpu=gpu), costs)
+        assert not found.figures["backlog_replicas"].assumed
+        assert found.figures["hours_one_replica"].value == pytest.approx(1e8 / 800 / 3600)
+        assert found.figures["replicas"].value == 1 + SPARE  # 34 films/s, 300 singly
+    assert plan(Demand(1e8, 1e6, gpu="h200"), costs).figures["backlog_replicas"].assumed
+
+
+def test_another_index_is_a_table_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(
         '[sources.ours]\nwhat = "cxr loadtest"\nmachine = "one H100"\ndate = "2026-12-01"\n[costs.index.ours]\n'
         + "\n".join(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_retrieval.scale.costs import Costs
-from cxr_retrieval.scale.planning import Demand, gpu_rate
+from cxr_retrieval.scale.planning import Demand, replica_of
 from cxr_retrieval.scale.simulation import HOUR_S, Batcher, Faults, Retries, Service, Simulated, System, arrivals, simulate
 
 _LARGEST: Final = 64
@@ -28,19 +28,14 @@ def system_of(demand: Demand, costs: Costs, replicas: int) -> System:
     def cost(name: str, unit: str) -> float:
         return costs.cost(name, unit).value
 
-    variation, segmentation = cost("day.variation", "share"), demand.segmentation.value
+    replica, variation = replica_of(demand, costs), cost("day.variation", "share")
+    alone_s, rate = replica.alone.value, replica.rate.value
     if demand.gpu is None:
-        alone_s, rate, singles = (
-            cost(f"cpu.{segmentation}.{name}", unit) for name, unit in (("alone", "s"), ("rate", "films/s"), ("singles", "films/s"))
-        )
-        service = Service(
-            ((1, alone_s), (_GATHERED, max(alone_s, _GATHERED / rate))),
-            ((1, max(alone_s, 2 / singles)), (_GATHERED, 2 * max(alone_s, _GATHERED / rate))),
-            variation,
-        )
+        gathered_s = max(alone_s, _GATHERED / rate)
+        beside = ((1, max(alone_s, 2 / replica.singles.value)), (_GATHERED, 2 * gathered_s))
+        service = Service(((1, alone_s), (_GATHERED, gathered_s)), beside, variation)
     else:
-        overhead_s, rate = cost("reference.overhead", "s"), gpu_rate(costs, demand.gpu, segmentation).value
-        service = Service(((1, overhead_s + 1 / rate), (_LARGEST, overhead_s + _LARGEST / rate)), (), variation)
+        service = Service(((1, alone_s), (_LARGEST, max(alone_s, _LARGEST / rate))), (), variation)
     busiest_s = HOUR_S * costs.profile.index(max(costs.profile))
     faults = Faults(
         mtbf_s=cost("faults.mtbf", "s"),

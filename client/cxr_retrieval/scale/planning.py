@@ -186,8 +186,8 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class _Replica:
-    """Films a second that one can do, in batches and singly; seconds of one film alone."""
+class Replica:
+    """What one Triton can do: films a second in batches, and singly; seconds of one film alone."""
 
     rate: Traced
     singles: Traced
@@ -240,18 +240,28 @@ def servers_for(per_s: float, service_s: float, alone_s: float, target_s: float,
     return count
 
 
-def gpu_rate(costs: Costs, gpu: str, segmentation: str) -> Traced:
-    """Films a second: what a similar network reaches on another card, times how much more this one has of arithmetic or of memory
-    bandwidth, whichever grew less.
+def replica_of(demand: Demand, costs: Costs) -> Replica:
+    """A Triton on a CPU, or on a GPU, as it was measured.
+
+    A GPU for which `costs` has nothing measured has what a similar network reaches on another card, times how much more this one has of
+    arithmetic or of memory bandwidth, whichever grew less.
+
+    Raises:
+        UsageError: `costs` lacks something.
     """
 
     def cost(name: str, unit: str) -> Traced:
-        return Traced(costs.cost(name, unit).value, (costs.cost(name, unit),))
+        found = costs.cost(name, unit)
+        return Traced(found.value, (found,))
 
-    faster = (cost(f"gpu.{gpu}.peak", "FLOP/s") / cost("reference.peak", "FLOP/s")).least(
-        cost(f"gpu.{gpu}.bandwidth", "bytes/s") / cost("reference.bandwidth", "bytes/s")
+    measured = f"{f'gpu.{demand.gpu}' if demand.gpu else 'cpu'}.{demand.segmentation.value}"
+    if demand.gpu is None or f"{measured}.rate" in costs.by_name:
+        return Replica(cost(f"{measured}.rate", "films/s"), cost(f"{measured}.singles", "films/s"), cost(f"{measured}.alone", "s"))
+    faster = (cost(f"gpu.{demand.gpu}.peak", "FLOP/s") / cost("reference.peak", "FLOP/s")).least(
+        cost(f"gpu.{demand.gpu}.bandwidth", "bytes/s") / cost("reference.bandwidth", "bytes/s")
     )
-    return cost("reference.reached", "FLOP/s") * faster / cost(f"work.{segmentation}", "FLOP/film")
+    rate = cost("reference.reached", "FLOP/s") * faster / cost(f"work.{demand.segmentation.value}", "FLOP/film")
+    return Replica(rate, rate, Traced(1.0) / rate + cost("reference.overhead", "s"))
 
 
 def plan(demand: Demand, costs: Costs) -> Plan:
@@ -284,7 +294,7 @@ class _Planner:
         self._films, self._per_s = Traced(demand.films), Traced(demand.films / (demand.days * DAY_S))
         self._index = demand.index or self._fitting_index()
         self._busy, self._cores = self._cost("machine.busy", "share"), self._cost("machine.cores", "cores")
-        self._replica = self._one_replica()
+        self._replica = replica_of(demand, costs)
         self._triton = f"{demand.gpu.upper()} GPUs" if demand.gpu else f"Tritons of {self._cost('cpu.cores', 'cores').value:g} cores"
         self._file = self._cost(f"reading.{demand.read_as}.file", "bytes/film")
         self._read = self._cost(f"reading.{demand.read_as}.core", "core s/film")
@@ -312,14 +322,6 @@ class _Planner:
     def _fitting_index(self) -> str:
         kinds = sorted(self._costs.kinds("index"), key=lambda kind: self._costs.cost(f"index.{kind}.up_to", "cases").value)
         return next((kind for kind in kinds if self._demand.films <= self._costs.cost(f"index.{kind}.up_to", "cases").value), kinds[-1])
-
-    def _one_replica(self) -> _Replica:
-        segmentation, gpu = self._demand.segmentation.value, self._demand.gpu
-        if gpu is None:
-            cpu = f"cpu.{segmentation}"
-            return _Replica(self._cost(f"{cpu}.rate", "films/s"), self._cost(f"{cpu}.singles", "films/s"), self._cost(f"{cpu}.alone", "s"))
-        rate = gpu_rate(self._costs, gpu, segmentation)
-        return _Replica(rate, rate, Traced(1.0) / rate + self._cost("reference.overhead", "s"))
 
     def _peak(self) -> Traced:
         share = max(self._costs.profile) / sum(self._costs.profile)
