@@ -9,6 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -33,7 +34,8 @@ class RayCluster:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start(self, *options: str) -> subprocess.Popen[bytes]:
+    def start(self, *options: str, core: int | None = None) -> subprocess.Popen[bytes]:
+        pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
         command = [
             str(Path(sys.executable).with_name("ray")),
             "start",
@@ -42,15 +44,18 @@ class RayCluster:
             f"--object-store-memory={OBJECTS}",
         ]
         with (self.folder / "nodes.log").open("ab") as log:
-            return subprocess.Popen([*command, *options], env=dict(self.environment), stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [*pinned, *command, *options], env=dict(self.environment), stdout=log, stderr=log, start_new_session=True
+            )
 
     def start_head(self) -> None:
         self.head = self.start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.folder}")
         until(lambda: self._started() == 1, 120)
 
-    def add_worker(self) -> None:
+    def add_worker(self, core: int | None = None) -> None:
+        """`core`: the only one that it may use."""
         there = self._started()
-        self.workers.append(self.start(f"--address={self.address}", "--num-cpus=1", f"--memory={MEMORY}"))
+        self.workers.append(self.start(f"--address={self.address}", "--num-cpus=1", f"--memory={MEMORY}", core=core))
         until(lambda: self._started() > there, 120)
 
     def _started(self) -> int:
@@ -92,11 +97,12 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(folder: Path, workers: int) -> Generator[RayCluster]:
+def ray_cluster(folder: Path, workers: int, settings: Mapping[str, str] = MappingProxyType({})) -> Generator[RayCluster]:
+    """`settings`: further variables of every node."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1", **settings}
     (port,) = free_ports(1)
     cluster = RayCluster(folder, port, environment)
     try:

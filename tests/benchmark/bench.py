@@ -26,6 +26,7 @@ from typing import Any, Final
 
 import numpy as np
 from archive_rate import measure_archive
+from cluster_rate import measure_cluster
 from engines import CORES, BareEngines, Images, gigaflop, peak_gigaflops
 from galleries import measure_gallery, milvus_server, resident_mb, synthetic_embeddings, synthetic_entries
 from node_rate import measure_node
@@ -74,7 +75,7 @@ console = Console(stderr=True)
 
 
 def main() -> None:
-    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, node, page, stages,
+    """Runs what is named on the command line, or all of it: services, peer, retrieval, arithmetic, archive, node, page, cluster, stages,
     queueing.
     """
     parts: dict[str, Callable[[], Any]] = {
@@ -85,6 +86,7 @@ def main() -> None:
         "archive": archive,
         "node": node,
         "page": measure_page,
+        "cluster": lambda: measure_cluster(1200),
         "stages": measure_stages,
         "queueing": queueing,
     }
@@ -416,6 +418,15 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(f"answer over HTTP, {found['cases']:,} cases", f"{found['api_ms']:.0f}", "")
         table.add_row("neighbours drawn", f"{found['neighbours_ms']:.0f}", f"{found['neighbours_over_api']:.2f}")
         table.add_row("with their pictures", f"{found['pictures_ms']:.0f}", f"{found['pictures_over_api']:.2f}")
+        out.print(table)
+    if found := report.get("cluster"):
+        table = Table("cxr batch", "films/s", "first result after, s", "")
+        told = {
+            "ray": f"{found['ray_over_alone']:.2f} of alone, the same Triton",
+            "workers_2": f"{found['two_workers_over_one']:.2f} of one, networks in the workers",
+        }
+        for name, rate in found["images_per_second"].items():
+            table.add_row(name, f"{rate:.1f}", f"{found['first_result_s'][name]:.1f}", told.get(name, ""))
         out.print(table)
     if found := report.get("stages"):
         table = Table("stage", "core ms", "bytes")
