@@ -481,8 +481,8 @@ def _refuse_no_film(seen: Seen[_NewCase]) -> None:
 
 def _digest(row: ManifestRow, reader: FilmReader) -> str:
     """SHA-256 of a row's file."""
-    if is_object(row.path):
-        return reader.identity(row.path).result().file
+    if is_object(row.path) or row.member is not None:
+        return reader.identity(row.path, row.member).result().file
     digest = hashlib.sha256()
     try:
         if not row.path.is_file():  # a pipe would wait for ever

@@ -1,7 +1,7 @@
 """What a user points at → one input for each radiograph, one at a time, whatever their number.
 
-A PATH is a file, a folder, a pattern that the shell has left alone, a ZIP, a DICOMDIR, a manifest, an object or `s3://bucket/folder/` of
-S3-compatible storage, or `-`: names on stdin. Named files are
+A PATH is a file, a folder, a pattern that the shell has left alone, a ZIP, a DICOMDIR, a Parquet file of films, a manifest, an object or
+`s3://bucket/folder/` of S3-compatible storage, or `-`: names on stdin. Named files are
 taken as they are. A search (folder, pattern) takes what can be a radiograph: by its suffix, or because it begins as DICOM does, as PACS
 export it without one; and the ZIPs that it finds. It leaves out hidden files and what systems put between them, and DICOMDIRs, whose files
 it finds anyway: give a DICOMDIR itself to be told what it names and is not there. It never leaves its folder: links that lead outside are
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Final
 
 from cxr_retrieval.archive.objects import ObjectReader
-from cxr_retrieval.cases.manifest import ManifestRow, read_manifest
+from cxr_retrieval.cases.manifest import EXTRA_SPLIT, ManifestRow, read_manifest, row_of
 from cxr_retrieval.errors import ImageError, InputError, ManifestError, UsageError
 from cxr_retrieval.radiograph.decoding import FilmReader, Identity
 from cxr_retrieval.radiograph.files import (
@@ -34,6 +34,7 @@ from cxr_retrieval.radiograph.files import (
     is_dicomdir,
     is_left_out,
     is_object,
+    is_parquet,
     is_zip,
     object_key,
     opened,
@@ -52,8 +53,8 @@ _MAGIC: Final = re.compile(r"[*?[]")
 
 @dataclass(frozen=True)
 class Input:
-    """One radiograph. `name` is what the user calls it; `member` is set if `path` is a ZIP that holds it. Which film it is, and whether two
-    are one, `place` tells: names of members come from others, and two may look alike.
+    """One radiograph. `name` is what the user calls it; `member` is set if `path` is a ZIP or Parquet file that holds it. Which film it is,
+    and whether two are one, `place` tells: names of members come from others, and two may look alike.
     """
 
     name: str
@@ -184,6 +185,8 @@ class _Search:
         head = _head(path)
         if is_zip(head) or path.suffix.lower() == ".zip":
             yield from self._zip(name, path)
+        elif is_parquet(head):
+            yield from self._parquet(name, path)
         elif is_dicomdir(head) or path.name.casefold() == "dicomdir":
             yield from self._dicomdir(name, path)
         else:
@@ -214,6 +217,21 @@ class _Search:
                 yield Input(printable(name + INSIDE + member), path, member)
             for member, error in page.problems:
                 yield Unusable(printable(name + INSIDE + member), error)
+            start = page.rest
+
+    def _parquet(self, name: str, path: Path) -> Iterator[Input | Unusable]:
+        """Its rows, as those of a manifest where they have an id and a label."""
+        start: int | None = 0
+        while start is not None and not self._stop.is_set():
+            try:
+                page = self._reader.contents(path, start)
+            except InputError as error:
+                yield Unusable(printable(name), error)
+                return
+            for member, cells in zip(page.names, page.told, strict=True):
+                row = row_of(cells, path.parent, path, member) if cells.get("image_id") and cells.get("label") else None
+                if row is None or (row.split == self._split if self._split else row.split != EXTRA_SPLIT):
+                    yield Input(printable(name + INSIDE + member), path, member, row)
             start = page.rest
 
     def _dicomdir(self, name: str, path: Path) -> Iterator[Input | Unusable]:
@@ -271,6 +289,8 @@ class _Search:
             yield Input(printable(name), path)
         elif suffix == ".zip":
             yield from self._zip(name, path)
+        elif suffix == ".parquet":
+            yield from self._parquet(name, path)
         elif path.name.casefold() != "dicomdir":
             head = _head(path)
             if is_dicom(head) and not is_dicomdir(head):

@@ -28,7 +28,7 @@ _EXAMPLE: Final = "begin the file with a header such as image_id,path,label,pati
 @dataclass(frozen=True)
 class ManifestRow:
     """One radiograph. `fields` holds every further column that has a value, as text; paths are relative to `folder`. `member` is set if
-    `path` is a ZIP that holds it.
+    `path` is a ZIP or Parquet file that holds it.
     """
 
     folder: Path
@@ -139,16 +139,22 @@ def _row(manifest: Path, line: int, record: Mapping[str | None, str | list[str] 
             raise ManifestError(
                 f"{manifest.name}, line {line}: {name} is empty", expected="a value in every required cell", next_step="fill it in"
             )
+    return row_of(cells, manifest.parent, _path(manifest.parent, cells["path"]))
+
+
+def row_of(cells: Mapping[str, str], folder: Path, path: Path, member: str | None = None) -> ManifestRow:
+    """What these cells, by column, tell of a film; `image_id` and `label` are among them."""
     named = {"image_id", "path", "label", "patient_id", "source", "split"}
     return ManifestRow(
-        folder=manifest.parent,
+        folder=folder,
         image_id=cells["image_id"],
-        path=_path(manifest.parent, cells["path"]),
+        path=path,
         label=cells["label"],
         patient_id=cells.get("patient_id") or None,
         source=cells.get("source") or None,
         split=cells.get("split") or None,
         fields=MappingProxyType({name: value for name, value in cells.items() if value and name not in named}),
+        member=member,
     )
 
 

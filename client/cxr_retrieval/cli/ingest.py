@@ -215,7 +215,7 @@ def _refuse_what_does_not_go_together(
         raise UsageError("nothing to ingest", expected="--manifest, or PATHs with --label", next_step="see `cxr ingest --help`")
     elif prune:
         raise UsageError("--prune without --manifest", expected="a manifest that lists what is to stay", next_step="give --manifest")
-    elif not label and not all(path.lower().endswith(".csv") for path in paths):
+    elif not label and not all(path.lower().endswith((".csv", ".parquet")) for path in paths):
         raise UsageError(
             "films without a label", expected="--label for all of them, or a manifest that gives each its own", next_step="give --label"
         )

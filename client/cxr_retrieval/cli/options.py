@@ -37,8 +37,8 @@ _SERVER: Final = "Servers"
 _LOCKED: Final = "Encryption and credentials"
 _PSEUDONYMS: Final = "Pseudonyms"
 INPUTS: Final = (
-    "Radiographs; folders, ZIPs or DICOMDIRs that hold them; quoted patterns such as 'archive/**/*.dcm'; s3://BUCKET/FOLDER/; "
-    "manifests (.csv); or - for a list of names on stdin."
+    "Radiographs; folders, ZIPs, DICOMDIRs or Parquet files that hold them; quoted patterns such as 'archive/**/*.dcm'; "
+    "s3://BUCKET/FOLDER/; manifests (.csv); or - for a list of names on stdin."
 )
 """What a PATH may be, where films in bulk are asked for."""
 _SEEN: Final = "Seen from outside"

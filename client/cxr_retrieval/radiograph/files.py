@@ -39,15 +39,18 @@ class Contents:
 
     Attributes:
         kind: What it is.
-        names: Members that can be radiographs, as the ZIP is to be asked for them; or Referenced File IDs, their components joined by "/".
+        names: Members that can be radiographs, as the ZIP is to be asked for them; or Referenced File IDs, their components joined by "/";
+            or numbers of rows.
         problems: Of those that cannot be used, name and reason.
         rest: Where the next page begins; None after the last.
+        told: Of each name of a Parquet file, column → what stands there.
     """
 
-    kind: Literal["ZIP", "DICOMDIR"]
+    kind: Literal["ZIP", "DICOMDIR", "Parquet"]
     names: tuple[str, ...]
     problems: tuple[tuple[str, ImageError], ...]
     rest: int | None
+    told: tuple[dict[str, str], ...] = ()
 
 
 def object_path(uri: str) -> Path:
@@ -80,6 +83,11 @@ def object_key(path: Path) -> str:
 def is_zip(head: bytes) -> bool:
     """By its first bytes; an empty one counts, too."""
     return head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def is_parquet(head: bytes) -> bool:
+    """By its first bytes."""
+    return head[:4] == b"PAR1"
 
 
 def is_dicom(head: bytes) -> bool:

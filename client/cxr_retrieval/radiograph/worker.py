@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -20,10 +21,11 @@ from cxr_retrieval.errors import CxrError, ImageError
 from cxr_retrieval.radiograph.containers import ZipShelf, contents_of
 from cxr_retrieval.radiograph.decoding import NO_MEMORY, Answer, Film, Identity, Question, size_of
 from cxr_retrieval.radiograph.dicom import read_header
-from cxr_retrieval.radiograph.files import MAX_FILE_BYTES, Contents, opened, unreadable
+from cxr_retrieval.radiograph.files import HEAD_BYTES, MAX_FILE_BYTES, Contents, is_parquet, opened, unreadable
 from cxr_retrieval.radiograph.greys import Greys, greys_of
 from cxr_retrieval.radiograph.header import Header
 from cxr_retrieval.radiograph.letterbox import letterbox, pixel_digest
+from cxr_retrieval.radiograph.parquet import ParquetShelf
 from cxr_retrieval.radiograph.reading import MIN_SIDE, read_patient_and_day, read_radiograph
 
 _LOG_BYTES: Final = 2**16
@@ -53,16 +55,24 @@ def work(connection: int, parent: int, memory_bytes: int) -> None:
         resource.setrlimit(kind, (value, value))
     logging.disable()  # pydicom logs what elements hold
     letterbox(np.zeros((MIN_SIDE, MIN_SIDE), np.uint8))  # the first of a process is slow
-    shelf = ZipShelf()
+    shelves = _Shelves(ZipShelf(), ParquetShelf())
     with Connection(connection) as parent_end, contextlib.suppress(EOFError, OSError):
         parent_end.send(None)
         while True:
-            parent_end.send(_answer(parent_end.recv(), shelf))
+            parent_end.send(_answer(parent_end.recv(), shelves))
 
 
-def _answer(question: Question, shelf: ZipShelf) -> Answer:
+@dataclass(frozen=True)
+class _Shelves:
+    """Containers that were opened last."""
+
+    zips: ZipShelf
+    parquet: ParquetShelf
+
+
+def _answer(question: Question, shelves: _Shelves) -> Answer:
     try:
-        return Answer(_outcome(question, shelf))
+        return Answer(_outcome(question, shelves))
     except CxrError as error:
         return Answer(error, spent=_ran_out_of_memory(error))
     except Exception as error:  # decoders raise anything on a damaged file
@@ -75,12 +85,12 @@ def _answer(question: Question, shelf: ZipShelf) -> Answer:
         return Answer(damaged, spent=_ran_out_of_memory(error))
 
 
-def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | Header | bytes | Contents:
+def _outcome(question: Question, shelves: _Shelves) -> Film | Greys | Identity | Header | bytes | Contents:
     started = time.monotonic()
     path, member = question.path, question.member
     if question.kind == "contents":
-        return contents_of(path, question.start, shelf)
-    data = _bytes(path) if member is None else shelf.zip(path).read(member)
+        return shelves.parquet.file(path).page(question.start) if _is_parquet(path) else contents_of(path, question.start, shelves.zips)
+    data = _bytes(path) if member is None else (shelves.parquet.file(path) if _is_parquet(path) else shelves.zips.zip(path)).read(member)
     if question.kind == "identity":
         return Identity(hashlib.sha256(data).hexdigest(), *read_patient_and_day(data))
     if question.kind == "header":
@@ -103,6 +113,11 @@ def _outcome(question: Question, shelf: ZipShelf) -> Film | Greys | Identity | H
         file=hashlib.sha256(data).hexdigest(),
         seconds=time.monotonic() - started,
     )
+
+
+def _is_parquet(path: Path) -> bool:
+    with opened(path) as file:
+        return is_parquet(file.read(HEAD_BYTES))
 
 
 def _bytes(path: Path) -> bytes:
