@@ -201,6 +201,14 @@ def test_a_gallery_filled_on_a_cluster(
         assert f"0 stored, {rows} unchanged" in again.stdout
         filled = [contents(address, quick, pseudonyms) for address in (gallery, uri)]
         assert filled[0] == filled[1]
+        films = tmp_path / "films"
+        films.mkdir()
+        (listed, *_) = read_manifest(phantom_manifest).rows
+        shutil.copy(listed.path, films / f"{NAME}.png")
+        (films / f"{NAME}-page.png").write_text("no picture")
+        command = cxr_command("ingest", films, "--label", "control", "--no-gate", "--triton", quick.grpc, "--milvus", uri, *on(cluster))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(cluster), timeout=200)
+        assert "1 stored, 0 unchanged, 1 failed" in done.stdout, done.stderr
 
 
 def contents(uri: str, quick: Endpoints, pseudonyms: Pseudonyms) -> dict[str, tuple[object, ...]]:

@@ -10,6 +10,7 @@ Of logical CPUs the stages claim half of what there is, so that the actors of lo
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -22,16 +23,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import KEPT_AT_ONCE, Engine, Seen, Sink, Work
 from cxr_retrieval.archive.sealed import Sealed
-from cxr_retrieval.archive.stages import PURPOSE, Ask, Bundle, Embed, Notices, Numbered, Place, Plan, Read, Stage, traces_of
+from cxr_retrieval.archive.stages import PURPOSE, Ask, Bundle, Embed, Identify, Notices, Numbered, Place, Plan, Read, Stage, traces_of
 from cxr_retrieval.archive.watching import Begun, Depths, Kept, Watch, timed
 from cxr_retrieval.cases.pseudonyms import open_pseudonyms
 from cxr_retrieval.errors import CxrError, ServiceError, SetupError, StoreError
+from cxr_retrieval.radiograph.decoding import Identity
 from cxr_retrieval.settings import PseudonymSettings
 
 _FIRST_WINDOW: Final = 1 << 14
@@ -47,6 +50,8 @@ _CORES: Final[dict[type[Stage], int]] = {Read: 2, Embed: 1, Ask: 4}
 """For which one actor is made: what an archive costs is mostly its networks."""
 _IN_FLIGHT: Final[dict[type[Stage], int]] = {Read: 2, Embed: 4, Ask: 2}
 """Bundles that an actor has at a time; requests to a Triton that is far away need most."""
+_IDENTIFIED: Final = 4
+"""Files that an actor reads at a time, to tell which they are."""
 _CLAIMED: Final = 0.5
 """Of the CPUs that there are."""
 
@@ -169,9 +174,7 @@ def engine_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Engine:
             expected="one for each worker's networks, as --inference tensorrt wants them",
             next_step="start workers with --num-gpus, or take --inference openvino or triton",
         )
-    with open_pseudonyms(keys, create=room.own) as opened:
-        sealed = Sealed(opened.secret(PURPOSE))
-    keyless = PseudonymSettings(keys.key_file, None, "")
+    sealed, keyless = _sealed(room, keys)
 
     def through(
         works: Iterable[W | None],
@@ -195,6 +198,49 @@ def engine_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Engine:
                 window = following.result()
 
     return through
+
+
+def identities_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Callable[[Path, str | None], Identity]:
+    """Which file lies at a place, as the nodes of a cluster tell; from any thread, best from many. Its actors are made when it is first asked.
+
+    Raises:
+        SetupError: As `engine_on`.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    sealed, keyless = _sealed(room, keys)
+    lock = threading.Lock()
+    actors: list[Any] = []
+    turn = itertools.count()
+
+    def identity(path: Path, member: str | None) -> Identity:
+        with lock:
+            if not actors:
+                notices: Any = ray.remote(Notices)
+                made: Any = ray.remote(Identify)
+                forever = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+                arguments = (keyless, sealed.seal(plan), notices.options(num_cpus=0).remote())
+                ways = made.options(num_cpus=0, max_concurrency=_IDENTIFIED, **forever)
+                actors.extend(ways.remote(*arguments) for _ in range(max(1, int(room.cpus))))
+            actor = actors[next(turn) % len(actors)]
+        row = {"number": 0, "sealed": sealed.seal(Bundle([Numbered(0, Place(path, member))]))}
+        try:
+            told: Any = ray.get(actor.__call__.remote(row))
+        except RayError as error:
+            raise _ours(error) from error
+        answer: Bundle = sealed.open(told["sealed"])
+        if answer.failed:
+            raise answer.failed[0]
+        return answer.films[0]
+
+    return identity
+
+
+def _sealed(room: Room, keys: PseudonymSettings) -> tuple[Sealed, PseudonymSettings]:
+    """What seals by the key of pseudonyms, and where workers look for theirs."""
+    with open_pseudonyms(keys, create=room.own) as opened:
+        return Sealed(opened.secret(PURPOSE)), PseudonymSettings(keys.key_file, None, "")
 
 
 def windows(works: Iterable[T | None], stop: threading.Event) -> Iterator[list[T]]:

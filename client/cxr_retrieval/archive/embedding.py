@@ -33,7 +33,7 @@ from cxr_retrieval.gallery.store import Entry, Held, Store, make_entry
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import NOTES
 from cxr_retrieval.inference.triton import TritonClient
-from cxr_retrieval.radiograph.decoding import FilmReader
+from cxr_retrieval.radiograph.decoding import FilmReader, Identity
 from cxr_retrieval.radiograph.files import is_object
 from cxr_retrieval.retrieval.query import assessed
 from cxr_retrieval.retrieval.reports import ReportReader
@@ -43,8 +43,11 @@ _DOUBTS_KEPT: Final = 1000
 """Doubts that are told one by one; of more, only the number is."""
 _LOOKED_UP: Final = 128
 """Rows that the gallery is asked about at once."""
+_ASKED_ABOUT: Final = 64
+"""Files that others are asked about at once."""
 
 Advance = Callable[[int], None]
+Identify = Callable[[Path, str | None], Identity]
 Tell = Callable[[str], None]
 T = TypeVar("T")
 R = TypeVar("R", bound=ManifestRow | Unlisted | Unusable)
@@ -148,6 +151,7 @@ def ingest(
     chart: Chart | None = None,
     reports: ReportReader | None = None,
     engine: Engine | None = None,
+    identify: Identify | None = None,
 ) -> IngestReport:
     """Embeds and upserts every row whose file is new or has changed; safe to interrupt and to repeat.
 
@@ -169,10 +173,11 @@ def ingest(
         chart: Tells clinical facts of the rows' patients, where a row does not tell them itself.
         reports: Makes vectors of the rows' clinical notes, for a gallery of the space `reports`.
         engine: Embeds elsewhere, asking networks for `outputs_of` the gallery; None: this process does, by `reader` and `triton`.
+        identify: Tells elsewhere which file lies at a place; None: this process does, by reading it.
     """
     stop = stop or threading.Event()
     describe = None if reports is None or triton is None else partial(reports.vectors, triton)
-    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, describe, gate=gate)
+    sink = _Gallery(store, reader, advance, thumbnails, watch, noted, chart, describe, identify, gate=gate)
     patience = Patience(stop, patience_s, tell, watch)
     if isinstance(rows, Sized):
         watch(Expected(len(rows)))
@@ -180,7 +185,7 @@ def ingest(
     def patiently(call: Callable[[], None]) -> None:
         patience.until("milvus", call, probe=store.probe)  # which also has the gallery loaded again
 
-    with ThreadPoolExecutor() as hashing:
+    with ThreadPoolExecutor(None if identify is None else _ASKED_ABOUT) as hashing:
         new = sink.new_cases(rows, hashing, patiently)
         through = engine if engine is not None or triton is None else pipeline.here(reader, triton)
         if through is None:
@@ -222,11 +227,12 @@ class _Gallery:
         noted: Noted,
         chart: Chart | None,
         describe: Callable[[Sequence[str]], NDArray[np.float32]] | None,
+        identify: Identify | None,
         *,
         gate: bool,
     ) -> None:
         self._store, self._reader, self._advance, self._kind, self._gate = store, reader, advance, thumbnails, gate
-        self._watch, self._noted, self._chart, self._describe = watch, noted, chart, describe
+        self._watch, self._noted, self._chart, self._describe, self._identify = watch, noted, chart, describe, identify
         self._stored_now: set[str] = set()
         self.outputs = outputs_of(store.space, thumbnails, gate=gate)
         self._columns: set[str] = set()
@@ -292,11 +298,13 @@ class _Gallery:
         if isinstance(row, Unusable):
             raise row.error
         if isinstance(row, Unlisted):
-            identity = self._reader.identity(row.input.path, row.input.member).result()
+            path, member = row.input.path, row.input.member
+            identity = self._identify(path, member) if self._identify else self._reader.identity(path, member).result()
             listed, charted = self._with_facts(row.row(identity), identity.study_date)
             return _NewCase(make_entry(listed, identity.file, self._store.pseudonyms), row.name, unlisted=True, charted=charted)
         listed, charted = self._with_facts(row, row.fields.get("date"))
-        return _NewCase(make_entry(listed, _digest(row, self._reader), self._store.pseudonyms), row.image_id, charted=charted)
+        file = self._identify(row.path, row.member).file if self._identify else _digest(row, self._reader)
+        return _NewCase(make_entry(listed, file, self._store.pseudonyms), row.image_id, charted=charted)
 
     def _with_facts(self, row: ManifestRow, day: str | None) -> tuple[ManifestRow, bool]:
         """The row with what the chart tells of its patient and the row does not; and whether that knows the patient."""

@@ -121,7 +121,7 @@ def batch(
             answers = None if embed_only else partial(asker, milvus, version, where, text, there)
             outputs = Answering(version, asked, seen.watch).outputs
             plan = Plan(networks, version, outputs, answers, gpu=engine.on_gpus, patience_s=patience)
-            through = opened.enter_context(on_cluster(engine, pseudonyms, plan))
+            through, _ = opened.enter_context(on_cluster(engine, pseudonyms, plan))
         with audited(audit.expanduser(), "batch", about) as operation, seen.bar("answering") as bar:
 
             def found(looked_at: int, all_found: bool) -> None:

@@ -101,11 +101,11 @@ def ingest(
             store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys, create=True, space=compared)))
             about = {"model_version": version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
             found = find_inputs(paths, reader, split=split, stop=stop)
-            through = None
+            through = identify = None
             if engine.name is EngineName.ray:
                 outputs = embedding.outputs_of(compared, thumbnails, gate=not no_gate)
                 plan = Plan(networks, weights, outputs, gpu=engine.on_gpus, patience_s=patience)
-                through = opened.enter_context(on_cluster(engine, pseudonyms, plan))
+                through, identify = opened.enter_context(on_cluster(engine, pseudonyms, plan))
             with (
                 audited(audit.expanduser(), "ingest", about) as operation,
                 seen.bar("ingesting", None if chosen is None else len(chosen)) as bar,
@@ -126,6 +126,7 @@ def ingest(
                     chart=chart,
                     reports=reports,
                     engine=through,
+                    identify=identify,
                 )
                 counts = {name: getattr(report, name) for name in ("stored", "corrected", "unchanged", "pending")}
                 operation.outcome.update(counts, failed=len(report.problems))

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from cxr_retrieval.archive.cluster import connected, engine_on
+from cxr_retrieval.archive.cluster import connected, engine_on, identities_on
+from cxr_retrieval.archive.embedding import Identify
 from cxr_retrieval.archive.pipeline import Engine, Inference
 from cxr_retrieval.archive.stages import Plan
 from cxr_retrieval.inference.triton import TritonClient
@@ -31,11 +32,11 @@ def networks_of_workers(engine: EngineSettings, triton: TritonSettings, client: 
 
 
 @contextmanager
-def on_cluster(engine: EngineSettings, pseudonyms: PseudonymSettings, plan: Plan[Any]) -> Generator[Engine]:
-    """The engine, connected until the end.
+def on_cluster(engine: EngineSettings, pseudonyms: PseudonymSettings, plan: Plan[Any]) -> Generator[tuple[Engine, Identify]]:
+    """The engine, and what tells which file lies where; connected until the end.
 
     Raises:
         SetupError: No cluster there, or no key of pseudonyms here.
     """
     with connected(engine.address, pseudonyms) as room:
-        yield engine_on(room, plan, pseudonyms)
+        yield engine_on(room, plan, pseudonyms), identities_on(room, plan, pseudonyms)
