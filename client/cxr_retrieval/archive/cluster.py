@@ -201,7 +201,7 @@ def engine_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Engine:
 
 
 def identities_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Callable[[Path, str | None], Identity]:
-    """Which file lies at a place, as the nodes of a cluster tell; from any thread, best from many. Its actors are made when it is first asked.
+    """Which file lies at a place, as the nodes of a cluster tell; from any thread. Its actors are made when it is first asked.
 
     Raises:
         SetupError: As `engine_on`.
