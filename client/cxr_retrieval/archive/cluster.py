@@ -217,10 +217,9 @@ def identities_on(room: Room, plan: Plan[Any], keys: PseudonymSettings) -> Calla
     def identity(path: Path, member: str | None) -> Identity:
         with lock:
             if not actors:
-                notices: Any = ray.remote(Notices)
                 made: Any = ray.remote(Identify)
                 forever = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
-                arguments = (keyless, sealed.seal(plan), notices.options(num_cpus=0).remote())
+                arguments = (keyless, sealed.seal(plan), _notices())
                 ways = made.options(num_cpus=0, max_concurrency=_IDENTIFIED, **forever)
                 actors.extend(ways.remote(*arguments) for _ in range(max(1, int(room.cpus))))
             actor = actors[next(turn) % len(actors)]
@@ -241,6 +240,16 @@ def _sealed(room: Room, keys: PseudonymSettings) -> tuple[Sealed, PseudonymSetti
     """What seals by the key of pseudonyms, and where workers look for theirs."""
     with open_pseudonyms(keys, create=room.own) as opened:
         return Sealed(opened.secret(PURPOSE)), PseudonymSettings(keys.key_file, None, "")
+
+
+def _notices() -> Any:
+    """Beside who gave the command: it is lost with him alone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here: Any = ray.get_runtime_context()
+    made: Any = ray.remote(Notices)
+    return made.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)).remote()
 
 
 def windows(works: Iterable[T | None], stop: threading.Event) -> Iterator[list[T]]:
@@ -271,13 +280,10 @@ class _Conductor:
         probe_store: Callable[[], None],
         patience: Patience,
     ) -> None:
-        import ray
-
         self._room, self._plan, self._keys, self._sealed = room, plan, keys, sealed
         self._sink, self._probe_store, self._patience = sink, probe_store, patience
         self._under_way = 0
-        notices: Any = ray.remote(Notices)
-        self._notices = notices.options(num_cpus=0).remote()
+        self._notices = _notices()
 
     def look(self) -> Depths:
         """How many films the cluster has; where in it, Ray's dashboard shows."""
