@@ -383,6 +383,16 @@ class Method(str, Enum):
     cluster = "cluster"
 
 
+class IndexName(str, Enum):
+    """By what a gallery on a Milvus server is searched (`gallery/indexes.py`). `auto`: what fits how many cases there are."""
+
+    auto = "auto"
+    flat = "flat"
+    hnsw = "hnsw"
+    hnsw_sq = "hnsw-sq"
+    diskann = "diskann"
+
+
 class SpaceName(str, Enum):
     """By which vectors films are compared (`gallery/spaces.py`): the ensemble's, or those of a further model that is served."""
 

@@ -44,6 +44,8 @@ COMMANDS = (
     "gallery export",
     "gallery import",
     "gallery use",
+    "gallery index",
+    "gallery audit",
     "calibrate",
     "adapt",
     "cluster",

@@ -54,6 +54,7 @@ from cxr_retrieval.gallery.store import (
     drop_gallery,
     list_collections,
     make_entry,
+    of_run,
     remove_cases,
     understood,
     within,
@@ -449,8 +450,8 @@ def test_a_cluster_is_a_field_that_only_another_picture_loses(
         assert [one.key for one in near[0]] == [hit.case.key for hit in hits]
         assert [one.similarity for one in near[0]] == pytest.approx([hit.similarity for hit in hits], abs=1e-5)
         assert [one.cluster for one in near[0]] == [hit.case.cluster for hit in hits]
-        assert {one.key for one in store.nearest(stored, 5, "0a1b2c3d")[1]} == set(keys[:4])
-        assert store.nearest(stored[:1], 5, "ffffffff") == [[]]
+        assert {one.key for one in store.nearest(stored, 5, of_run("0a1b2c3d"))[1]} == set(keys[:4])
+        assert store.nearest(stored[:1], 5, of_run("ffffffff")) == [[]]
 
         row = manifest.rows[0]
         other = make_entry(

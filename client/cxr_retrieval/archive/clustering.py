@@ -24,7 +24,7 @@ from cxr_retrieval.gallery.aliases import PREFIX
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.communities import DEFAULT_NEIGHBOURS, DEFAULT_SEEDS, communities, graph, library
 from cxr_retrieval.gallery.projection import Nearest
-from cxr_retrieval.gallery.store import CLUSTERS, Store
+from cxr_retrieval.gallery.store import CLUSTERS, Store, of_run
 from cxr_retrieval.retrieval.clusters import Clustering, Growing, as_text, clustered, require
 
 _AT_ONCE: Final = 200
@@ -146,7 +146,7 @@ def add_new(store: Store, patience: Patience, advance: Advance = lambda _: None,
     clustering = require(store.clusters)
     new = patience.until("milvus", lambda: _unplaced(store, clustering), probe=store.probe)
     patience.watch(Expected(len(new)))
-    growing, cases = Growing(clustering), dict[int, int]()
+    growing, cases, run = Growing(clustering), dict[int, int](), of_run(clustering.run)
     for keys in _chunks(iter(new)):
         if patience.stop.is_set():
             return Added(growing.now(), cases, whole=False)
@@ -157,7 +157,7 @@ def add_new(store: Store, patience: Patience, advance: Advance = lambda _: None,
             hits
             for start in range(0, len(there), _AT_ONCE)
             for hits in patience.until(
-                "milvus", lambda some=asked[start : start + _AT_ONCE]: store.nearest(some, clustering.k, clustering.run), probe=store.probe
+                "milvus", lambda some=asked[start : start + _AT_ONCE]: store.nearest(some, clustering.k, run), probe=store.probe
             )
         ]
         of: dict[str, tuple[str, float]] = {}

@@ -11,13 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from cxr_retrieval.cli import options
-from cxr_retrieval.cli.console import print_json, progress
+from cxr_retrieval.cli.console import INTERRUPTED, print_json, progress
+from cxr_retrieval.cli.watched import Watched
 from cxr_retrieval.errors import InputError, UsageError
-from cxr_retrieval.settings import MilvusSettings, PseudonymSettings
+from cxr_retrieval.interruption import until_interrupted
+from cxr_retrieval.settings import IndexName, MilvusSettings, PseudonymSettings
 
-app = typer.Typer(help="Take cases, or a gallery, out of Milvus; back one up, choose one; ask who a pseudonym is.", no_args_is_help=True)
+app = typer.Typer(
+    help="Take cases, or a gallery, out of Milvus; back one up, choose one; by what it is searched; ask who a pseudonym is.",
+    no_args_is_help=True,
+)
 
 _Reason = Annotated[str, typer.Option(help="Why, for the audit log; name no patient.")]
+_Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")]
 
 
 @app.command()
@@ -137,9 +143,7 @@ def export_(
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
     out: Annotated[Path, typer.Argument(help="Parquet file; it is there whole or not at all.")],
-    model_version: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")
-    ] = None,
+    model_version: _Version = None,
     thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Also the pictures that are kept of its cases.")] = False,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -207,9 +211,7 @@ def import_(
 def map_(
     milvus: MilvusSettings,
     pseudonyms: PseudonymSettings,
-    model_version: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="Whose gallery.", show_default="what alias cxr points to")
-    ] = None,
+    model_version: _Version = None,
     maps: options.Maps = options.MAPS_DEFAULT,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
@@ -254,6 +256,126 @@ def use(
         before = operation.outcome["before"] = use_gallery(milvus, version)
     back = f"; back by `cxr gallery use {before.removeprefix(PREFIX)}`" if before else ""
     typer.echo(f"the gallery is now that of {version}{back}")
+
+
+@app.command()
+@options.with_servers
+def index(
+    milvus: MilvusSettings,
+    seen: Watched,
+    wanted: Annotated[IndexName | None, typer.Argument(metavar="[INDEX]", help=options.INDEXES, show_default="the one that it has")] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="recall@10 that its searches are to reach, 0.5 to 0.999.", show_default="as before; at first 0.99")
+    ] = None,
+    model_version: _Version = None,
+    audit: options.Audit = options.AUDIT_DEFAULT,
+    json: options.Json = False,
+) -> None:
+    """Give a gallery another index, and wait until it is whole; or say which it has. Meanwhile it does not answer.
+
+    Interrupt it at will: Milvus goes on by itself, and the same command waits for it.
+    """
+    from cxr_retrieval.archive.audit import audited
+    from cxr_retrieval.gallery.aliases import collection_of, the_version
+    from cxr_retrieval.gallery.indexes import Index, checked_recall, rebuild
+
+    version = model_version or the_version(milvus)
+    told = {
+        "model_version": version,
+        "index": wanted.value if wanted else None,
+        "recall": recall if recall is None else checked_recall(recall),
+    }
+    with (
+        audited(audit.expanduser(), "gallery index", told) as operation,
+        until_interrupted() as stop,
+        seen.bar("indexing") as bar,
+    ):
+
+        def begun(before: Index | None, after: Index, cases: int) -> None:
+            bar.describe("indexing", cases)
+            seen.tell(f"{cases} cases: {after}" if before == after else f"{cases} cases: {before or 'no index'} → {after}")
+
+        done = rebuild(milvus, collection_of(version), wanted, recall, stop, begun=begun, advance=bar.advance)
+        result = {
+            "model_version": version,
+            "before": None if done.before is None else str(done.before),
+            "index": str(done.after),
+            "recall": done.recall,
+            "cases": done.cases,
+            "whole": done.whole,
+            "seconds": round(done.seconds, 1),
+        }
+        operation.outcome.update(result)
+    if json:
+        print_json(result)
+    else:
+        typer.echo(f"{version}: {done.after} over {done.cases} cases, searched for a recall of {done.recall:g}")
+    if not done.whole:
+        seen.tell(
+            "interrupted; Milvus goes on building it, and the gallery does not answer until it has. Next: give the same command again"
+        )
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(name="audit")
+@options.with_servers
+def audit_(
+    milvus: MilvusSettings,
+    pseudonyms: PseudonymSettings,
+    seen: Watched,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXPR", help="A filter to ask with, too; may be repeated.", show_default="that of its rarest label"),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Cases of the gallery to ask about, each left out of its own answer.")] = 200,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Nearest cases that are to be found.")] = 10,
+    recall: Annotated[
+        float | None,
+        typer.Option(help="Least recall that passes; below it the exit code is 1.", show_default="what its searches are to reach"),
+    ] = None,
+    model_version: _Version = None,
+    json: options.Json = False,
+) -> None:
+    """Compare what its index finds with what comparing with every case finds, with a filter and without. Reads every vector."""
+    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.evaluation.exact import audit_index
+    from cxr_retrieval.gallery.aliases import the_version
+    from cxr_retrieval.gallery.indexes import checked_recall
+    from cxr_retrieval.gallery.store import Store
+
+    version = model_version or the_version(milvus)
+    with open_pseudonyms(pseudonyms) as keys, Store(milvus, version, keys) as store:
+        wanted = store.recall if recall is None else checked_recall(recall)
+        with seen.bar("comparing with every case") as bar:
+            found = audit_index(store, where or (), queries=sample, k=top_k, begun=bar.describe, advance=bar.advance)
+        index, effort = str(store.index), store.index.search(top_k + 1, store.recall)
+    missed = [one for one in found if one.recall < wanted]
+    if json:
+        print_json(
+            {
+                "model_version": version,
+                "index": index,
+                "search": effort,
+                "wanted": wanted,
+                "passed": not missed,
+                "audited": [one.as_json() for one in found],
+            }
+        )
+    else:
+        typer.echo(f"{version}: {index}{''.join(f', {name} {value:g}' for name, value in effort.items())}; wanted: {wanted:g}")
+        for one in found:
+            low, high = one.interval
+            among = f"where {one.where}" if one.where else "without a filter"
+            typer.echo(
+                f"recall@{one.k} {one.recall:.4f} [{low:.4f}, {high:.4f}], {one.worst:.2f} at worst, {among}: "
+                f"{one.queries} queries, {one.cases} cases"
+            )
+    if missed:
+        raise InputError(
+            f"the index finds too little: recall@{top_k} {min(one.recall for one in missed):.4f}",
+            expected=f"{wanted:g} or more",
+            next_step="`cxr gallery index --recall` with more than you want, or `cxr gallery index flat`, which misses none",
+        )
 
 
 def _beside(kept: Iterable[str]) -> str:

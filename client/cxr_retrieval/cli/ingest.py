@@ -15,7 +15,16 @@ from cxr_retrieval.cli.console import INTERRUPTED, print_doubts, print_json, pri
 from cxr_retrieval.cli.watched import Watched, first_contact
 from cxr_retrieval.errors import UsageError
 from cxr_retrieval.interruption import until_interrupted
-from cxr_retrieval.settings import EngineName, EngineSettings, MilvusSettings, PseudonymSettings, SpaceName, ThumbnailKind, TritonSettings
+from cxr_retrieval.settings import (
+    EngineName,
+    EngineSettings,
+    IndexName,
+    MilvusSettings,
+    PseudonymSettings,
+    SpaceName,
+    ThumbnailKind,
+    TritonSettings,
+)
 
 if TYPE_CHECKING:
     from cxr_retrieval.cases.manifest import ManifestRow
@@ -51,6 +60,9 @@ def ingest(
         ThumbnailKind,
         typer.Option("--thumbnails", help="Also keep each picture in Milvus: nothing outside the lungs, or all of it."),
     ] = ThumbnailKind.none,
+    index: Annotated[
+        IndexName, typer.Option("--index", help=f"Of a gallery that is made: {options.INDEXES} Later: `cxr gallery index`.")
+    ] = IndexName.auto,
     no_gate: options.NoGate = False,
     space: options.Space = options.SPACE_DEFAULT,
     patience: options.Patience = options.PATIENCE_DEFAULT,
@@ -66,9 +78,10 @@ def ingest(
     from cxr_retrieval.archive.stages import Plan
     from cxr_retrieval.cases.fhir import read_chart
     from cxr_retrieval.cases.manifest import read_manifest
-    from cxr_retrieval.cases.pseudonyms import open_pseudonyms
+    from cxr_retrieval.cases.pseudonyms import Pseudonyms, open_pseudonyms
     from cxr_retrieval.cli.on_cluster import networks_of_workers, on_cluster
-    from cxr_retrieval.gallery.spaces import REPORTS, SPACES
+    from cxr_retrieval.gallery.indexes import INDEXES, outgrown
+    from cxr_retrieval.gallery.spaces import REPORTS, SPACES, Space
     from cxr_retrieval.gallery.store import LITE_COMFORTABLE_ROWS, Store
     from cxr_retrieval.inference.triton import TritonClient
     from cxr_retrieval.radiograph.decoding import DecodingLimits
@@ -88,6 +101,11 @@ def ingest(
     chosen = _under(listed.require(split=split), [Path(path) for path in paths]) if listed else None
     chart = read_chart(fhir) if fhir else None
     gone: Sequence[str] = ()
+
+    def made(version: str, keys: Pseudonyms, compared: Space) -> Store:
+        expected = None if chosen is None else len(chosen)
+        return Store(milvus, version, keys, create=True, space=compared, new_index=index, expected=expected)
+
     with ExitStack() as opened:
         with until_interrupted() as stop:
             wait = Patience(stop, patience, seen.tell, seen.watch)
@@ -98,7 +116,7 @@ def ingest(
             compared = SPACES[space]
             version = first_contact(wait, "triton", partial(compared.version, client)) if client else weights
             reports = first_contact(wait, "triton", partial(ReportReader.served_by, client)) if client and compared is REPORTS else None
-            store = opened.enter_context(first_contact(wait, "milvus", lambda: Store(milvus, version, keys, create=True, space=compared)))
+            store = opened.enter_context(first_contact(wait, "milvus", lambda: made(version, keys, compared)))
             about = {"model_version": version, "collection": store.collection, "manifest": listed.sha256 if listed else None}
             found = find_inputs(paths, reader, split=split, stop=stop)
             through = identify = None
@@ -138,7 +156,7 @@ def ingest(
         of = {source, *(row.source for row in chosen or ())}
         profiled = [name for name in sorted(read_sites(store.sites)) if name in of] if report.stored else []
         unplaced = report.stored if store.clusters else 0
-        collection = store.collection
+        collection, searched_by = store.collection, store.index
     if seen.speaks:
         print_problems(report.problems)
         print_doubts(report.doubts, report.doubted)
@@ -181,6 +199,10 @@ def ingest(
         seen.tell(f"{unplaced} of the cases are in no cluster. Next: `cxr cluster --new`")
     if total > LITE_COMFORTABLE_ROWS and milvus.is_lite:
         seen.tell(f"Milvus Lite gets slow beyond {LITE_COMFORTABLE_ROWS} cases: consider a Milvus server")
+    elif not milvus.is_lite and outgrown(searched_by, total):
+        seen.tell(f"the gallery has outgrown {searched_by}. Next: `cxr gallery index auto`")
+    if index is not IndexName.auto and searched_by != INDEXES[index]:
+        seen.tell(f"the gallery was there before, and keeps {searched_by}. Next: `cxr gallery index {index.value}`")
     if report.pending:
         left = f", {report.pending} to go" if listed else ""
         seen.tell(f"interrupted{left}. Next: give the same command again, it goes on from here")

@@ -41,6 +41,11 @@ INPUTS: Final = (
     "s3://BUCKET/FOLDER/; manifests (.csv); or - for a list of names on stdin."
 )
 """What a PATH may be, where films in bulk are asked for."""
+INDEXES: Final = (
+    "auto (by size), flat (every case compared; exact), hnsw (a graph in memory), hnsw-sq (the same in less of it; Milvus 2.6) "
+    "or diskann (a graph on the server's SSD)."
+)
+"""What a gallery on a Milvus server can be searched by."""
 _SEEN: Final = "Seen from outside"
 _CLUSTER: Final = "On a cluster"
 

@@ -201,7 +201,10 @@ def import_gallery(
             got=str(size),
             next_step="import it with the version of this system that exported it; this one's `cxr reindex` then carries it over",
         )
-    with Store(settings, checked.model_version, pseudonyms, create=True, space=space) as store, _readable(path) as file:
+    with (
+        Store(settings, checked.model_version, pseudonyms, create=True, space=space, expected=checked.rows) as store,
+        _readable(path) as file,
+    ):
         if store.count() and not merge:
             raise UsageError(
                 f"{store.collection}: holds {store.count()} cases already",

@@ -121,10 +121,15 @@ def is_lite(client: MilvusClient) -> bool:
     return str(client.get_server_version()).startswith("milvus_lite")
 
 
+def release_of(client: MilvusClient) -> tuple[int, int]:
+    """Major and minor version of a server; (0, 0) of Milvus Lite, and of what does not say."""
+    match = re.match(r"v?(\d+)\.(\d+)", str(client.get_server_version()))
+    return (0, 0) if match is None else (int(match[1]), int(match[2]))
+
+
 def has_nullable(client: MilvusClient) -> bool:
     """Whether fields may be null there: Milvus Lite, and servers from 2.5 on."""
-    match = re.match(r"v?(\d+)\.(\d+)", str(client.get_server_version()))
-    return is_lite(client) or (match is not None and (int(match[1]), int(match[2])) >= _NULLABLE_SINCE)
+    return is_lite(client) or release_of(client) >= _NULLABLE_SINCE
 
 
 def one_blas_thread() -> threadpool_limits:

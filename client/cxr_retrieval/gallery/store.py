@@ -30,6 +30,7 @@ from cxr_retrieval.cases.pseudonyms import Original, Pseudonyms
 from cxr_retrieval.errors import InputError, StoreError, UsageError
 from cxr_retrieval.gallery.aliases import (
     ALIAS,
+    PREFIX,
     aliases_of,
     collection_of,
     filling,
@@ -43,13 +44,14 @@ from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
 from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, constant, items, printed
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
+from cxr_retrieval.gallery.indexes import DEFAULT_RECALL, FLAT, METRIC, RECALL, Index, add, describe, fitting
 from cxr_retrieval.gallery.matching import matches, with_words
-from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, is_lite, one_blas_thread, silent, translated
+from cxr_retrieval.gallery.milvus import close, connect, connected, has_nullable, is_lite, one_blas_thread, release_of, silent, translated
 from cxr_retrieval.gallery.spaces import FILM, SPACES, Space
 from cxr_retrieval.gallery.thumbnails import COLLECTION as THUMBNAILS
 from cxr_retrieval.gallery.thumbnails import Thumbnail, Thumbnails
 from cxr_retrieval.gallery.words import MAX_WORDS, NOTES, WORDS_FIELD
-from cxr_retrieval.settings import MilvusSettings, SpaceName, ThumbnailKind
+from cxr_retrieval.settings import IndexName, MilvusSettings, SpaceName, ThumbnailKind
 
 UPSERT_ROWS: Final = 500
 """Rows per call at most."""
@@ -157,6 +159,9 @@ class Clause:
 
     given: str
     asked: str
+
+
+EVERY_CASE: Final = Clause("", "")
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,8 @@ class Store:
         space: By which vectors its films are compared.
         vector_size: Numbers of a case's vector: those of the space, or 64 of the former layout.
         has_clusters: Whether its cases have a field for their cluster.
-        has_index: Whether it is searched by an index; Milvus Lite compares with every case.
+        index: By what it is searched (`indexes.py`).
+        recall: The recall@10 that its searches are to reach.
         kept: Texts that the gallery keeps beside its cases, as they were when opened: property (one of `KEPT`) → text, without empty ones.
 
     Args:
@@ -286,8 +292,11 @@ class Store:
         beside: An open gallery whose connection this one shares, since a Milvus Lite folder takes one; closed by the other.
         outdated: Open one of the former layout, too, whose rows can be read and not compared with (`reindex`).
         space: What it is expected to be of; None: whatever it is. A new one is of `film` unless this says otherwise.
+        new_index: Of one that is made.
+        expected: Cases that one that is made is about to hold; None: nobody knows.
 
     Raises:
+        UsageError: This Milvus has no such index.
         StoreError: Not reachable, locked by another process, not authorised, no gallery, half-filled, of vectors of another size, or of
             another key.
     """
@@ -303,6 +312,8 @@ class Store:
         beside: Store | None = None,
         outdated: bool = False,
         space: Space | None = None,
+        new_index: IndexName = IndexName.auto,
+        expected: int | None = None,
     ) -> None:
         self._settings = settings
         self.pseudonyms = pseudonyms
@@ -328,7 +339,6 @@ class Store:
             with translated(settings):
                 self._nullable = has_nullable(self._client)
                 self._lite = is_lite(self._client)
-                self.has_index = not self._lite
                 if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
                         others = gallery_names(self._client, self._settings.timeout_s)
@@ -339,7 +349,7 @@ class Store:
                             got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
                             next_step=f"run `{_ingest(self.space)}` first{carried}",
                         )
-                    self._create()
+                    self._create(fitting(new_index, expected, release_of(self._client), lite=self._lite))
                 elif not fill and is_filling(self._client, self.collection, self._settings.timeout_s):
                     raise StoreError(
                         f"the gallery for model version {model_version} is not filled yet",
@@ -348,6 +358,7 @@ class Store:
                         next_step="let it end, or give the same command again; until then serve the former weights",
                     )
                 self._check_schema(space, outdated=outdated)
+                self.index = self._described()
                 self._client.load_collection(self.collection, timeout=self._settings.timeout_s)
                 if fill and not self.filling and self.count() == 0:
                     self._client.create_alias(self.collection, filling(self.collection), timeout=self._settings.timeout_s)
@@ -538,6 +549,11 @@ class Store:
         return {field["name"]: (DataType(field["type"]), dimensions.get(field["name"])) for field in described}
 
     @property
+    def has_index(self) -> bool:
+        """Whether it is searched by an index that may miss a case, rather than compared with every one."""
+        return self.index != FLAT
+
+    @property
     def outdated(self) -> bool:
         """Whether it is of the former layout: its rows can be read, and nothing compared with them."""
         return self.vector_size == FORMER_SIZE
@@ -698,11 +714,11 @@ class Store:
         ]
         return [sorted(hits, key=lambda hit: (-hit.similarity, hit.case.key)) for hits in neighbours]
 
-    def nearest(self, vectors: NDArray[np.float32], k: int, run: str = "") -> list[list[Near]]:
+    def nearest(self, vectors: NDArray[np.float32], k: int, among: Clause = EVERY_CASE) -> list[list[Near]]:
         """Of each stored vector `[n, size]` the `k` nearest cases, nearest first, and of these no more than a graph needs.
 
         Args:
-            run: Only cases in clusters of this one (`Clustering.run`).
+            among: Only cases that meet this (`clause`, `of_run`).
 
         Raises:
             StoreError: The search failed.
@@ -710,13 +726,13 @@ class Store:
         asked = self.space.asked(self.space.as_question(vectors), DEFAULT_BALANCE)
         lengths = np.linalg.norm(asked, axis=1) * self.space.length  # Milvus tells the cosine
         fields = ["key", *([_CLUSTER] if self.has_clusters else ())]
-        with translated(self._settings):
+        with translated(self._settings, among.given):
             answers = self._client.search(
                 self.collection,
                 data=asked.tolist(),
                 anns_field="embedding",
                 limit=k,
-                filter=f'{_CLUSTER} like "{run}:%"' if run else "",
+                filter=among.asked,
                 output_fields=fields,
                 search_params=self._search_params(k),
                 consistency_level="Session",
@@ -748,9 +764,22 @@ class Store:
         return gone
 
     def _search_params(self, top_k: int) -> dict[str, Any]:
-        return {"metric_type": "COSINE", "params": {} if self._settings.is_lite else {"ef": max(128, 4 * top_k)}}
+        return {"metric_type": METRIC, "params": self.index.search(top_k, self.recall)}
 
-    def _create(self) -> None:
+    def _described(self) -> Index:
+        if self._lite:
+            return FLAT
+        index = describe(self._client, self.collection, self._settings.timeout_s)
+        if index is None:
+            raise StoreError(
+                f"collection {self.collection} has no index",
+                expected="one that `cxr gallery index` gave it",
+                got="none: that was killed just when it had taken the former one away",
+                next_step=f"`cxr gallery index --model-version {self.collection.removeprefix(PREFIX)}`",
+            )
+        return index
+
+    def _create(self, index: Index) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
         schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=self.space.size)
@@ -775,15 +804,10 @@ class Store:
                 enable_match=True,
                 analyzer_params={"tokenizer": "standard" if self._lite else "whitespace"},  # the words are made here
             )
-        index = self._client.prepare_index_params()
-        if self._settings.is_lite:
-            index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
-        else:
-            index.add_index("embedding", index_type="HNSW", metric_type="COSINE", params={"M": 32, "efConstruction": 256})
         self._client.create_collection(
             self.collection,
             schema=schema,
-            index_params=index,
+            index_params=add(self._client, index),
             consistency_level="Strong",
             properties={
                 FINGERPRINT: self.pseudonyms.fingerprint,
@@ -828,6 +852,7 @@ class Store:
         self.has_clusters = not self._nullable or _CLUSTER in fields  # nor those made before there was `cxr cluster`
         properties = about.get("properties", {})
         self.kept: Mapping[str, str] = {name: str(properties[name]) for name in KEPT if properties.get(name)}
+        self.recall = float(properties.get(RECALL) or DEFAULT_RECALL)
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
         row = entry.row
@@ -854,6 +879,11 @@ class Store:
 def of_label(label: str) -> Clause:
     """A clause made ready that cases of one label meet, and no others."""
     return Clause("", f"label == {constant(label)}")
+
+
+def of_run(run: str) -> Clause:
+    """The same that cases in clusters of one run meet (`Clustering.run`)."""
+    return Clause("", f'{_CLUSTER} like "{run}:%"')
 
 
 def within(clause: Clause, cluster: str) -> Clause:
