@@ -12,8 +12,9 @@ RUNS ?= 60
 SEED ?=
 MINUTES ?= 20
 FILES ?= 100000
+SIZES ?= 100000 1000000
 
-.PHONY: demo test test-real test-night chaos chaos-node soak soak-node fuzz image-check lint bench vendor screenshots map-speed cluster-speed notebook clean prerequisites browser compose peers
+.PHONY: demo test test-real test-night chaos chaos-node soak soak-node fuzz image-check lint bench vendor screenshots map-speed cluster-speed growth-speed notebook clean prerequisites browser compose peers
 
 demo: .venv/.installed          ## the whole path on synthetic radiographs
 	@.venv/bin/cxr demo
@@ -60,6 +61,9 @@ bench: .venv-dev/.installed     ## speed as ratios in one run: bare engines, our
 
 cluster-speed: .venv-dev/.installed ## what clusters give and cost beside nearest neighbours, up to a million cases; an hour
 	@PYTHONPATH=tests .venv-dev/bin/python tests/benchmark/clusters.py 1000 10000 100000 1000000
+
+growth-speed: .venv-dev/.installed ## what an index of each kind finds and costs on a Milvus server, SIZES="100000 1000000 5000000"; hours, and 2 GB for each million
+	@PYTHONPATH=tests .venv-dev/bin/python -W ignore tests/benchmark/growth.py $(SIZES)
 
 # The page has no build step: these files are what npm has, but for the names by which they import each other.
 VENDORED = client/cxr_retrieval/view/assets/vendor
