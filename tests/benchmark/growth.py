@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -59,7 +60,7 @@ SOURCES: Final = 20
 PARTITIONS: Final = 64
 GIVEN_UP_S: Final = 60.0
 """Without a case more in the index, where the server has none built of this kind at all."""
-LABELS: Final = (("one_percent", 0.01), ("ten_percent", 0.10), ("half", 0.50), ("rest", 0.39))
+LABELS: Final = {"one_percent": 0.01, "ten_percent": 0.10, "half": 0.50, "rest": 0.39}
 FILTERS: Final = {
     "none": "",
     "1 %": 'label == "one_percent"',
@@ -116,8 +117,7 @@ class Drawn:
 
     def block(self, block: int, count: int) -> tuple[Vectors, NDArray[np.str_], NDArray[np.str_]]:
         random = np.random.default_rng((8, block))
-        names, shares = zip(*LABELS, strict=True)
-        labels = random.choice(names, size=count, p=shares)
+        labels = random.choice(list(LABELS), size=count, p=list(LABELS.values()))
         return self.vectors(block, count), labels, np.array([f"h{one:02d}" for one in random.integers(SOURCES, size=count)])
 
     def queries(self) -> Vectors:
@@ -393,8 +393,6 @@ def measure(size: int, report: dict[str, Any], save: Callable[[], None], setting
 def machine(note: str) -> dict[str, Any]:
     """What the figures belong to."""
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    import os
-
     return {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "load_before": os.getloadavg()[1], "note": note}
 
 

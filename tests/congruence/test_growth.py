@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import StoreError, UsageError
 from cxr_retrieval.evaluation.exact import audit_index
+from cxr_retrieval.gallery.backup import export_gallery, read_backup
+from cxr_retrieval.gallery.bulk import Imported, bulk_import
 from cxr_retrieval.gallery.indexes import FLAT, INDEXES, rebuild
-from cxr_retrieval.gallery.store import Entry, Store, make_entry
+from cxr_retrieval.gallery.store import CALIBRATION, SEARCH_ROWS, Entry, Store, make_entry
 from cxr_retrieval.settings import IndexName, MilvusSettings
 from tests_support import run_cxr
 from vectors import unit_vectors
@@ -137,6 +140,72 @@ def test_an_audit_tells_what_an_index_misses(server: MilvusSettings, pseudonyms:
         assert narrow[0].recall < everything.recall, "a narrow search misses some of vectors that lie nowhere near each other"
         with pytest.raises(UsageError, match="expected more than 2003; got 2003"):
             audit_index(store, queries=5000, k=COUNT)
+
+
+@pytest.fixture(scope="module")
+def exported(pseudonyms: Pseudonyms, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gallery of Milvus Lite in a file."""
+    folder = tmp_path_factory.mktemp("exported")
+    with Store(MilvusSettings(str(folder / "gallery.db")), "bulk", pseudonyms, create=True) as store:
+        fill(store, pseudonyms, unit_vectors(COUNT))
+        store.keep({CALIBRATION: "a text"})
+        export_gallery(store, folder / "gallery.parquet")
+    return folder / "gallery.parquet"
+
+
+def test_read_by_the_server_twice_each_case_is_there_once(
+    server: MilvusSettings, pseudonyms: Pseudonyms, exported: Path, tmp_path: Path
+) -> None:
+    about = read_backup(exported)
+    (tmp_path / "shared").mkdir()
+
+    def imported(stop: threading.Event | None = None, seen_as: str = str(tmp_path / "shared")) -> Imported:
+        return bulk_import(server, pseudonyms, exported, about, tmp_path / "shared", seen_as, stop or threading.Event())
+
+    stopped = threading.Event()
+    stopped.set()
+    assert not imported(stopped).whole
+    with pytest.raises(StoreError, match="is not filled yet"):
+        Store(server, "bulk", pseudonyms)
+    with pytest.raises(StoreError, match=r"cannot read the files; expected that it finds /nowhere/cxr-.*give by --bulk-as"):
+        imported(seen_as="/nowhere")
+    assert imported() == Imported([CALIBRATION])
+    assert imported() == Imported((), already=True)
+    assert not list((tmp_path / "shared").iterdir()), "files are taken away again"
+    query = unit_vectors(1, 5)[0]
+    with Store(server, "bulk", pseudonyms) as store:
+        assert (store.count(), store.calibration, store.index) == (COUNT, "a text", FLAT)
+        hits = store.search(query, 10)
+        facts = {hit.case.key: (hit.case.source, dict(hit.case.metadata)) for hit in hits}
+        assert len(store.search(query, 20, "source is null")) == 20
+        store.upsert(entries_of(10, pseudonyms), ["0" * 64] * 10, unit_vectors(10, 3))
+        assert store.count() == COUNT, "what is ingested later replaces what was read"
+    with Store(MilvusSettings(str(exported.with_name("gallery.db"))), "bulk", pseudonyms) as lite:
+        assert {hit.case.key: (hit.case.source, dict(hit.case.metadata)) for hit in lite.search(query, 10)} == facts
+    other = replace(about, sha256="0" * 64)
+    with pytest.raises(UsageError, match=f"holds {COUNT}.*leave --bulk out"):
+        bulk_import(server, pseudonyms, exported, other, tmp_path, str(tmp_path), threading.Event())
+    with pytest.raises(UsageError, match="Milvus Lite reads no files"):
+        bulk_import(MilvusSettings(str(tmp_path / "x.db")), pseudonyms, exported, about, tmp_path, "", threading.Event())
+    said = run_cxr("gallery", "import", exported, "--bulk", tmp_path / "shared", "--milvus", server.uri)
+    assert (said.returncode, said.stdout) == (0, "the gallery of model version bulk was made of this file before; nothing to do\n")
+
+
+def test_many_questions_are_one_call(server: MilvusSettings, pseudonyms: Pseudonyms, grown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = unit_vectors(SEARCH_ROWS // 10 + 1, 5)
+    calls: list[int] = []
+    search = MilvusClient.search
+
+    def counted(self: MilvusClient, *given: Any, **options: Any) -> Any:
+        calls.append(len(options["data"]))
+        return search(self, *given, **options)
+
+    with Store(server, grown, pseudonyms) as store:
+        one_by_one = [store.search(question, 10) for question in questions[:5]]
+        monkeypatch.setattr(MilvusClient, "search", counted)
+        at_once = store.search_many(questions, 10)
+    assert calls == [SEARCH_ROWS // 10, 1], "so many answers as one call may bring"
+    assert [[hit.case.key for hit in hits] for hits in at_once[:5]] == [[hit.case.key for hit in hits] for hits in one_by_one]
 
 
 def test_commands(server: MilvusSettings, grown: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
+import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,6 +183,14 @@ def import_(
         bool, typer.Option("--merge", help="Into a gallery that holds cases already; those of the same key are replaced.")
     ] = False,
     model_version: Annotated[str | None, typer.Option(metavar="VERSION", help="Refuse a file of another one.")] = None,
+    bulk: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Have the server read files that are put there, which is faster; into a new gallery alone."),
+    ] = None,
+    bulk_as: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the server calls that folder, or a prefix in its bucket.", show_default="the same"),
+    ] = None,
     audit: options.Audit = options.AUDIT_DEFAULT,
     json: options.Json = False,
 ) -> None:
@@ -188,20 +198,35 @@ def import_(
     from cxr_retrieval.archive.audit import audited
     from cxr_retrieval.cases.pseudonyms import open_pseudonyms
     from cxr_retrieval.gallery.backup import import_gallery, read_backup
+    from cxr_retrieval.gallery.bulk import Imported, bulk_import
     from cxr_retrieval.gallery.store import KEPT
 
+    if bulk is not None and merge:
+        raise UsageError(
+            "--bulk with --merge", expected="one of them: a server looks for no doubles in what it reads", next_step="leave one out"
+        )
     about = read_backup(file)
     told = {"model_version": about.model_version, "sha256": about.sha256}
     with (
         audited(audit.expanduser(), "gallery import", told) as operation,
         open_pseudonyms(pseudonyms) as keys,
-        progress("importing", about.rows) as advance,
+        until_interrupted() if bulk else nullcontext(threading.Event()) as stop,
+        progress("importing", about.rows * (2 if bulk else 1)) as advance,
     ):
-        names = import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance)
-        taken = [KEPT[name] for name in names]
-        operation.outcome.update(cases=about.rows, restored=taken)
+        if bulk is None:
+            done = Imported(import_gallery(milvus, keys, file, about, merge=merge, model_version=model_version, advance=advance))
+        else:
+            seen_as = bulk_as or str(bulk.resolve())
+            done = bulk_import(milvus, keys, file, about, bulk, seen_as, stop, model_version=model_version, advance=advance)
+        taken = [KEPT[name] for name in done.restored]
+        operation.outcome.update(cases=about.rows if done.whole else 0, restored=taken)
+    if not done.whole:
+        typer.echo("interrupted; the gallery does not answer. Next: give the same command again, it begins anew", err=True)
+        raise typer.Exit(INTERRUPTED)
     if json:
         print_json({**told, "cases": about.rows, "restored": taken})
+    elif done.already:
+        typer.echo(f"the gallery of model version {about.model_version} was made of this file before; nothing to do")
     else:
         typer.echo(f"{about.rows} cases{_beside(taken)} restored to the gallery of model version {about.model_version}")
 

@@ -27,7 +27,7 @@ from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
-from cxr_retrieval.gallery.spaces import FILM, SPACES
+from cxr_retrieval.gallery.spaces import FILM, SPACES, Space
 from cxr_retrieval.gallery.store import CLUSTERS, KEPT, NO_CLUSTER, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
@@ -38,10 +38,10 @@ LAYOUT: Final = "2"
 _FIRST: Final = "1"
 _PAGE: Final = 500
 """Rows held at once: some hundred numbers each, pages of notes at worst, and 64 KiB of picture if asked for."""
-_META: Final = "$meta"
+META: Final = "$meta"
 _THUMBNAIL: Final = "$thumbnail"
 _KIND: Final = "$thumbnail_kind"
-_BESIDE: Final = ((_META, pa.string()), (_KIND, pa.string()), (_THUMBNAIL, pa.binary()))
+_BESIDE: Final = ((META, pa.string()), (_KIND, pa.string()), (_THUMBNAIL, pa.binary()))
 """Columns that are no fields; a picture is its 256×256 bytes."""
 _NAMESPACE: Final = "cxr."
 """Of our keys in the file's metadata."""
@@ -95,7 +95,7 @@ def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lam
         StoreError: Milvus cannot serve.
     """
     fields = store.fields
-    schema = pa.schema([*((name, _arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), *_BESIDE])
+    schema = pa.schema([*((name, arrow_type(kind, dim)) for name, (kind, dim) in fields.items()), *_BESIDE])
     partial = out.with_name(out.name + ".partial")
     version, kinds = store.collection.removeprefix(PREFIX), {name: kind.name for name, (kind, _) in fields.items()}
     begun = Backup(version, store.pseudonyms.fingerprint, kinds, store.kept, 0, "")
@@ -107,7 +107,7 @@ def export_gallery(store: Store, out: Path, advance: Callable[[int], None] = lam
             pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
         ):
             rows = store.rows(["*"])
-            while page := [_as_columns(row, fields) for row in islice(rows, _PAGE)]:
+            while page := [as_columns(row, fields) for row in islice(rows, _PAGE)]:
                 if thumbnails:
                     _add_thumbnails(page, store.thumbnails([row["key"] for row in page]))
                 table = pa.Table.from_pylist(page, schema)
@@ -177,6 +177,29 @@ def import_gallery(
         UsageError: Another model version, another layout, another key, a gallery that is not empty, or one that lacks a field of the file.
         StoreError: Milvus cannot serve.
     """
+    space = fitting_space(path, checked, pseudonyms, model_version)
+    with Store(settings, checked.model_version, pseudonyms, create=True, space=space, expected=checked.rows) as store:
+        if store.count() and not merge:
+            raise UsageError(
+                f"{store.collection}: holds {store.count()} cases already",
+                expected="no gallery of that version, or an empty one",
+                next_step="give --merge to replace those of the same key, and to go on after an interruption",
+            )
+        for rows, thumbnails in rows_for(store, path, checked):
+            store.put(rows)
+            store.keep_thumbnails(thumbnails)
+            advance(len(rows))
+        taken = take_kept(store, checked)
+        store.publish()
+    return taken
+
+
+def fitting_space(path: Path, checked: Backup, pseudonyms: Pseudonyms, model_version: str | None) -> Space:
+    """Of the gallery that the file holds, if that can become one here.
+
+    Raises:
+        UsageError: As `import_gallery`.
+    """
     if model_version is not None and collection_of(checked.model_version) != collection_of(model_version):
         raise UsageError(
             f"{path}: holds embeddings of another model version",
@@ -201,29 +224,35 @@ def import_gallery(
             got=str(size),
             next_step="import it with the version of this system that exported it; this one's `cxr reindex` then carries it over",
         )
-    with (
-        Store(settings, checked.model_version, pseudonyms, create=True, space=space, expected=checked.rows) as store,
-        _readable(path) as file,
-    ):
-        if store.count() and not merge:
-            raise UsageError(
-                f"{store.collection}: holds {store.count()} cases already",
-                expected="no gallery of that version, or an empty one",
-                next_step="give --merge to replace those of the same key, and to go on after an interruption",
-            )
-        here = store.fields
+    return space
+
+
+def rows_for(store: Store, path: Path, checked: Backup) -> Iterator[tuple[list[dict[str, Any]], list[Thumbnail]]]:
+    """A file's rows as this gallery keeps them, and the pictures that come with them, page by page."""
+    here = store.fields
+    with _readable(path) as file:
         for page in _pages(file):
-            store.put([_as_row(row, checked.fields, here, store, path) for row in page])
-            store.keep_thumbnails([_thumbnail(row) for row in page if row[_THUMBNAIL] is not None])
-            advance(len(page))
-        room = KEPT.keys() - store.kept.keys() - (set() if store.has_clusters else {CLUSTERS})
-        taken = {name: text for name, text in checked.kept.items() if name in room}
-        store.keep(taken)
-        store.publish()
+            rows = [_as_row(row, checked.fields, here, store, path) for row in page]
+            yield rows, [_thumbnail(row) for row in page if row[_THUMBNAIL] is not None]
+
+
+def take_kept(store: Store, checked: Backup) -> Sequence[str]:
+    """Keeps what the file holds beside cases and the gallery lacks; which properties these are."""
+    room = KEPT.keys() - store.kept.keys() - (set() if store.has_clusters else {CLUSTERS})
+    taken = {name: text for name, text in checked.kept.items() if name in room}
+    store.keep(taken)
     return sorted(taken)
 
 
-def _arrow_type(kind: DataType, dim: int | None) -> Any:
+def as_columns(row: Mapping[str, Any], fields: Mapping[str, tuple[DataType, int | None]]) -> dict[str, Any]:
+    """A row as Milvus has it → as a Parquet file has it: JSON as text, and what is no field together in `$meta`."""
+    columns = {name: _text(row.get(name)) if kind is DataType.JSON else row.get(name) for name, (kind, _) in fields.items()}
+    beside = {name: value for name, value in row.items() if name not in fields}
+    return {**columns, META: _text(beside) if beside else None}
+
+
+def arrow_type(kind: DataType, dim: int | None) -> Any:
+    """Of a column that holds such a field."""
     if kind is DataType.FLOAT_VECTOR:
         return pa.list_(pa.float32(), dim)
     if kind in _ARROW:
@@ -242,20 +271,13 @@ def _fits(schema: Any, fields: Mapping[str, str]) -> bool:
     )
 
 
-def _as_columns(row: Mapping[str, Any], fields: Mapping[str, tuple[DataType, int | None]]) -> dict[str, Any]:
-    """A row as Milvus has it → as the file has it."""
-    columns = {name: _text(row.get(name)) if kind is DataType.JSON else row.get(name) for name, (kind, _) in fields.items()}
-    beside = {name: value for name, value in row.items() if name not in fields}
-    return {**columns, _META: _text(beside) if beside else None}
-
-
 def _as_row(
     columns: Mapping[str, Any], there: Mapping[str, str], here: Mapping[str, tuple[DataType, int | None]], store: Store, path: Path
 ) -> dict[str, Any]:
     """And back, for a collection that may describe as fields what the file has in `$meta`, and the other way round."""
     is_json = {name for name, kind in there.items() if kind == DataType.JSON.name}
     known = {name: json.loads(columns[name]) if name in is_json else columns[name] for name in there if columns[name] is not None}
-    known |= json.loads(columns[_META] or "{}")
+    known |= json.loads(columns[META] or "{}")
     if store.takes_any_field:
         return known
     unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD, *NO_CLUSTER})  # which `put` makes where there is room for them

@@ -39,7 +39,7 @@ alone; what it can build grows by segments, of which one of a million cases take
 """
 _HNSW_SQ_SINCE: Final = (2, 6)
 _LOOK_EVERY_S: Final = 0.5
-_LOAD_S: Final = 3600.0
+LOAD_S: Final = 3600.0
 """For a server to have a gallery in memory again: it reads the whole index."""
 _BREADTH: Final[tuple[tuple[float, int, float], ...]] = ((0.9, 32, 1.5), (0.95, 64, 2.0), (0.99, 128, 4.0), (0.999, 512, 16.0))
 """Recall, and the candidates that a graph must hold for it: at least so many, and so many for each case wanted (docs/galleries.md)."""
@@ -233,11 +233,11 @@ def rebuild(
         if not lite:
             if before != after:
                 _exchange(client, collection, after, settings.timeout_s)
-            whole = _awaited(client, collection, settings.timeout_s, stop, advance, stalled_s)
+            whole = awaited(client, collection, settings.timeout_s, stop, advance, stalled_s)
             if whole is None:
                 if before is not None and before != after:
                     _exchange(client, collection, before, settings.timeout_s)
-                    client.load_collection(collection, timeout=_LOAD_S)
+                    client.load_collection(collection, timeout=LOAD_S)
                 raise StoreError(
                     f"Milvus does not build {after} over {collection}",
                     expected="more cases in the index as time passes",
@@ -245,7 +245,7 @@ def rebuild(
                     next_step=f"give another --index; the gallery has {before} again" if before else "give another --index",
                 )
             if whole:
-                client.load_collection(collection, timeout=_LOAD_S)
+                client.load_collection(collection, timeout=LOAD_S)
         return Rebuilt(before, after, aimed, cases, whole, time.monotonic() - started)
 
 
@@ -265,8 +265,13 @@ def _exchange(client: Any, collection: str, index: Index, timeout_s: float) -> N
             ) from error
 
 
-def _awaited(
-    client: Any, collection: str, timeout_s: float, stop: threading.Event, advance: Callable[[int], None], stalled_s: float
+def awaited(
+    client: Any,
+    collection: str,
+    timeout_s: float,
+    stop: threading.Event,
+    advance: Callable[[int], None] = lambda _: None,
+    stalled_s: float = STALLED_S,
 ) -> bool | None:
     """Whether all cases are in the index; False if it was stopped before, None if Milvus does not build it."""
     done, moved = 0, time.monotonic()

@@ -616,9 +616,9 @@ class Store:
         return [_case(row, originals.get(row["key"])) for row in rows]
 
     def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Upserts rows as `rows` gives them, of a gallery on the same Milvus; with the words of their notes if this one keeps these."""
+        """Upserts rows as `rows` gives them, of a gallery on the same Milvus, made `fitting`."""
         with translated(self._settings):
-            for some in by_bytes(map(self._fitting, rows)):
+            for some in by_bytes(map(self.fitting, rows)):
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -867,10 +867,10 @@ class Store:
         }
         optional: dict[str, Any] = {name: entry.known.get(name) for name in CLINICAL_FIELDS}
         values = {"key": entry.key, "embedding": vector.tolist(), "extra": dict(entry.extra), **named, **optional, **NO_CLUSTER}
-        return self._fitting(values if self._nullable else {name: value for name, value in values.items() if value is not None})
+        return self.fitting(values if self._nullable else {name: value for name, value in values.items() if value is not None})
 
-    def _fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """With the words of its notes where this gallery keeps them, and without elsewhere; with its cluster likewise."""
+    def fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row as this gallery keeps it: with the words of its notes if it keeps these, else without; with its cluster likewise."""
         unplaced = {name for name in NO_CLUSTER if not self.has_clusters or (not self._nullable and row.get(name) is None)}
         values = {name: value for name, value in row.items() if name != WORDS_FIELD and name not in unplaced}
         return with_words(values) if self._has_words else values
