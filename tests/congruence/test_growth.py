@@ -17,10 +17,10 @@ from cxr_retrieval.cases.manifest import ManifestRow
 from cxr_retrieval.cases.pseudonyms import Pseudonyms
 from cxr_retrieval.errors import StoreError, UsageError
 from cxr_retrieval.evaluation.exact import audit_index
-from cxr_retrieval.gallery.backup import export_gallery, read_backup
+from cxr_retrieval.gallery.backup import export_gallery, import_gallery, read_backup
 from cxr_retrieval.gallery.bulk import Imported, bulk_import
 from cxr_retrieval.gallery.indexes import FLAT, INDEXES, rebuild
-from cxr_retrieval.gallery.store import CALIBRATION, SEARCH_ROWS, Entry, Store, make_entry
+from cxr_retrieval.gallery.store import CALIBRATION, SEARCH_ROWS, Entry, Store, drop_gallery, make_entry
 from cxr_retrieval.settings import IndexName, MilvusSettings
 from tests_support import run_cxr
 from vectors import unit_vectors
@@ -189,6 +189,40 @@ def test_read_by_the_server_twice_each_case_is_there_once(
         bulk_import(MilvusSettings(str(tmp_path / "x.db")), pseudonyms, exported, about, tmp_path, "", threading.Event())
     said = run_cxr("gallery", "import", exported, "--bulk", tmp_path / "shared", "--milvus", server.uri)
     assert (said.returncode, said.stdout) == (0, "the gallery of model version bulk was made of this file before; nothing to do\n")
+
+
+def test_kept_by_source(server: MilvusSettings, pseudonyms: Pseudonyms, tmp_path: Path) -> None:
+    """A search within a source says so to the partition key, and finds what a gallery that is not kept so finds; moved cases, too."""
+    entries, vectors, digests = entries_of(300, pseudonyms), unit_vectors(300), [f"{number:064x}" for number in range(300)]
+    clauses = ("", 'source == "h1"', 'age < 60 and source in ["h0", "h2"]', "source is null", 'source == "h1" or age < 9', 'source != "h1"')
+    narrowed = [False, True, True, False, False, False]
+
+    def answers(store: Store) -> list[list[str]]:
+        return [[hit.case.key for hit in store.search(vectors[7], 30, where)] for where in clauses]
+
+    with (
+        Store(server, "by_source", pseudonyms, create=True, by_source=True) as keyed,
+        Store(server, "plain", pseudonyms, create=True) as plain,
+    ):
+        assert (keyed.by_source, plain.by_source) == (True, False)
+        for store in (keyed, plain):
+            store.upsert(entries, digests, vectors)
+            moved = [replace(one, row=replace(one.row, source="h1")) for one in entries[:40]]
+            store.correct(moved, digests[:40])
+            store.upsert(entries[:20], digests[:20], vectors[:20])
+            assert store.count() == 300
+        assert answers(keyed) == answers(plain)
+        assert [clause.asked.startswith("hospital in [") for clause in map(keyed.clause, clauses)] == narrowed
+        export_gallery(keyed, tmp_path / "keyed.parquet")
+        for hit in keyed.search(vectors[0], 5):
+            assert "hospital" not in hit.case.metadata
+    drop_gallery(server, "cxr_by_source")
+    import_gallery(server, pseudonyms, tmp_path / "keyed.parquet", read_backup(tmp_path / "keyed.parquet"))
+    with Store(server, "by_source", pseudonyms) as again, Store(server, "plain", pseudonyms) as plain:
+        assert not again.by_source
+        assert answers(again) == answers(plain)
+    with pytest.raises(UsageError, match="Milvus Lite keeps nothing by source"):
+        Store(MilvusSettings(str(tmp_path / "x.db")), "lite", pseudonyms, create=True, by_source=True)
 
 
 def test_many_questions_are_one_call(server: MilvusSettings, pseudonyms: Pseudonyms, grown: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,9 @@ def ingest(
     index: Annotated[
         IndexName, typer.Option("--index", help=f"Of a gallery that is made: {options.INDEXES} Later: `cxr gallery index`.")
     ] = IndexName.auto,
+    by_source: Annotated[
+        bool, typer.Option("--by-source", help="Of a gallery that is made on a server: keep it by source, for searches within one.")
+    ] = False,
     no_gate: options.NoGate = False,
     space: options.Space = options.SPACE_DEFAULT,
     patience: options.Patience = options.PATIENCE_DEFAULT,
@@ -104,7 +107,7 @@ def ingest(
 
     def made(version: str, keys: Pseudonyms, compared: Space) -> Store:
         expected = None if chosen is None else len(chosen)
-        return Store(milvus, version, keys, create=True, space=compared, new_index=index, expected=expected)
+        return Store(milvus, version, keys, create=True, space=compared, new_index=index, expected=expected, by_source=by_source)
 
     with ExitStack() as opened:
         with until_interrupted() as stop:

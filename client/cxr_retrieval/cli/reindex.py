@@ -77,7 +77,7 @@ def reindex(
         operation = opened.enter_context(audited(audit.expanduser(), "reindex", about))
         with (
             Store(milvus, version, keys, outdated=True, space=FILM) as old,
-            Store(milvus, client.model_version, keys, fill=True, beside=old, expected=old.count()) as new,
+            Store(milvus, client.model_version, keys, fill=True, beside=old, expected=old.count(), by_source=old.by_source) as new,
         ):
             with seen.bar("embedding anew", None) as bar:
                 report = library.reindex(

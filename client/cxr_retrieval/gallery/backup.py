@@ -28,7 +28,7 @@ from cxr_retrieval.contract import IMAGE_SIZE
 from cxr_retrieval.errors import SetupError, UsageError
 from cxr_retrieval.gallery.aliases import PREFIX, collection_of
 from cxr_retrieval.gallery.spaces import FILM, SPACES, Space
-from cxr_retrieval.gallery.store import CLUSTERS, KEPT, NO_CLUSTER, Store
+from cxr_retrieval.gallery.store import CLUSTERS, HOSPITAL, KEPT, NO_CLUSTER, Store
 from cxr_retrieval.gallery.thumbnails import Thumbnail
 from cxr_retrieval.gallery.words import WORDS_FIELD
 from cxr_retrieval.settings import MilvusSettings, ThumbnailKind
@@ -280,7 +280,7 @@ def _as_row(
     known |= json.loads(columns[META] or "{}")
     if store.takes_any_field:
         return known
-    unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD, *NO_CLUSTER})  # which `put` makes where there is room for them
+    unknown = sorted(known.keys() - here.keys() - {WORDS_FIELD, HOSPITAL, *NO_CLUSTER})  # which `put` makes where there is room for them
     if unknown:
         raise UsageError(
             f"{path}: holds fields that {store.collection} lacks",

@@ -9,7 +9,7 @@ interruption takes the half away and begins anew.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ def _is_there(settings: MilvusSettings, collection: str, digest: str) -> bool:
 @contextmanager
 def _written(
     store: Store, path: Path, checked: Backup, folder: Path, stop: threading.Event, advance: Callable[[int], None]
-) -> Iterator[Sequence[str]]:
+) -> Generator[Sequence[str]]:
     """Names of files in the folder, as the server reads them; there while it does."""
     fields = store.fields
     schema = pa.schema(

@@ -41,7 +41,8 @@ from cxr_retrieval.gallery.aliases import (
     the_gallery,
 )
 from cxr_retrieval.gallery.balance import DEFAULT_BALANCE
-from cxr_retrieval.gallery.clause import Field, Kind, Node, all_of, constant, items, printed
+from cxr_retrieval.gallery.clause import And, Compare, Field, In, Kind, Node, all_of, constant, items, printed
+from cxr_retrieval.gallery.clause import Value as Stated
 from cxr_retrieval.gallery.clause_parser import parse, parse_text
 from cxr_retrieval.gallery.filters import Dialect, for_milvus, settled, with_pseudonyms
 from cxr_retrieval.gallery.indexes import DEFAULT_RECALL, FLAT, METRIC, RECALL, Index, add, describe, fitting
@@ -102,6 +103,12 @@ _CLUSTER: Final = "cluster"
 _STRENGTH: Final = "strength"
 NO_CLUSTER: Final[Mapping[str, None]] = {_CLUSTER: None, _STRENGTH: None}
 """Fields of a case that is in no cluster."""
+HOSPITAL: Final = "hospital"
+"""Partition key of a gallery that is kept by source: the source, or "" where a case has none; Milvus allows no null there."""
+_PARTITIONS: Final = 64
+"""Into which sources are hashed. Each has segments of its own, which an unfiltered search looks through one by one."""
+_UPSERTS_BY_KEY_SINCE: Final = (2, 4)
+"""A server before hashes what is upserted by another field than the partition key, so that a search by that misses it (milvus#30607)."""
 FILTER_FIELDS: Final[Mapping[str, Kind]] = {
     "key": "text",
     "image_id": "id",
@@ -281,6 +288,7 @@ class Store:
         has_clusters: Whether its cases have a field for their cluster.
         index: By what it is searched (`indexes.py`).
         recall: The recall@10 that its searches are to reach.
+        by_source: Whether it is kept by source.
         kept: Texts that the gallery keeps beside its cases, as they were when opened: property (one of `KEPT`) → text, without empty ones.
 
     Args:
@@ -294,6 +302,7 @@ class Store:
         space: What it is expected to be of; None: whatever it is. A new one is of `film` unless this says otherwise.
         new_index: Of one that is made.
         expected: Cases that one that is made is about to hold; None: nobody knows.
+        by_source: One that is made is kept by source: a search within sources reads these alone (docs/galleries.md).
 
     Raises:
         UsageError: This Milvus has no such index.
@@ -314,6 +323,7 @@ class Store:
         space: Space | None = None,
         new_index: IndexName = IndexName.auto,
         expected: int | None = None,
+        by_source: bool = False,
     ) -> None:
         self._settings = settings
         self.pseudonyms = pseudonyms
@@ -339,6 +349,7 @@ class Store:
             with translated(settings):
                 self._nullable = has_nullable(self._client)
                 self._lite = is_lite(self._client)
+                self._upserts_by_key = release_of(self._client) >= _UPSERTS_BY_KEY_SINCE
                 if not self._client.has_collection(self.collection, timeout=self._settings.timeout_s):
                     if not create:
                         others = gallery_names(self._client, self._settings.timeout_s)
@@ -349,7 +360,11 @@ class Store:
                             got=", ".join(sorted(self._client.list_collections(timeout=self._settings.timeout_s))) or "no collections",
                             next_step=f"run `{_ingest(self.space)}` first{carried}",
                         )
-                    self._create(fitting(new_index, expected, release_of(self._client), lite=self._lite))
+                    if by_source and self._lite:
+                        raise UsageError(
+                            "Milvus Lite keeps nothing by source", expected="a Milvus server", next_step="leave --by-source out"
+                        )
+                    self._create(fitting(new_index, expected, release_of(self._client), lite=self._lite), by_source=by_source)
                 elif not fill and is_filling(self._client, self.collection, self._settings.timeout_s):
                     raise StoreError(
                         f"the gallery for model version {model_version} is not filled yet",
@@ -455,8 +470,7 @@ class Store:
         self.pseudonyms.remember([entry.original for entry in entries])
         rows = (self._row(entry, picture, vector) for entry, picture, vector in zip(entries, pixels, embeddings, strict=True))
         with translated(self._settings):
-            for some in by_bytes(rows):
-                self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
+            self._write(rows)
 
     def correct(self, entries: Sequence[Entry], pixels: Sequence[str]) -> None:
         """Stores other facts of cases whose pictures are the ones stored: their vectors, and their clusters, stay."""
@@ -618,7 +632,14 @@ class Store:
     def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Upserts rows as `rows` gives them, of a gallery on the same Milvus, made `fitting`."""
         with translated(self._settings):
-            for some in by_bytes(map(self.fitting, rows)):
+            self._write(map(self.fitting, rows))
+
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
+        for some in by_bytes(rows):
+            if self.by_source and not self._upserts_by_key:  # a kill between leaves cases out, which the same command stores again
+                self._client.delete(self.collection, ids=[row["key"] for row in some], timeout=self._settings.timeout_s)
+                self._client.insert(self.collection, some, timeout=self._settings.timeout_s)
+            else:
                 self._client.upsert(self.collection, some, timeout=self._settings.timeout_s)
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -640,7 +661,7 @@ class Store:
         """
         dialect = Dialect(self._lite, self._nullable, self._has_words)
         with translated(self._settings, where):
-            return _ready(self._client, self.collection, self._settings, self.pseudonyms, dialect, where, text)
+            return _ready(self._client, self.collection, self._settings, self.pseudonyms, dialect, where, text, by_source=self.by_source)
 
     def counts(self, field: str, where: str | Clause = "") -> dict[Value, int]:
         """How many of the cases that meet a clause have which value of a field, the most frequent first; of those where it is known.
@@ -779,7 +800,7 @@ class Store:
             )
         return index
 
-    def _create(self, index: Index) -> None:
+    def _create(self, index: Index, *, by_source: bool) -> None:
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=not self._nullable)
         schema.add_field("key", DataType.VARCHAR, max_length=32, is_primary=True)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=self.space.size)
@@ -787,6 +808,8 @@ class Store:
             if name not in _OPTIONAL:
                 schema.add_field(name, DataType.VARCHAR, max_length=length)
         schema.add_field("extra", DataType.JSON)
+        if by_source:
+            schema.add_field(HOSPITAL, DataType.VARCHAR, max_length=_NAMED["source"], is_partition_key=True)
         if self._nullable:  # a server before 2.5 keeps the same names as dynamic fields; the same filters work there
             for name in sorted(_OPTIONAL):
                 schema.add_field(name, DataType.VARCHAR, max_length=_NAMED[name], nullable=True)
@@ -814,6 +837,7 @@ class Store:
                 **({} if self.space is FILM else {SPACE: self.space.name.value}),
             },
             timeout=self._settings.timeout_s,
+            **({"num_partitions": _PARTITIONS} if by_source else {}),
         )
 
     def _check_schema(self, expected: Space | None, *, outdated: bool) -> None:
@@ -852,6 +876,7 @@ class Store:
         self.has_clusters = not self._nullable or _CLUSTER in fields  # nor those made before there was `cxr cluster`
         properties = about.get("properties", {})
         self.kept: Mapping[str, str] = {name: str(properties[name]) for name in KEPT if properties.get(name)}
+        self.by_source = HOSPITAL in fields
         self.recall = float(properties.get(RECALL) or DEFAULT_RECALL)
 
     def _row(self, entry: Entry, pixels: str, vector: NDArray[np.float32]) -> dict[str, Any]:
@@ -870,9 +895,13 @@ class Store:
         return self.fitting(values if self._nullable else {name: value for name, value in values.items() if value is not None})
 
     def fitting(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as this gallery keeps it: with the words of its notes if it keeps these, else without; with its cluster likewise."""
+        """A row as this gallery keeps it: with the words of its notes if it keeps these, else without; with its cluster and its hospital
+        likewise.
+        """
         unplaced = {name for name in NO_CLUSTER if not self.has_clusters or (not self._nullable and row.get(name) is None)}
-        values = {name: value for name, value in row.items() if name != WORDS_FIELD and name not in unplaced}
+        values = {name: value for name, value in row.items() if name not in {WORDS_FIELD, HOSPITAL, *unplaced}}
+        if self.by_source:
+            values[HOSPITAL] = values.get("source") or ""
         return with_words(values) if self._has_words else values
 
 
@@ -1015,11 +1044,13 @@ def _ready(
     where: str,
     text: str = "",
     *,
+    by_source: bool = False,
     removing: bool = False,
 ) -> Clause:
     """What both ask, as this Milvus can be asked.
 
     Args:
+        by_source: The gallery is kept by source.
         removing: It chooses what goes, not what is compared: a case of an unknown patient stays where another's are named, and all that
             was stored is waited for.
     """
@@ -1034,7 +1065,22 @@ def _ready(
         rows = _rows(client, collection, among, fields, settings.timeout_s, "Strong" if removing else "Session")
         return sorted(row["key"] for row in rows if matches(condition, with_words(row) if NOTES in fields else row))
 
-    return Clause(given, printed(for_milvus(condition, dialect, keys_of)))
+    asked = printed(for_milvus(condition, dialect, keys_of))
+    sources = sources_of(condition) if by_source else None
+    return Clause(given, asked if sources is None else f"{HOSPITAL} in [{', '.join(map(constant, sources))}] and ({asked})")
+
+
+def sources_of(condition: Node) -> list[str] | None:
+    """Sources without which no case can meet it, as far as that is plain from its conditions; None: any."""
+    match condition:
+        case And(nodes):
+            return next((found for node in nodes if (found := sources_of(node)) is not None), None)
+        case Compare("==", Field("source"), Stated(str() as source)):
+            return [source]
+        case In(Field("source"), values, False):
+            return [str(value) for value in values]
+        case _:
+            return None
 
 
 def _refuse_in_clear(about: Mapping[str, Any]) -> None:
