@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 from galleries import resident_mb
 from numpy.typing import NDArray
 from pymilvus import DataType, MilvusClient
@@ -69,6 +70,8 @@ FILTERS: Final = {
     "a source, 5 %": 'source == "h07"',
 }
 """`label` is a field that a collection of 2.3.5 describes, `source` one that it does not, as in our galleries there."""
+DEFAULT: Final = "HNSW M 32"
+LEAN: Final = "HNSW M 16"
 KEYED: Final = "keyed"
 GROWN: Final = "cxr_growth"
 
@@ -87,17 +90,17 @@ class Tried:
 
 
 def tried(size: int) -> list[Tried]:
-    """What 2.3.5 has, or says it has, as one would set it up for so many cases."""
+    """What 2.3.5 has, or says it has, as one would set it up for so many cases; what takes long comes last."""
     lists = max(64, round(4 * math.sqrt(size) / 64) * 64)
     graph = [{"ef": ef} for ef in (32, 64, 128, 256, 512)]
     lists_looked_at = [{"nprobe": number} for number in (16, 64)]
     return [
-        Tried("HNSW M 32", "HNSW", {"M": 32, "efConstruction": 256}, graph),
-        Tried("HNSW M 16", "HNSW", {"M": 16, "efConstruction": 128}, graph[2:]),
+        Tried("FLAT", "FLAT", {}, [{}]),
         Tried("IVF_SQ8", "IVF_SQ8", {"nlist": lists}, lists_looked_at),
         Tried("SCANN", "SCANN", {"nlist": lists}, [{**one, "reorder_k": 100} for one in lists_looked_at]),
+        Tried(LEAN, "HNSW", {"M": 16, "efConstruction": 128}, graph[2:]),
+        Tried(DEFAULT, "HNSW", {"M": 32, "efConstruction": 256}, graph),
         Tried("DISKANN", "DISKANN", {}, [{"search_list": 128}]),
-        Tried("FLAT", "FLAT", {}, [{}]),
     ]
 
 
@@ -180,8 +183,11 @@ def fill(client: Any, collection: str, size: int, each: Callable[..., None], hos
         spent += time.perf_counter() - began
     began = time.perf_counter()
     client.flush(collection, timeout=600)
-    client.compact(collection)
-    return spent + time.perf_counter() - began
+    spent += time.perf_counter() - began
+    job = client.compact(collection)  # else it would come while an index is built, and part of that be built twice
+    while client.get_compaction_state(job) != "Completed":
+        time.sleep(0.5)
+    return spent
 
 
 def indexed(client: Any, collection: str, one: Tried) -> float | None:
@@ -212,8 +218,14 @@ def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": round(float(found[0]), 2), "p99_ms": round(float(found[1]), 2), "calls": len(times_ms)}
 
 
-def timed(ask: Callable[[int], object], callers: int) -> dict[str, float]:
-    """Latency of so many callers, each of whom asks again as soon as he is answered."""
+def timed(ask: Callable[[int], object], callers: int, pid: int) -> dict[str, float]:
+    """Latency of so many callers, each of whom asks again as soon as he is answered; and what a call costs both sides in time of a core."""
+    server = psutil.Process(pid)
+
+    def spent() -> tuple[float, float]:
+        times = server.cpu_times()
+        return times.user + times.system, time.process_time()
+
     ends = time.perf_counter() + ROUND_S
     counts = iter(range(10**9))
     lock = threading.Lock()
@@ -229,17 +241,20 @@ def timed(ask: Callable[[int], object], callers: int) -> dict[str, float]:
         return times
 
     ask(0)
-    began = time.perf_counter()
+    before, began = spent(), time.perf_counter()
     with ThreadPoolExecutor(callers) as pool:
         times = [value for some in pool.map(one, range(callers)) for value in some]
-    return {**percentiles(times), "per_second": round(len(times) / (time.perf_counter() - began), 1)}
+    seconds, after = time.perf_counter() - began, spent()
+    server_ms, client_ms = (round(1000 * (now - then) / len(times), 2) for now, then in zip(after, before, strict=True))
+    rate = round(len(times) / seconds, 1)
+    return {**percentiles(times), "per_second": rate, "server_core_ms": server_ms, "client_core_ms": client_ms}
 
 
 class Asking:
     """A collection that is asked as the store asks, but for the keys alone."""
 
-    def __init__(self, client: Any, collection: str, queries: Vectors, exact: Exact) -> None:
-        self._client, self._collection, self._exact = client, collection, exact
+    def __init__(self, client: Any, collection: str, queries: Vectors, exact: Exact, pid: int) -> None:
+        self._client, self._collection, self._exact, self.pid = client, collection, exact, pid
         self._asked: list[list[float]] = weighed(queries, DEFAULT_BALANCE).tolist()
 
     def ask(self, numbers: Sequence[int], effort: Mapping[str, int], where: str = "") -> list[set[str]]:
@@ -263,7 +278,7 @@ class Asking:
         return round(float(np.mean(shares)), 4)
 
     def measured(self, effort: Mapping[str, int], name: str = "none", callers: int = 1) -> dict[str, float]:
-        return timed(lambda number: self.ask([number], effort, FILTERS[name]), callers)
+        return timed(lambda number: self.ask([number], effort, FILTERS[name]), callers, self.pid)
 
     def batch(self, effort: Mapping[str, int], at_once: int = 100) -> float:
         """Milliseconds a query where so many go in one call."""
@@ -310,7 +325,7 @@ def settle(client: Any, collection: str) -> None:
         time.sleep(0.5)
 
 
-def as_the_store_asks(store: Store, queries: Vectors) -> dict[str, Any]:
+def as_the_store_asks(store: Store, queries: Vectors, pid: int) -> dict[str, Any]:
     """With all that is kept of each case, at the effort of a recall of 0.99, as `cxr query` and `cxr batch` do."""
 
     def one(number: int) -> object:
@@ -319,7 +334,12 @@ def as_the_store_asks(store: Store, queries: Vectors) -> dict[str, Any]:
     began = time.perf_counter()
     store.search_many(queries, K + OWN_EXPECTED)
     batch = 1000 * (time.perf_counter() - began) / len(queries)
-    return {"one": timed(one, 1), "eight": timed(one, CALLERS), "batch_ms_a_query": round(batch, 2), "ef": breadth(K + OWN_EXPECTED, 0.99)}
+    return {
+        "one": timed(one, 1, pid),
+        "eight": timed(one, CALLERS, pid),
+        "batch_ms_a_query": round(batch, 2),
+        "ef": breadth(K + OWN_EXPECTED, 0.99),
+    }
 
 
 def keyed(client: Any, size: int, queries: Vectors, exact: Exact, pid: int) -> dict[str, Any]:
@@ -333,11 +353,11 @@ def keyed(client: Any, size: int, queries: Vectors, exact: Exact, pid: int) -> d
     schema.add_field("hospital", DataType.VARCHAR, max_length=256, is_partition_key=True)
     client.create_collection(KEYED, schema=schema, consistency_level="Strong", num_partitions=PARTITIONS)
     seconds = fill(client, KEYED, size, lambda *_: None, hospital=True)
-    one = tried(size)[0]
+    one = next(one for one in tried(size) if one.name == LEAN)
     built = indexed(client, KEYED, one)
     client.load_collection(KEYED, timeout=1800)
     settle(client, KEYED)
-    asking, effort, name = Asking(client, KEYED, queries, exact), {"ef": 128}, "a source, 5 %"
+    asking, effort, name = Asking(client, KEYED, queries, exact, pid), {"ef": 256}, "a source, 5 %"
     by_key = 'hospital == "h07"'
     found = [one for start in range(0, ASKED, 50) for one in asking.ask(range(start, start + 50), effort, by_key)]
     shares = [len(one & all_) / max(1, len(all_)) for one, all_ in zip(found, exact.nearest(name), strict=True)]
@@ -347,14 +367,21 @@ def keyed(client: Any, size: int, queries: Vectors, exact: Exact, pid: int) -> d
         "memory_mb": round(resident_mb(pid)),
         "segments": len(client.list_loaded_segments(KEYED)),
         "all": {"recall": asking.recall(effort), **asking.measured(effort), "eight": asking.measured(effort, callers=CALLERS)},
-        "a source": {"recall": round(float(np.mean(shares)), 4), **timed(lambda number: asking.ask([number], effort, by_key), 1)},
+        "a source": {"recall": round(float(np.mean(shares)), 4), **timed(lambda number: asking.ask([number], effort, by_key), 1, pid)},
     }
     return row
 
 
-def measure(size: int, report: dict[str, Any], save: Callable[[], None], settings: Mapping[str, object]) -> None:
-    """One size, from an empty server on."""
-    told: dict[str, Any] = {"cases": size, "whole": False, "indexes": []}
+def measure(
+    size: int,
+    report: dict[str, Any],
+    save: Callable[[], None],
+    settings: Mapping[str, object],
+    only: Sequence[str] | None,
+    about: Mapping[str, Any],
+) -> None:
+    """One size, from an empty server on. `only`: names of indexes; None: all."""
+    told: dict[str, Any] = {"cases": size, "whole": False, "indexes": [], "machine": about, "server": dict(settings)}
     report["sizes"] = [one for one in report["sizes"] if one["cases"] != size] + [told]
     report["sizes"].sort(key=lambda one: one["cases"])
     began = time.perf_counter()
@@ -367,19 +394,19 @@ def measure(size: int, report: dict[str, Any], save: Callable[[], None], setting
         told["empty_mb"] = round(resident_mb(pid))
         queries = Drawn().queries()
         exact = Exact(queries)
-        with Store(MilvusSettings(uri, timeout_s=1800), "growth", pseudonyms, create=True, new_index=IndexName.hnsw):
+        with Store(MilvusSettings(uri, timeout_s=1800), "growth", pseudonyms, create=True, new_index=IndexName.flat):
             pass
         client: Any = MilvusClient(uri, timeout=120)
         client.release_collection(GROWN)
         told["insert_s"] = round(fill(client, GROWN, size, exact.see, hospital=False), 1)
         save()
-        asking = Asking(client, GROWN, queries, exact)
-        for one in tried(size):
+        asking = Asking(client, GROWN, queries, exact, pid)
+        for one in (one for one in tried(size) if only is None or one.name in only):
             console.print(f"{size} cases: {one.name}", highlight=False)
             told["indexes"].append(measured_index(client, asking, one, pid, GROWN))
-            if one.name == "HNSW M 32":
+            if one.name == DEFAULT:
                 with Store(MilvusSettings(uri, timeout_s=120), "growth", pseudonyms) as store:
-                    told["store"] = as_the_store_asks(store, queries)
+                    told["store"] = as_the_store_asks(store, queries, pid)
             save()
         client.drop_collection(GROWN)
         time.sleep(5)
@@ -423,9 +450,11 @@ def fitted(what: str, form: str, x: Callable[[float], float], points: Sequence[t
     return Law(what, x, form, float(intercept), float(slope))
 
 
-def laws(sizes: Sequence[Mapping[str, Any]]) -> list[Law]:
-    """Of the default index: memory and build by cases, search by cases (if the server kept one graph) and by segments (as it does keep)."""
-    rows = [(one["cases"], next(row for row in one["indexes"] if row["index"] == "HNSW M 32"), one) for one in sizes]
+def laws(sizes: Sequence[Mapping[str, Any]], index: str) -> list[Law]:
+    """Of one index: memory and build by cases, search by cases (if the server kept one graph) and by segments (as it does keep)."""
+    rows = [(one["cases"], row, one) for one in sizes for row in one["indexes"] if row["index"] == index and "failed" not in row]
+    if not rows:
+        return []
     empty = statistics.mean(one["empty_mb"] for one in sizes)
     last_n, last, _ = rows[-1]
     each = last_n / max(1, last["segments"])
@@ -446,8 +475,9 @@ def effort_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def show(report: Mapping[str, Any]) -> None:
     """The tables of docs/galleries.md."""
-    print(f"{report['machine']}\n")
     sizes = [one for one in report["sizes"] if one["indexes"]]
+    for one in sizes:
+        print(f"{one['cases']:,}: {one.get('machine')}, {one.get('seconds', '?')} s in all\n")
     print(
         "| cases | index | recall@10 | effort | p50 ms | p99 ms | p50, 8 callers | p99, 8 callers | ms a query in batches of 100 | build s | server MB | segments |"
     )
@@ -480,15 +510,14 @@ def show(report: Mapping[str, Any]) -> None:
                 )
         if key := one.get("partition_key"):
             for name, told in (("a source, 5 %, by partition key", key["a source"]), ("none, with partition key", key["all"])):
-                print(f"| {one['cases']:,} | HNSW M 32 | {name} | {told['recall']:.3f} | {told['p50_ms']:.1f} | {told['p99_ms']:.1f} |")
+                print(f"| {one['cases']:,} | {LEAN} | {name} | {told['recall']:.3f} | {told['p50_ms']:.1f} | {told['p99_ms']:.1f} |")
     for one in sizes:
         print(
             f"\n{one['cases']:,}: inserted in {one['insert_s']} s; as the store asks: {one.get('store')}; partition key: {one.get('partition_key')}"
         )
-    whole = [one for one in sizes if one["whole"]]
-    if whole:
-        print("\n| model, of HNSW M 32 | 5,000,000 | 20,000,000 | 100,000,000 |\n|---|---|---|---|")
-        for law in laws(whole):
+    for index in (DEFAULT, LEAN):
+        print(f"\n| model, of {index} | 5,000,000 | 20,000,000 | 100,000,000 |\n|---|---|---|---|")
+        for law in laws(sizes, index):
             print(f"| {law} | " + " | ".join(f"{law.at(n):,.0f}" for n in (5e6, 2e7, 1e8)) + " |")
 
 
@@ -498,6 +527,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/growth.json"))
     parser.add_argument("--segment-mb", type=int, help="dataCoord.segment.maxSize of the server; its own default without it")
     parser.add_argument("--note", default="", help="what else the machine did meanwhile")
+    parser.add_argument("--indexes", nargs="+", metavar="NAME", help="only these, such as 'HNSW M 32' FLAT")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     if given.report:
@@ -505,7 +535,6 @@ def main() -> None:
         return
     report: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {"sizes": []}
     settings = {"dataCoord.segment.maxSize": given.segment_mb} if given.segment_mb else {}
-    report |= {"machine": machine(given.note), "server": dict(settings)}
 
     def save() -> None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -517,7 +546,7 @@ def main() -> None:
         if any(one["cases"] == size and one["whole"] for one in report["sizes"]):
             console.print(f"{size} cases: measured before", highlight=False)
             continue
-        measure(size, report, save, settings)
+        measure(size, report, save, settings, given.indexes, machine(given.note))
     show(report)
 
 

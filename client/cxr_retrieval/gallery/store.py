@@ -108,7 +108,7 @@ HOSPITAL: Final = "hospital"
 _PARTITIONS: Final = 64
 """Into which sources are hashed. Each has segments of its own, which an unfiltered search looks through one by one."""
 _UPSERTS_BY_KEY_SINCE: Final = (2, 4)
-"""A server before hashes what is upserted by another field than the partition key, so that a search by that misses it (milvus#30607)."""
+"""A server before hashes what is upserted by another field than the partition key, so that a search by that misses it (milvus#30772)."""
 FILTER_FIELDS: Final[Mapping[str, Kind]] = {
     "key": "text",
     "image_id": "id",
