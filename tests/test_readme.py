@@ -47,7 +47,9 @@ def test_own_cases(student_server: Endpoints, phantom_manifest: Path, tmp_path: 
 def test_every_make_target_named_exists() -> None:
     """As code: `make X`, or a line that begins with it at a prompt."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    text = README + "".join((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/performance.md", "docs/clusters.md"))
+    text = README + "".join(
+        (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/performance.md", "docs/clusters.md", "docs/galleries.md")
+    )
     named = set(re.findall(r"(?:`|^\$ )make ([a-z-]+)", text, re.MULTILINE))
     assert {"demo", "test", "bench"} <= named <= targets
 
@@ -63,6 +65,9 @@ def test_every_make_target_named_exists() -> None:
         "docs/privacy.md",
         "docs/clusters.md",
         "docs/scale.md",
+        "docs/galleries.md",
+        "docs/bulk.md",
+        "docs/kubernetes.md",
     ],
 )
 def test_links_lead_somewhere(document: str) -> None:

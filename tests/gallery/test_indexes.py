@@ -60,12 +60,15 @@ def test_a_search_is_never_narrower_than_what_is_wanted(top_k: int, recall: floa
     assert breadth(top_k, 0.5) <= breadth(top_k, recall) <= breadth(top_k, 0.9999)
 
 
-def test_effort_is_as_ever_where_nothing_else_is_wanted() -> None:
-    assert INDEXES[IndexName.hnsw].search(18) == {"ef": 128}
-    assert INDEXES[IndexName.hnsw].search(100) == {"ef": 400}
+def test_effort_follows_from_what_is_wanted() -> None:
+    hnsw = INDEXES[IndexName.hnsw]
+    assert [hnsw.search(18, recall)["ef"] for recall in (0.5, 0.9, 0.95, 0.99, 0.995, 0.999)] == [32, 64, 128, 256, 512, 2048]
+    assert hnsw.search(18) == hnsw.search(18, 0.99) == {"ef": 256}
+    assert hnsw.search(1000) == {"ef": 4000}
+    assert hnsw.search(16_384, 0.999) == {"ef": 32_768}
     assert INDEXES[IndexName.flat].search(18, 0.999) == {}
-    assert INDEXES[IndexName.diskann].search(18) == {"search_list": 128}
-    assert INDEXES[IndexName.hnsw_sq].search(18)["ef"] == 128
+    assert INDEXES[IndexName.diskann].search(18) == {"search_list": 256}
+    assert INDEXES[IndexName.hnsw_sq].search(18)["ef"] == 256
     assert Index("IVF_FLAT", {}).search(18) == {}, "of somebody else's making: as the server has it"
 
 

@@ -185,7 +185,7 @@ def import_(
     model_version: Annotated[str | None, typer.Option(metavar="VERSION", help="Refuse a file of another one.")] = None,
     bulk: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Have the server read files that are put there, which is faster; into a new gallery alone."),
+        typer.Option(metavar="DIR", help="Send no rows: have the server read files that are put there; into a new gallery alone."),
     ] = None,
     bulk_as: Annotated[
         str | None,
@@ -336,9 +336,7 @@ def index(
     else:
         typer.echo(f"{version}: {done.after} over {done.cases} cases, searched for a recall of {done.recall:g}")
     if not done.whole:
-        seen.tell(
-            "interrupted; Milvus goes on building it, and the gallery does not answer until it has. Next: give the same command again"
-        )
+        seen.tell("interrupted; Milvus goes on building it, and answers miss cases until it has. Next: give the same command again")
         raise typer.Exit(INTERRUPTED)
 
 

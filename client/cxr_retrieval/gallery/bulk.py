@@ -1,4 +1,4 @@
-"""A whole gallery at once: files that a Milvus server reads by itself, several times as fast as rows that are sent to it.
+"""A whole gallery at once: files that a Milvus server reads by itself, instead of rows that are sent to it and pass through its log.
 
 A server does not look for doubles in what it reads so: the same file read twice is every case twice. So nothing is ever added to a gallery
 this way. A new collection is filled, marked as being filled like one of `cxr reindex`, and answers only once it holds as many cases as the

@@ -33,6 +33,8 @@ METRIC: Final = "COSINE"
 RECALL: Final = "cxr.recall"
 """Property of a collection with the recall@10 that its searches are to reach; missing: `DEFAULT_RECALL`."""
 DEFAULT_RECALL: Final = 0.99
+_WIDEST: Final = 32_768
+"""Candidates that Milvus takes at most; a search for more cases than that is refused by it anyway."""
 STALLED_S: Final = 1800.0
 """So long without an index for one more case: it will not come. A server tries again for ever what it cannot build, and tells its log
 alone; what it can build grows by segments, of which one of a million cases takes two cores some ten minutes.
@@ -41,7 +43,14 @@ _HNSW_SQ_SINCE: Final = (2, 6)
 _LOOK_EVERY_S: Final = 0.5
 LOAD_S: Final = 3600.0
 """For a server to have a gallery in memory again: it reads the whole index."""
-_BREADTH: Final[tuple[tuple[float, int, float], ...]] = ((0.9, 32, 1.5), (0.95, 64, 2.0), (0.99, 128, 4.0), (0.999, 512, 16.0))
+_BREADTH: Final[tuple[tuple[float, int, float], ...]] = (
+    (0.75, 32, 1.5),
+    (0.9, 64, 2.0),
+    (0.95, 128, 4.0),
+    (0.99, 256, 4.0),
+    (0.995, 512, 8.0),
+    (0.999, 2048, 16.0),
+)
 """Recall, and the candidates that a graph must hold for it: at least so many, and so many for each case wanted (docs/galleries.md)."""
 
 
@@ -84,7 +93,7 @@ def breadth(top_k: int, recall: float) -> int:
         recall: In (0, 1); beyond the last row of the table, that row holds.
     """
     least, each = next(((least, each) for known, least, each in _BREADTH if recall <= known), _BREADTH[-1][1:])
-    return max(least, round(each * top_k), top_k)
+    return max(min(max(least, round(each * top_k)), _WIDEST), top_k)
 
 
 def checked_recall(recall: float) -> float:
@@ -200,7 +209,8 @@ def rebuild(
     """Gives a gallery another index, and waits until that is whole; safe to interrupt and to repeat.
 
     Meanwhile the gallery does not answer: Milvus takes an index away only from what is not in memory. The index that it has already is not
-    built again, but waited for. One that Milvus cannot build is taken back, and the gallery has the former one again.
+    built again, but waited for. One that Milvus cannot build is taken back, and the gallery has the former one again. Whoever opens
+    a gallery after an interruption, before its index is whole, is answered, and may miss cases.
 
     Args:
         wanted: None: the one that it has.
@@ -237,7 +247,8 @@ def rebuild(
             if whole is None:
                 if before is not None and before != after:
                     _exchange(client, collection, before, settings.timeout_s)
-                    client.load_collection(collection, timeout=LOAD_S)
+                    if awaited(client, collection, settings.timeout_s, stop):  # in memory without it, a gallery answers, and misses cases
+                        client.load_collection(collection, timeout=LOAD_S)
                 raise StoreError(
                     f"Milvus does not build {after} over {collection}",
                     expected="more cases in the index as time passes",
