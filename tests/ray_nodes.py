@@ -102,7 +102,14 @@ def ray_cluster(folder: Path, workers: int, settings: Mapping[str, str] = Mappin
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    environment = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1", **settings}
+    environment = {
+        **ENVIRONMENT,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "OMP_NUM_THREADS": "1",
+        "RAY_raylet_start_wait_time_s": "120",
+        **settings,
+    }
     (port,) = free_ports(1)
     cluster = RayCluster(folder, port, environment)
     try:

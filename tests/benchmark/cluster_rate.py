@@ -3,79 +3,76 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from archive_rate import SHARES
-
-from chaos.world import PSEUDONYM_KEY, Client, make_archive, triton_service
+from chaos.world import PSEUDONYM_KEY, make_archive, triton_service
 from ray_nodes import ray_cluster
+from tests_support import ENVIRONMENT, cxr_command
 
-ROUNDS: Final = 3
 HELD: Final = ("--inference", "openvino", "--segmentation", "student")
 """Networks in the workers."""
+SETTINGS: Final = {"CXR_PSEUDONYM_KEY": PSEUDONYM_KEY}
 
 
-def measure_cluster(count: int) -> dict[str, Any]:
-    """Films a second between the first tenth and the last twentieth of an archive, in turns, medians kept; seconds to the first result.
+def measure_cluster(small: int, large: int, rounds: int) -> dict[str, Any]:
+    """Seconds for a small archive and a large one, in turns, medians kept. What the large one has more takes no start and no end, which of a
+    cluster are long: bundles are under way in many places when the first result comes.
 
     Args:
-        count: Films, each another picture.
+        small, large: Films, each another picture.
     """
-    rates: dict[str, list[float]] = defaultdict(list)
-    first: dict[str, list[float]] = defaultdict(list)
-
-    def run(name: str, folder: Path, archive: Path, *options: str | Path) -> None:
-        rate, began = batch(folder / f"{name}-{len(rates[name])}", archive, count, options)
-        rates[name].append(rate)
-        first[name].append(began)
-
+    seconds: dict[str, dict[int, list[float]]] = defaultdict(lambda: {small: [], large: []})
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-cluster-")))
-        make_archive(folder / "archive", count)
+        for count in (small, large):
+            make_archive(folder / f"archive-{count}", count)
+
+        def run(name: str, count: int, environment: Mapping[str, str], *options: str | Path) -> None:
+            out = folder / f"{name}-{count}-{len(seconds[name][count])}"
+            seconds[name][count].append(batch(out, folder / f"archive-{count}", environment, options))
+
         with ExitStack() as serving:
             triton, port = triton_service(folder / "triton", "--segmentation", "student")
             serving.enter_context(triton)
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for name, options in (("alone", ()), ("ray", ("--engine", "ray"))):
-                    run(name, folder, folder / "archive", "--triton", f"127.0.0.1:{port}", *options)
+                    for count in (small, large):
+                        run(name, count, {**ENVIRONMENT, **SETTINGS}, "--triton", f"127.0.0.1:{port}", *options)
         nodes = folder / "nodes"
         nodes.mkdir()
-        with ray_cluster(nodes, 0, {"CXR_PSEUDONYM_KEY": PSEUDONYM_KEY}) as cluster:
+        with ray_cluster(nodes, 0, SETTINGS) as cluster:
             for workers in (1, 2):
                 cluster.add_worker(core=workers - 1)
-                for _ in range(ROUNDS):
-                    run(f"workers_{workers}", folder, folder / "archive", *HELD, "--engine", "ray", "--address", cluster.address)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+                for _ in range(rounds):
+                    for count in (small, large):
+                        run(f"workers_{workers}", count, cluster.environment, *HELD, "--engine", "ray", "--address", cluster.address)
+    medians = {name: {count: statistics.median(values) for count, values in found.items()} for name, found in seconds.items()}
+    rates = {name: (large - small) / (found[large] - found[small]) for name, found in medians.items()}
     return {
         "networks": "student",
-        "films": count,
-        "images_per_second": {name: round(value, 2) for name, value in medians.items()},
-        "ray_over_alone": round(medians["ray"] / medians["alone"], 3),
-        "two_workers_over_one": round(medians["workers_2"] / medians["workers_1"], 3),
-        "first_result_s": {name: round(statistics.median(values), 1) for name, values in first.items()},
-        "rounds": {name: [round(value, 2) for value in values] for name, values in rates.items()},
+        "films": [small, large],
+        "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "start_and_end_s": {name: round(found[small] - small / rates[name], 1) for name, found in medians.items()},
+        "ray_over_alone": round(rates["ray"] / rates["alone"], 3),
+        "two_workers_over_one": round(rates["workers_2"] / rates["workers_1"], 3),
+        "seconds": {
+            name: {str(count): [round(value, 1) for value in values] for count, values in found.items()} for name, found in seconds.items()
+        },
     }
 
 
-def batch(folder: Path, archive: Path, count: int, options: Sequence[str | Path]) -> tuple[float, float]:
-    """Runs it: its steady rate, and the seconds until its first result."""
-    out = folder / "results.jsonl"
+def batch(folder: Path, archive: Path, environment: Mapping[str, str], options: Sequence[str | Path]) -> float:
+    """Runs it; the seconds that it takes."""
+    folder.mkdir(parents=True)
+    command = cxr_command("batch", archive, "--no-gate", "--embed-only", "--out", folder / "results.jsonl", *options)
     began = time.perf_counter()
-    client = Client.start(folder, "", "batch", archive, "--no-gate", "--embed-only", "--out", out, *options)
-    marks: list[tuple[float, int]] = []
-    wanted = [1, *(share * count for share in SHARES)]
-    while client.process.poll() is None:
-        done = out.read_bytes().count(b"\n") if out.is_file() else 0
-        while len(marks) < len(wanted) and done >= wanted[len(marks)]:
-            marks.append((time.perf_counter(), done))
-        time.sleep(0.05)
-    assert client.process.returncode == 0, (folder / "client.err").read_text()
-    assert len(marks) == len(wanted), "the results came all at once; more films"
-    (first, _), (start, before), (end, after) = marks
-    return (after - before) / (end - start), first - began
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - began

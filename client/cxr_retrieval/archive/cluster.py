@@ -92,7 +92,7 @@ def connected(address: str, keys: PseudonymSettings) -> Generator[Room]:
         try:
             _refuse_silence(address)
             ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises that itself where a node does not start in time
             raise SetupError(
                 f"no Ray cluster at {address or 'this machine'}",
                 got=" ".join(str(error).split())[:200],
@@ -149,6 +149,7 @@ def _handlers_kept() -> Generator[None]:
 def _core_quiet() -> Generator[None]:
     """Ray's core would write between our words, errors that are none among them, and says so where it is told not to."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of 30: its Python is compiled at its first start
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
