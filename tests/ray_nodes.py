@@ -49,17 +49,26 @@ class RayCluster:
             )
 
     def start_head(self) -> None:
-        self.head = self.start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.folder}")
-        until(lambda: self._started() == 1, 120)
+        options = ("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.folder}")
+        self.head = self._joined(*options)
 
     def add_worker(self, core: int | None = None) -> None:
         """`core`: the only one that it may use."""
+        self.workers.append(self._joined(f"--address={self.address}", "--num-cpus=1", f"--memory={MEMORY}", core=core))
+
+    def _joined(self, *options: str, core: int | None = None) -> subprocess.Popen[bytes]:
+        """Once it has; Ray gives a node up that is not there within half a minute, as its first start on a busy machine may be."""
         there = self._started()
-        self.workers.append(self.start(f"--address={self.address}", "--num-cpus=1", f"--memory={MEMORY}", core=core))
-        until(lambda: self._started() > there, 120)
+        for _ in range(3):
+            node = self.start(*options, core=core)
+            until(lambda node=node: self._started() > there or node.poll() is not None, 120)
+            if self._started() > there:
+                return node
+        raise AssertionError((self.folder / "nodes.log").read_text("utf-8"))
 
     def _started(self) -> int:
-        return (self.folder / "nodes.log").read_text("utf-8").count("Ray runtime started")
+        log = self.folder / "nodes.log"
+        return log.read_text("utf-8").count("Ray runtime started") if log.exists() else 0
 
     def processes(self, what: str, under: subprocess.Popen[bytes] | None = None) -> list[psutil.Process]:
         """Processes of the cluster, or of one node, in whose command line this stands."""

@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from tenacity import Retrying, stop_after_attempt
+
 from cxr_retrieval.archive import pipeline
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.archive.pipeline import KEPT_AT_ONCE, Engine, Seen, Sink, Work
@@ -44,6 +46,8 @@ _GATHERED_S: Final = 10.0
 """A window that is not full by then begins with what there is: workers wait."""
 _POLL_S: Final = 0.5
 _ANSWER_S: Final = 10.0
+_STARTS: Final = 3
+"""Ray gives a node up that is not there within half a minute; its first start, when its Python is compiled, may take that."""
 _SILENCE_S: Final = 120.0
 """After which it is said that nothing comes."""
 _CORES: Final[dict[type[Stage], int]] = {Read: 2, Embed: 1, Ask: 4}
@@ -91,7 +95,7 @@ def connected(address: str, keys: PseudonymSettings) -> Generator[Room]:
     with _key_for_children(keys, mine=not address), _handlers_kept(), _core_quiet():
         try:
             _refuse_silence(address)
-            ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR)
+            Retrying(stop=stop_after_attempt(1 if address else _STARTS), reraise=True)(_init, address)
         except Exception as error:  # Ray raises that itself where a node does not start in time
             raise SetupError(
                 f"no Ray cluster at {address or 'this machine'}",
@@ -108,6 +112,16 @@ def connected(address: str, keys: PseudonymSettings) -> Generator[Room]:
         yield Room(len(nodes), cpus, gpus, own=not address)
     finally:
         ray.shutdown()
+
+
+def _init(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address or "local", include_dashboard=None if address else False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception:
+        ray.shutdown()
+        raise
 
 
 def _refuse_silence(address: str) -> None:
@@ -149,7 +163,6 @@ def _handlers_kept() -> Generator[None]:
 def _core_quiet() -> Generator[None]:
     """Ray's core would write between our words, errors that are none among them, and says so where it is told not to."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of 30: its Python is compiled at its first start
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
