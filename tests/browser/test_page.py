@@ -21,7 +21,7 @@ from cxr_retrieval.gallery.store import Store
 from cxr_retrieval.inference.triton import TritonClient
 from cxr_retrieval.serving.server import Endpoints, embedded_milvus
 from cxr_retrieval.settings import MilvusSettings
-from tests_support import ENVIRONMENT, Viewed, free_ports
+from tests_support import ENVIRONMENT, Viewed, free_ports, until
 
 TOKEN = "planted-token-5d20c8a1f3"
 
@@ -303,8 +303,9 @@ def test_marks_rank_anew(viewed: Viewed, opened: Opened, film: Path) -> None:
     page.get_by_role("button", name="Clear marks").click()
     page.get_by_role("button", name="Re-rank").click()
     came, went = len(set(first) - set(third)), len(set(third) - set(first))
-    expect(page.locator(".answer-tools [role=status]")).to_have_text(f"{came} came, {went} went. Mark cases ✓ or ✗, then rank anew.")
-    assert keys_of(near) == first
+    changed = f"{came} came, {went} went. " if came or went else ""  # the marks may have led to the same cases
+    expect(page.locator(".answer-tools [role=status]")).to_have_text(f"{changed}Mark cases ✓ or ✗, then rank anew.")
+    until(lambda: keys_of(near) == first)
 
 
 def test_the_balance_is_turned(viewed: Viewed, opened: Opened, film: Path) -> None:
