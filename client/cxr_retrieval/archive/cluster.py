@@ -22,7 +22,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -404,8 +403,13 @@ class _Conductor:
         remote = self._plan.asker is None
         numbered = [Numbered(number, Place(one.path, one.member) if remote else one) for number, one in enumerate(window)]
         bundles = [
-            pa.table({"number": [number], "sealed": pa.array([self._sealed.seal(Bundle(some))], pa.large_binary())})
-            for number, some in enumerate(_chunks(numbered, KEPT_AT_ONCE))
+            pa.table(
+                {
+                    "number": [start],
+                    "sealed": pa.array([self._sealed.seal(Bundle(numbered[start : start + KEPT_AT_ONCE]))], pa.large_binary()),
+                }
+            )
+            for start in range(0, len(numbered), KEPT_AT_ONCE)
         ]
         data: Any = ray.data.from_arrow(bundles)
         stages = [Read, Embed] if self._plan.asker is None else [Read, Embed, Ask]
@@ -459,9 +463,3 @@ def _ours(error: BaseException) -> BaseException:
     return ServiceError(
         "Ray could not go on", got=f"{type(error).__name__}: {said[:300]}", next_step="see to the cluster, then give the same command again"
     )
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -16,8 +16,9 @@ import re
 import select
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -48,6 +49,7 @@ _MAX_PATH: Final = 4096
 """Bytes; Linux' PATH_MAX, and so the longest name that a list can hold."""
 _BLOCK: Final = 65_536
 _POLL_S: Final = 0.5
+_UNTOLD: Final[Mapping[str, str]] = MappingProxyType({})
 _MAGIC: Final = re.compile(r"[*?[]")
 
 
@@ -183,10 +185,8 @@ class _Search:
 
     def _file(self, name: str, path: Path) -> Iterator[Input | Unusable]:
         head = _head(path)
-        if is_zip(head) or path.suffix.lower() == ".zip":
-            yield from self._zip(name, path)
-        elif is_parquet(head):
-            yield from self._parquet(name, path)
+        if is_zip(head) or path.suffix.lower() == ".zip" or is_parquet(head):
+            yield from self._members(name, path)
         elif is_dicomdir(head) or path.name.casefold() == "dicomdir":
             yield from self._dicomdir(name, path)
         else:
@@ -205,7 +205,8 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------ containers
 
-    def _zip(self, name: str, path: Path) -> Iterator[Input | Unusable]:
+    def _members(self, name: str, path: Path) -> Iterator[Input | Unusable]:
+        """Of a ZIP; or of a Parquet file, whose rows are those of a manifest where they have an id and a label."""
         start: int | None = 0
         while start is not None and not self._stop.is_set():
             try:
@@ -213,25 +214,12 @@ class _Search:
             except InputError as error:
                 yield Unusable(printable(name), error)
                 return
-            for member in page.names:
-                yield Input(printable(name + INSIDE + member), path, member)
-            for member, error in page.problems:
-                yield Unusable(printable(name + INSIDE + member), error)
-            start = page.rest
-
-    def _parquet(self, name: str, path: Path) -> Iterator[Input | Unusable]:
-        """Its rows, as those of a manifest where they have an id and a label."""
-        start: int | None = 0
-        while start is not None and not self._stop.is_set():
-            try:
-                page = self._reader.contents(path, start)
-            except InputError as error:
-                yield Unusable(printable(name), error)
-                return
-            for member, cells in zip(page.names, page.told, strict=True):
+            for member, cells in zip(page.names, page.told or repeat(_UNTOLD), strict=False):
                 row = row_of(cells, path.parent, path, member) if cells.get("image_id") and cells.get("label") else None
                 if row is None or (row.split == self._split if self._split else row.split != EXTRA_SPLIT):
                     yield Input(printable(name + INSIDE + member), path, member, row)
+            for member, error in page.problems:
+                yield Unusable(printable(name + INSIDE + member), error)
             start = page.rest
 
     def _dicomdir(self, name: str, path: Path) -> Iterator[Input | Unusable]:
@@ -287,10 +275,8 @@ class _Search:
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
             yield Input(printable(name), path)
-        elif suffix == ".zip":
-            yield from self._zip(name, path)
-        elif suffix == ".parquet":
-            yield from self._parquet(name, path)
+        elif suffix in (".zip", ".parquet"):
+            yield from self._members(name, path)
         elif path.name.casefold() != "dicomdir":
             head = _head(path)
             if is_dicom(head) and not is_dicomdir(head):

@@ -16,17 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from cxr_retrieval.archive.patience import Patience
 from cxr_retrieval.errors import ImageError, StorageDownError
 from cxr_retrieval.radiograph.decoding import DecodingLimits, FilmReader, Question, size_of
 from cxr_retrieval.radiograph.files import (
+    HEAD_BYTES,
     MAX_FILE_BYTES,
     OBJECT_SCHEME,
     SUFFIXES,
     base_name,
+    is_dicom,
     is_left_out,
     is_object,
     object_key,
@@ -40,7 +41,6 @@ _PASSES: Final = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|REQUEST_EXPIRED|HTTP status 5\d\d"
 )
 """In the words of a failure that may be over a minute later."""
-_HEAD_BYTES: Final = 512
 _PIECE: Final = 1 << 20
 
 T = TypeVar("T")
@@ -99,8 +99,7 @@ class Storage:
     def _files(self) -> Any:
         from pyarrow import fs
 
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return fs.S3FileSystem(endpoint_override=endpoint, connect_timeout=10, request_timeout=60)
+        return fs.S3FileSystem(endpoint_override=_endpoint(), connect_timeout=10, request_timeout=60)
 
     def _listed(self, folder: str) -> list[Any]:
         from pyarrow import fs
@@ -116,9 +115,14 @@ class Storage:
 
         def head() -> bytes:
             with self._files.open_input_file(key) as source:
-                return bytes(source.read(_HEAD_BYTES))
+                return bytes(source.read(HEAD_BYTES))
 
-        return _asked(OBJECT_SCHEME + key, head)[128:132] == b"DICM"
+        return is_dicom(_asked(OBJECT_SCHEME + key, head))
+
+
+def _endpoint() -> str | None:
+    """Of the storage; None: AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _asked(name: str, call: Callable[[], T]) -> T:
@@ -132,9 +136,8 @@ def _asked(name: str, call: Callable[[], T]) -> T:
     except OSError as error:
         said = " ".join(str(error).split())
         if _PASSES.search(said):
-            where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
             raise StorageDownError(
-                f"the storage at {where} does not answer", got=said[-200:], next_step="start it, or correct AWS_ENDPOINT_URL"
+                f"the storage at {_endpoint() or 'AWS'} does not answer", got=said[-200:], next_step="start it, or correct AWS_ENDPOINT_URL"
             ) from error
         raise ImageError(
             f"{printable(name)}: the storage refuses it",
@@ -193,6 +196,3 @@ class ObjectReader(FilmReader):
 
     def __enter__(self) -> ObjectReader:
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

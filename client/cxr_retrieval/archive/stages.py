@@ -202,11 +202,8 @@ class Read(Stage):
         return Bundle(films, failed)
 
 
-class Identify(Stage):
+class Identify(Read):
     """Places of files → which files they are. No stage of the data set: an ingest asks before it decides what must be embedded."""
-
-    def open(self, plan: Plan[Any], keys: Pseudonyms, held: ExitStack) -> None:  # noqa: D102
-        self._reader = held.enter_context(ObjectReader(plan.limits, self._patience(plan, lambda _: None)))
 
     def through(self, bundle: Bundle, watch: pipeline.Watch) -> Bundle:  # noqa: D102
         (work,) = bundle.films
